@@ -1,19 +1,69 @@
-# umbra.mail: everything is run from here; `make help` lists the targets.
+# umbra.mail: everything is run from here; `make` lists the targets.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help venv lock
+LAB  ?= demo#     name of the lab that `make lab` and `make demo` use
+HOST ?= mail-a#   host that `make lab-shell` enters
+export LAB
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+lab := tests/lab/lab --name $(LAB)
+
+.PHONY: help venv collection lab lab-shell lab-down demo test lint unit gates sanity integration changelog lock root
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^##-/ { printf "\n%s\n", substr($$0, 6) } \
+	    /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+##-- The lab and the demo (root needed)
+demo: root collection ## Build a lab, provision a pair, send real mail, move the primary there and back, report
+	@tests/demo.sh
+
+lab: root collection ## Bring the lab up, ready for playbooks
+	@tests/lab/lab prerequisites && $(lab) up
+
+lab-shell: root ## Look around on a lab host: make lab-shell HOST=mail-a
+	@$(lab) shell $(HOST)
+
+lab-down: root ## Remove the lab: no process, mount, namespace or interface stays
+	@$(lab) down
+
+##-- Tests
+test: root collection ## Everything that CI runs, fast tests first
+	@tests/lab/lab prerequisites
+	@tests/run.py lint unit gates sanity lab integration
+
+lint: collection ## ruff, mypy, yamllint, ansible-lint
+	@tests/run.py lint
+
+unit: collection ## Unit tests
+	@tests/run.py unit
+
+gates: collection ## What linters do not check: defaults against argument specs, documentation, names
+	@tests/run.py gates
+
+sanity: collection ## ansible-test sanity on the built collection
+	@tests/run.py sanity
+
+integration: root collection ## The molecule scenarios, one after the other, in a lab of their own
+	@tests/lab/lab prerequisites
+	@tests/run.py lab integration
+
+##-- The collection
+collection: venv ## Build the tarball (build/dist) and install it into build/collections, where playbooks run from
+	@tests/tools/collection
 
 venv: ## Make .venv from the locked requirements (PYTHON=python3.12 chooses another Python)
 	@tests/tools/venv $(PYTHON)
+
+changelog: venv ## Write CHANGELOG.md from changelogs/fragments
+	@antsibull-changelog release --update-existing
 
 lock: venv ## Lock requirements.in into requirements.txt again
 	@python -m venv --clear build/lock && build/lock/bin/pip install --quiet uv
 	@build/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-annotate \
 	    --upgrade requirements.in --output-file requirements.txt
+
+root:
+	@[ "$$(id -u)" = 0 ] || { echo "The lab needs root: run this with sudo." >&2; exit 2; }

@@ -9,7 +9,10 @@ def pytest_configure() -> None:
     root = Path(__file__).parent.parent
     for name, path in (
         ("ansible_collections", root / "build" / "collections" / "ansible_collections"),
-        ("ansible_collections.umbra", root / "build" / "collections" / "ansible_collections" / "umbra"),
+        (
+            "ansible_collections.umbra",
+            root / "build" / "collections" / "ansible_collections" / "umbra",
+        ),
         ("ansible_collections.umbra.mail", root),
     ):
         package = ModuleType(name)

@@ -1,0 +1,196 @@
+#!/usr/bin/env python3
+"""Runs test suites and counts what they ran: `tests/run.py lint unit ...`.
+
+Each suite prints as it goes. At the end comes one line for each suite and a last line "N passed,
+N failed". A suite that ran no test has failed, and so has one whose command failed without saying
+which test did.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+REPORTS = ROOT / "build" / "test"
+LAB = "molecule"
+
+
+@dataclass(frozen=True)
+class Count:
+    """What a suite, or a part of it, ran."""
+
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+
+    def __add__(self, other: Count) -> Count:
+        return Count(
+            self.passed + other.passed, self.failed + other.failed, self.skipped + other.skipped
+        )
+
+    def __str__(self) -> str:
+        skipped = f", {self.skipped} skipped" if self.skipped else ""
+        return f"{self.passed} passed, {self.failed} failed{skipped}"
+
+    def judged(self, returncode: int) -> Count:
+        """This count, with one failure more if it hides that the command failed or ran nothing."""
+        if self.failed == 0 and (returncode != 0 or self.passed == 0):
+            return self + Count(failed=1)
+        return self
+
+
+def run(command: list[str], log: Path | None = None) -> tuple[int, str]:
+    """Runs a command from the repository's root, showing and returning what it prints."""
+    print(f"$ {' '.join(command)}", flush=True)
+    lines = []
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    output = "".join(lines)
+    if log:
+        log.write_text(output)
+    return process.returncode, output
+
+
+def junit_count(report: Path) -> Count:
+    """Counts the tests in a JUnit report; none if it was not written."""
+    if not report.exists():
+        return Count()
+    total = Count()
+    for suite in ET.parse(report).getroot().iter("testsuite"):
+        tests, skipped = int(suite.get("tests", 0)), int(suite.get("skipped", 0))
+        failed = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
+        total += Count(tests - skipped - failed, failed, skipped)
+    return total
+
+
+def pytest_count(output: str) -> list[Count]:
+    """Counts from the closing lines of the pytest runs in a log, one for each run."""
+    counts = []
+    for line in re.findall(r"^=+ (.* in [0-9.]+s.*?) =+\s*$", output, re.MULTILINE):
+        words = {word: int(number) for number, word in re.findall(r"(\d+) (\w+)", line)}
+        failed = words.get("failed", 0) + words.get("error", 0) + words.get("errors", 0)
+        counts.append(Count(words.get("passed", 0), failed, words.get("skipped", 0)))
+    return counts
+
+
+def pytest(name: str, folder: str) -> Count:
+    """Runs the pytest suite in a folder."""
+    report = REPORTS / f"{name}.xml"
+    report.unlink(missing_ok=True)
+    returncode, _ = run([sys.executable, "-m", "pytest", "-q", folder, f"--junitxml={report}"])
+    return junit_count(report).judged(returncode)
+
+
+def lint() -> Count:
+    """Each linter is one test. All of them fail by themselves when they find no file."""
+    commands = [
+        ["ruff", "check", "."],
+        ["ruff", "format", "--check", "."],
+        ["mypy", "roles/replication_agent/files/umbra", "plugins", "tests"],
+        ["yamllint", "--strict", "."],
+        ["ansible-lint"],
+        ["antsibull-changelog", "lint"],
+    ]
+    total = Count()
+    for command in commands:
+        returncode, _ = run(command)
+        total += Count(passed=1) if returncode == 0 else Count(failed=1)
+    return total
+
+
+def sanity() -> Count:
+    """ansible-test sanity on the built collection."""
+    returncode, output = run(["tests/tools/sanity"], REPORTS / "sanity.log")
+    ran = len(re.findall(r"^Running sanity test ", output, re.MULTILINE))
+    found = re.search(r"The (\d+) sanity test\(s\) listed below", output)
+    failed = int(found[1]) if found else 0
+    return Count(ran - failed, failed).judged(returncode)
+
+
+def verify_steps(scenario: Path, base: Path) -> int:
+    """How often a scenario verifies, by its own test sequence or else the base configuration's."""
+    for file in (scenario, base):
+        sequence = (yaml.safe_load(file.read_text()) or {}).get("scenario", {}).get("test_sequence")
+        if sequence is not None:
+            return sum(step.split()[0] == "verify" for step in sequence)
+    return 0
+
+
+def integration() -> Count:
+    """Every molecule scenario, serially, in one lab; each verify step must have run tests."""
+    molecule = ROOT / "extensions" / "molecule"
+    scenarios = sorted(p for p in molecule.glob("*/molecule.yml") if p.parent.name != "default")
+    lab = ["tests/lab/lab", "--name", LAB]
+    destroy = ["molecule", "destroy", "--scenario-name", "default"]
+    total = Count()
+    run(destroy)  # what an interrupted run may have left
+    try:
+        # The lab is made from outside; all else runs on its controller, which reaches its hosts.
+        returncode, _ = run(["molecule", "create", "--scenario-name", "default"])
+        for scenario in scenarios if returncode == 0 else []:
+            name = scenario.parent.name
+            command = ["molecule", "test", "--scenario-name", name, "--destroy", "never"]
+            returncode, output = run(
+                [*lab, "control", "--", *command], REPORTS / f"molecule-{name}.log"
+            )
+            counts = pytest_count(output)
+            missing = verify_steps(scenario, molecule / "config.yml") - len(counts)
+            ran = sum(counts, Count()) + Count(failed=max(missing, 0))
+            total += ran.judged(returncode)
+            print(f"molecule {name}: {ran}", flush=True)
+    finally:
+        run(destroy)
+    return total.judged(returncode)
+
+
+SUITES: dict[str, Callable[[], Count]] = {
+    "lint": lint,
+    "unit": lambda: pytest("unit", "tests/unit"),
+    "gates": lambda: pytest("gates", "tests/gates"),
+    "sanity": sanity,
+    "lab": lambda: pytest("lab", "tests/lab"),
+    "integration": integration,
+}
+
+
+def main(names: list[str]) -> int:
+    """Runs the suites and prints the summary."""
+    REPORTS.mkdir(parents=True, exist_ok=True)
+    os.environ["MOLECULE_COMMAND_BORDERS"] = "false"  # or pytest's closing line is not at its place
+    os.environ["NO_COLOR"] = "1"
+    results = {}
+    for name in names:
+        print(f"\n=== {name} ===", flush=True)
+        started = time.monotonic()
+        results[name] = SUITES[name](), time.monotonic() - started
+    print("\n=== summary ===")
+    for name, (count, seconds) in results.items():
+        none = "  (ran no test)" if count.passed + count.skipped == 0 else ""
+        print(f"{name:12} {count}  {seconds:.0f} s{none}")
+    total = sum((count for count, _ in results.values()), Count())
+    print(total, flush=True)
+    return 1 if total.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
