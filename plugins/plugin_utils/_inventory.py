@@ -1,0 +1,313 @@
+# Copyright: umbra.mail contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Judges an inventory: from groups and variables to a list of sentences, without any I/O."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ansible_collections.umbra.mail.plugins.plugin_utils._addresses import (
+    AddressPlanError,
+    canonical,
+    endpoint_of,
+    overlaps,
+    parse_subnet,
+    plan_addresses,
+)
+
+NODES, WITNESS, OUTSIDE = "umbra_nodes", "umbra_witness", "umbra_outside"
+GROUPS = (NODES, WITNESS, OUTSIDE)
+ROLES = ("primary", "shadow")
+
+# Read by more than one role, so no single role's argument specs have them.
+SHARED_VARIABLES = frozenset({"umbra_group", "umbra_site", "umbra_role", "umbra_sites"})
+# Facts that the vpn role sets for the roles after it.
+EXPORTED_FACTS = frozenset({"vpn_address"})
+
+Variables = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """The hosts that the collection looks at, and their variables."""
+
+    groups: Mapping[str, list[str]]
+    hostvars: Mapping[str, Variables]
+
+    def members(self, group: str) -> list[str]:
+        """Return the hosts of a group in inventory order; none for an absent group."""
+        return list(self.groups.get(group) or [])
+
+    @property
+    def nodes(self) -> list[str]:
+        """Return the mail hosts."""
+        return self.members(NODES)
+
+    @property
+    def overlay(self) -> list[str]:
+        """Return the hosts that have an address in the overlay, each once."""
+        return list(dict.fromkeys(self.nodes + self.members(WITNESS)))
+
+    @property
+    def hosts(self) -> list[str]:
+        """Return every host of the collection's groups, each once."""
+        return list(dict.fromkeys(self.overlay + self.members(OUTSIDE)))
+
+    @property
+    def sites(self) -> dict[str, list[Any]]:
+        """Return the optional map of site names to their local subnets."""
+        sites: dict[str, list[Any]] = {}
+        for host in self.overlay:
+            sites.update(self.value(host, "umbra_sites") or {})
+        return sites
+
+    def value(self, host: str, name: str) -> Any:
+        """Return a host's variable, or None."""
+        return self.hostvars[host].get(name)
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Join names as a sentence does: a, b and c."""
+    words = list(names)
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _meant(word: Any, known: Iterable[str]) -> str:
+    """Return a guess at a misspelled name, as the end of a clause."""
+    close = difflib.get_close_matches(str(word), sorted(known), n=1, cutoff=0.75)
+    return f"; did you mean {close[0]}?" if close else "."
+
+
+def _group_findings(inventory: Inventory) -> Iterator[str]:
+    for group in sorted(inventory.groups):
+        if group.startswith("umbra_") and group not in GROUPS:
+            yield (
+                f"Group {group} is unknown; rename it, the groups are {_listed(GROUPS)}"
+                f"{_meant(group, GROUPS)}"
+            )
+    for host in inventory.hosts:
+        homes = [group for group in GROUPS if host in inventory.members(group)]
+        if len(homes) > 1:
+            yield f"{host} is in {_listed(homes)}; leave it in one of them."
+    nodes, witnesses = inventory.nodes, inventory.members(WITNESS)
+    if len(nodes) < 2:
+        yield (
+            f"Group {NODES} has {len(nodes)} host{'' if len(nodes) == 1 else 's'};"
+            " put at least two mail hosts into it."
+        )
+    voters = len(inventory.overlay)
+    if witnesses and voters % 2 == 0:
+        yield (
+            f"{_listed(inventory.overlay)} are {voters} voters, which can tie;"
+            f" add or remove one host in {WITNESS}, or leave that group empty."
+        )
+
+
+def _role_findings(inventory: Inventory) -> Iterator[str]:
+    redundancy_groups: dict[str, list[str]] = {}
+    for host in inventory.nodes:
+        role = inventory.value(host, "umbra_role")
+        if role is None:
+            yield f"{host} has no umbra_role; set it to primary or shadow."
+        elif role not in ROLES:
+            yield f"{host}: umbra_role is {role!s}; set it to primary or shadow."
+        group = inventory.value(host, "umbra_group")
+        if group is None:
+            yield f"{host} has no umbra_group; set it to the name of its redundancy group."
+        else:
+            redundancy_groups.setdefault(str(group), []).append(host)
+    for group, hosts in redundancy_groups.items():
+        primaries = [host for host in hosts if inventory.value(host, "umbra_role") == "primary"]
+        if not primaries:
+            yield (
+                f"Redundancy group {group} has no primary;"
+                f" set umbra_role: primary on one of {_listed(hosts)}."
+            )
+        elif len(primaries) > 1:
+            yield (
+                f"Redundancy group {group} has {len(primaries)} primaries, {_listed(primaries)};"
+                " set umbra_role: shadow on all but one of them."
+            )
+        if len(hosts) == 1 and len(inventory.nodes) > 1:
+            yield (
+                f"{hosts[0]} is alone in redundancy group {group};"
+                " give its partner the same umbra_group."
+            )
+
+
+def _is_address(text: str) -> bool:
+    """Tell an address from a host name."""
+    return ":" in text or text.replace(".", "").isdecimal()
+
+
+def _name_findings(inventory: Inventory) -> Iterator[str]:
+    # dsync orders its locks by host name: two nodes of one name would wait for each other.
+    owners: dict[str, str] = {}
+    for host in inventory.overlay:
+        short = host if _is_address(host) else host.split(".")[0].lower()
+        if short in owners:
+            yield (
+                f"{host} and {owners[short]} have the same short name {short};"
+                " rename one of the two hosts."
+            )
+        owners.setdefault(short, host)
+
+
+def _duplicate(inventory: Inventory, host: str, other: str, what: str) -> str:
+    """Say that two hosts have one address; plainer still when it is the primary's."""
+    roles = {name: inventory.value(name, "umbra_role") for name in (host, other)}
+    if set(roles.values()) == set(ROLES):
+        shadow, primary = (host, other) if roles[host] == "shadow" else (other, host)
+        return (
+            f"{shadow} is a shadow with the address of its primary {primary}, {what};"
+            " give each its own."
+        )
+    return f"{host} has the same address as {other}, {what}; give each its own."
+
+
+def _host_address_findings(inventory: Inventory) -> Iterator[str]:
+    reached: dict[tuple[str, str], str] = {}
+    endpoints: dict[tuple[str, int], str] = {}
+    for host in inventory.hosts:
+        address = inventory.value(host, "ansible_host") or host
+        key = (canonical(address), str(inventory.value(host, "ansible_port") or 22))
+        if key in reached:
+            yield _duplicate(inventory, host, reached[key], f"ansible_host {address}")
+            continue
+        reached[key] = host
+        if host in inventory.overlay:
+            outside, port = endpoint_of(host, inventory.hostvars[host])
+            where = (canonical(outside), port)
+            if where in endpoints:
+                what = f"vpn_endpoint {outside} port {port}"
+                yield _duplicate(inventory, host, endpoints[where], what)
+            endpoints.setdefault(where, host)
+
+
+def _site_findings(inventory: Inventory) -> Iterator[str]:
+    """Judge umbra_site and, where it is given, the map umbra_sites of sites to local subnets."""
+    sites = inventory.sites
+    for host in inventory.overlay:
+        site = inventory.value(host, "umbra_site")
+        if site is None:
+            yield f"{host} has no umbra_site; set it to the name of the site where it stands."
+        elif sites and site not in sites:
+            yield (
+                f"{host}: umbra_site {site} is not in umbra_sites; the sites are"
+                f" {_listed(sites)}{_meant(site, sites)}"
+            )
+    seen: list[tuple[str, Any]] = []
+    for site, texts in sites.items():
+        for text in texts:
+            try:
+                subnet = parse_subnet(text)
+            except AddressPlanError as error:
+                yield from (f"umbra_sites, {site}: {problem}" for problem in error.problems)
+                continue
+            for other, taken in seen:
+                if other != site and overlaps(subnet, taken):
+                    yield (
+                        f"Sites {other} and {site} overlap: {taken} and {subnet};"
+                        " correct umbra_sites."
+                    )
+            seen.append((site, subnet))
+
+
+def _overlay_findings(inventory: Inventory) -> Iterator[str]:
+    owners: dict[str, list[str]] = {}
+    for host in inventory.overlay:
+        text = inventory.value(host, "vpn_overlay_subnet")
+        if text is None:
+            yield (
+                f"{host} has no vpn_overlay_subnet; set it once for all hosts,"
+                " for example to 10.86.0.0/24."
+            )
+        else:
+            owners.setdefault(str(text), []).append(host)
+    if len(owners) > 1:
+        values = _listed(f"{text} on {_listed(hosts)}" for text, hosts in owners.items())
+        yield f"vpn_overlay_subnet differs: {values}; set it once for all hosts."
+    if len(owners) != 1:
+        return
+    (text,) = owners
+    numbers = {host: inventory.value(host, "vpn_number") for host in inventory.overlay}
+    try:
+        subnet = parse_subnet(text)
+        plan_addresses(text, numbers)
+    except AddressPlanError as error:
+        yield from error.problems
+    else:
+        yield from _overlay_overlaps(inventory, subnet)
+
+
+def _overlay_overlaps(inventory: Inventory, subnet: Any) -> Iterator[str]:
+    # A host whose outside address lies in the overlay would be sent its own tunnel's packets.
+    for host in inventory.overlay:
+        for name in ("ansible_host", "vpn_endpoint"):
+            address = str(inventory.value(host, name) or "")
+            if address and _is_address(address) and canonical(address) in subnet:
+                yield (
+                    f"{host}: {name} {address} lies in the overlay {subnet};"
+                    " choose another vpn_overlay_subnet."
+                )
+    for site, texts in inventory.sites.items():
+        for text in texts:
+            try:
+                local = parse_subnet(text)
+            except AddressPlanError:
+                continue  # reported where sites are judged
+            if overlaps(subnet, local):
+                yield (
+                    f"The overlay {subnet} overlaps {local} of site {site};"
+                    " choose another vpn_overlay_subnet."
+                )
+
+
+def option_names(spec: Mapping[str, Any]) -> set[str]:
+    """Return the variables that a role's meta/argument_specs.yml defines."""
+    entries = spec.get("argument_specs") or {}
+    return {name for entry in entries.values() for name in entry.get("options") or {}}
+
+
+def _variable_findings(
+    inventory: Inventory, specs: Mapping[str, Mapping[str, Any]], allowed: Iterable[str]
+) -> Iterator[str]:
+    known = set(SHARED_VARIABLES | EXPORTED_FACTS).union(*map(option_names, specs.values()))
+    prefixes = ("umbra_", *(f"{role}_" for role in specs))
+    users: dict[str, list[str]] = {}
+    for host in inventory.hosts:
+        for name in inventory.hostvars[host]:
+            if name.startswith(prefixes) and name not in known and name not in allowed:
+                users.setdefault(name, []).append(host)
+    for name, hosts in sorted(users.items()):
+        where = "on every host" if hosts == inventory.hosts else f"on {_listed(hosts)}"
+        yield (
+            f"Variable {name} {where} is used by no role; rename it or list it in"
+            f" inventory_check_allowed_variables{_meant(name, known)}"
+        )
+
+
+def inventory_findings(
+    groups: Mapping[str, list[str]],
+    hostvars: Mapping[str, Variables],
+    specs: Mapping[str, Mapping[str, Any]],
+    allowed: Iterable[str] = (),
+) -> list[str]:
+    """Return one sentence for each thing that is wrong; an empty list means a sound inventory.
+
+    ``specs`` has each role's parsed meta/argument_specs.yml: a variable with the prefix of a role
+    or ``umbra_`` that none of them defines, and that is not in ``allowed``, is a finding.
+    """
+    inventory = Inventory(groups, hostvars)
+    return [
+        *_group_findings(inventory),
+        *_role_findings(inventory),
+        *_name_findings(inventory),
+        *_site_findings(inventory),
+        *_host_address_findings(inventory),
+        *_overlay_findings(inventory),
+        *_variable_findings(inventory, specs, set(allowed)),
+    ]
