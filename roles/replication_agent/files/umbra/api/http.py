@@ -1,0 +1,92 @@
+"""The HTTP API: everything on the unix socket, the read-only part on the tunnel address too.
+
+Access to the socket is the authentication of an operator (root, and the group of the agent). On the
+tunnel WireGuard authenticates the host
+and nftables admits nothing else; nothing can be changed there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from umbra.api.report import GroupReport
+from umbra.cluster.switchover import Refused
+
+MAX_BODY = 64 * 1024
+MAX_SWITCHOVER_S = 600.0
+
+Operation = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+
+
+class Api:
+    """Routes of the API.
+
+    :param operations: what a POST to ``/NAME`` does; it gets the JSON body and returns the answer,
+        or raises Refused.
+    """
+
+    def __init__(self, report: Callable[[], GroupReport], operations: dict[str, Operation]) -> None:
+        self._report = report
+        self._operations = operations
+        self._runners: list[web.AppRunner] = []
+
+    async def start(self, socket: Path, address: str, port: int) -> None:
+        """Listen on both. OSError if either cannot be had."""
+        local = self._application()
+        for name, operation in self._operations.items():
+            local.router.add_post(f"/{name}", self._handler(operation))
+        socket.unlink(missing_ok=True)
+        runner = await self._run(local)
+        await web.UnixSite(runner, str(socket)).start()
+        socket.chmod(0o660)
+        remote = await self._run(self._application())
+        await web.TCPSite(remote, address, port).start()
+
+    async def stop(self) -> None:
+        """Close the listeners and end what runs."""
+        for runner in self._runners:
+            await runner.cleanup()
+
+    async def _run(self, application: web.Application) -> web.AppRunner:
+        runner = web.AppRunner(application, access_log=None, shutdown_timeout=1.0)
+        await runner.setup()
+        self._runners.append(runner)
+        return runner
+
+    def _application(self) -> web.Application:
+        application = web.Application(client_max_size=MAX_BODY)
+        application.router.add_get("/health", self._health)
+        application.router.add_get("/status", self._status)
+        application.router.add_get("/metrics", self._metrics)
+        return application
+
+    async def _health(self, _: web.Request) -> web.Response:
+        report = self._report()
+        return web.json_response(report.health(), status=200 if report.protected else 503)
+
+    async def _status(self, _: web.Request) -> web.Response:
+        return web.json_response(self._report().to_json())
+
+    async def _metrics(self, _: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    @staticmethod
+    def _handler(operation: Operation) -> Callable[[web.Request], Awaitable[web.Response]]:
+        async def handle(request: web.Request) -> web.Response:
+            try:
+                body = await request.json() if request.can_read_body else {}
+                if not isinstance(body, dict):
+                    raise ValueError("the body must be a JSON object")
+                return web.json_response(await operation(body))
+            except (json.JSONDecodeError, ValueError) as error:
+                return web.json_response({"error": f"{error}."}, status=400)
+            except Refused as error:
+                return web.json_response({"error": str(error)}, status=409)
+
+        return handle

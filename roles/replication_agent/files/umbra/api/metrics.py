@@ -1,0 +1,59 @@
+"""The state of the group as Prometheus metrics, read from the same report as the status."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from umbra.api.report import GroupReport
+
+
+class ReportCollector(Collector):
+    """Turns a report into gauges at each scrape."""
+
+    def __init__(self, report: Callable[[], GroupReport]) -> None:
+        self._report = report
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Yield the gauges of one scrape."""
+        report = self._report()
+        yield GaugeMetricFamily(
+            "umbra_protected",
+            "1 when every acknowledged thing is on two nodes",
+            value=float(report.protected),
+        )
+        reasons = GaugeMetricFamily(
+            "umbra_degraded_reason", "1 for each reason of a degradation", labels=["reason"]
+        )
+        for reason in report.reasons:
+            reasons.add_metric([reason], 1.0)
+        yield reasons
+        yield GaugeMetricFamily(
+            "umbra_epoch", "Epoch of the primary's right to act", value=float(report.epoch)
+        )
+        labels = ["node", "site"]
+        primary = GaugeMetricFamily("umbra_node_primary", "1 for the primary", labels=labels)
+        reachable = GaugeMetricFamily(
+            "umbra_node_reachable", "1 when the node answers", labels=labels
+        )
+        changes = GaugeMetricFamily(
+            "umbra_node_lag_changes", "Mailbox changes that the node lacks", labels=labels
+        )
+        seconds = GaugeMetricFamily(
+            "umbra_node_lag_seconds", "Age of the oldest change that the node lacks", labels=labels
+        )
+        messages = GaugeMetricFamily(
+            "umbra_node_shadow_messages", "Messages in transit held for other nodes", labels=labels
+        )
+        size = GaugeMetricFamily("umbra_node_shadow_bytes", "Their content in bytes", labels=labels)
+        for node in report.nodes:
+            key = [node.node, node.site]
+            primary.add_metric(key, float(node.role == "primary"))
+            reachable.add_metric(key, float(node.reachable))
+            changes.add_metric(key, node.lag_changes)
+            seconds.add_metric(key, node.lag_s)
+            messages.add_metric(key, node.shadow_messages)
+            size.add_metric(key, node.shadow_bytes)
+        yield from (primary, reachable, changes, seconds, messages, size)

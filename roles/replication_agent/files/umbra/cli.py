@@ -1,0 +1,170 @@
+"""``umbractl``: the operator's command, a client of the local agent's API.
+
+Exit status: 0 done or protected, 1 refused or degraded, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from umbra import __version__
+from umbra.api.client import ApiError, call
+
+
+def main() -> None:
+    """Entry point of ``umbractl``."""
+    try:
+        cli(prog_name="umbractl")
+    except ApiError as error:
+        _fail(str(error))
+
+
+def _fail(sentence: str) -> NoReturn:
+    click.echo(f"umbractl: {sentence}", err=True)
+    raise SystemExit(1)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def cli() -> None:
+    """See and steer the redundancy group that this host belongs to."""
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the API's answer as it is.")
+def status(as_json: bool) -> None:
+    """Show the group: one line a node, protected or degraded and why."""
+    report = call("GET", "/status")
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+    else:
+        _print_status(report)
+    raise SystemExit(0 if report["protected"] else 1)
+
+
+@cli.command()
+def health() -> None:
+    """Print protected, or degraded and the reasons."""
+    answer = call("GET", "/health")
+    click.echo(answer["status"])
+    for reason in answer["reasons"]:
+        click.echo(f"  {reason}")
+    raise SystemExit(0 if answer["status"] == "protected" else 1)
+
+
+@cli.command()
+@click.argument("to", metavar="NODE")
+@click.option("--dry-run", is_flag=True, help="Only say whether it would be done.")
+@click.option(
+    "--timeout", "timeout_s", default=60.0, show_default=True, help="Seconds to wait at most."
+)
+def switchover(to: str, dry_run: bool, timeout_s: float) -> None:
+    """Make NODE the primary; nothing is lost. Does nothing if it is already."""
+    body = {"to": to, "dry_run": dry_run, "timeout_s": timeout_s}
+    result = call("POST", "/switchover", body, timeout=timeout_s + 30)
+    if not result["changed"]:
+        click.echo(f"{to} is the primary already.")
+    elif dry_run:
+        click.echo(f"The primary would move from {result['from']} to {to}.")
+    else:
+        for step in result["steps"]:
+            click.echo(f"  {step['name']:<10} {step['seconds']:7.3f} s")
+        click.echo(
+            f"The primary moved from {result['from']} to {to}, epoch {result['epoch']};"
+            f" clients were without it for {result['outage_s']:.3f} s."
+        )
+
+
+@cli.command()
+@click.option("--accept-loss", is_flag=True, help="What only the lost primary has may be lost.")
+def failover(accept_loss: bool) -> None:
+    """Make this node the primary although the primary is gone."""
+    report = call("GET", "/status")
+    if accept_loss:
+        _confirm_loss(report)
+    result = call("POST", "/failover", {"accept_loss": accept_loss}, timeout=60)
+    click.echo(
+        f"{result['to']} is the primary, epoch {result['epoch']}. See umbractl status for what is being resubmitted."
+    )
+
+
+@cli.command(name="open")
+@click.option(
+    "--force", is_flag=True, required=True, help="You know that no other node acts as primary."
+)
+def open_(force: bool) -> None:
+    """Open this node, which waits for a peer, on your word that no other is primary."""
+    _confirm_loss(call("GET", "/status"))
+    result = call("POST", "/open", {}, timeout=60)
+    click.echo(f"This node is open as primary, epoch {result['epoch']}.")
+
+
+def _confirm_loss(report: dict[str, Any]) -> None:
+    me = report["node"]
+    for node in report["nodes"]:
+        if node["node"] != me:
+            click.echo(
+                f"{node['node']}: {'answers' if node['reachable'] else 'does not answer'}, last known as {node['role']}."
+            )
+    click.echo(
+        "If another node still acts as primary, two will, and their changes have to be merged by hand.\n"
+        "Messages and mailbox changes that only the other node has are missing until it returns."
+    )
+    typed = click.prompt(
+        f"Type the name of this node ({me}) to go on", default="", show_default=False
+    )
+    if typed != me:
+        _fail("nothing was changed.")
+
+
+def _print_status(report: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False)
+    for name in ("node", "site", "role", "state"):
+        table.add_column(name)
+    for name in ("lag", "shadow queue"):
+        table.add_column(name, justify="right")
+    table.add_column("since")
+    for node in report["nodes"]:
+        state = node["state"] if node["reachable"] else "unreachable"
+        lag = f"{node['lag_changes']} / {node['lag_s']:.1f} s" if node["lag_changes"] else "0"
+        queue = (
+            f"{node['shadow_messages']} / {_size(node['shadow_bytes'])}"
+            if node["shadow_messages"]
+            else "0"
+        )
+        table.add_row(
+            node["node"], node["site"], Text(node["role"], style="bold" if node["role"] == "primary" else ""),
+            Text(state, style="" if node["reachable"] else "red"), lag, queue, node["since"],
+        )  # fmt: skip
+    console.print(table)
+    console.print()
+    word = (
+        Text("protected", style="green")
+        if report["protected"]
+        else Text("degraded", style="bold red")
+    )
+    console.print(
+        Text(f"group {report['group']}: ").append(word).append(f", epoch {report['epoch']}")
+    )
+    for reason in report["reasons"]:
+        console.print(Text(f"  {reason}"))
+    change = report["last_switchover"]
+    if change:
+        outage = f", outage {change['outage_s']:.3f} s" if change["outage_s"] is not None else ""
+        kind = "switchover" if change["planned"] else "failover"
+        console.print(f"last {kind}: {change['from']} to {change['to']}, {change['at']}{outage}")
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

@@ -1,0 +1,1 @@
+"""Who is primary: state, decisions, coordinator and the planned change."""

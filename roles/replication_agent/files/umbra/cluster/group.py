@@ -1,0 +1,352 @@
+"""The node's place in its group.
+
+Holds the state, makes it durable, and keeps the host in step with it.
+
+Every change of state goes through ``apply``, one at a time. What a change allows (an
+acknowledgement, an open port) happens after it is on disk;
+what it forbids stops before. If the disk refuses, nothing new is allowed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from umbra.cluster import machine
+from umbra.cluster.machine import Event, NotNow
+from umbra.cluster.state import Mode, Phase, Role, State
+from umbra.cluster.static import StateFile, first
+from umbra.config import Config, ShadowPolicy
+from umbra.node.client import NodeHelper
+from umbra.node.helper import HelperError
+from umbra.peer.exchange import PeerError
+from umbra.peer.link import PeerLink
+from umbra.transport.ports import NotPrimary, Refusal
+
+log = logging.getLogger(__name__)
+
+RETRY_PAUSE = 1.0
+# Only a primary asks for these; a node that is primary itself refuses them.
+PRIMARY_OPERATIONS = frozenset(
+    {"shadow-store", "shadow-list", "shadow-discard", "dsync", "handover-prepare", "handover"}
+)
+
+CatchUp = Callable[[str], Awaitable[None]]
+
+
+def now() -> str:
+    """Return the time as in reports: ISO 8601, UTC, milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class Work:
+    """Counts work in flight of one kind, so that a switchover can wait for its end."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @contextmanager
+    def begin(self) -> Iterator[None]:
+        """Count the block as work in flight."""
+        self._count += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._count -= 1
+            if not self._count:
+                self._idle.set()
+
+    async def idle(self, timeout: float) -> bool:
+        """Wait until nothing is in flight.
+
+        False if something still is after ``timeout`` seconds.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+class Group:
+    """The node in its redundancy group.
+
+    :param catch_up: copies everything to a peer that changes already wait for; returns when nothing
+        is missing there.
+    """
+
+    def __init__(self, config: Config, states: StateFile, helper: NodeHelper) -> None:
+        self._config = config
+        self._states = states
+        self._helper = helper
+        self.links: dict[str, PeerLink] = {}
+        self.catch_up: CatchUp | None = None
+        self.on_promotion: Callable[[str], None] | None = None
+        self._lock = asyncio.Lock()
+        self._changed = asyncio.Event()
+        self.messages = Work()
+        self.changes = Work()
+        self._prepared_until = 0.0
+        self._catching_up: dict[str, asyncio.Task[None]] = {}
+        self.effect_error = ""
+        self.statuses: dict[str, dict[str, Any]] = {}
+        self.heard: dict[str, float] = {}
+        durable = states.load()
+        if durable is None:
+            durable = first(config.role, now())
+            states.save(durable)
+        self.state = machine.step(State(config.node, durable, Phase.SHADOW), machine.Started())
+        if self.state.durable != durable:
+            states.save(self.state.durable)
+        self._was_serving = False
+
+    # -- what the other parts ask
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that every request of this node carries."""
+        return self.state.durable.epoch
+
+    def is_primary(self) -> bool:
+        """Whether this node may acknowledge anything."""
+        return self.state.serving
+
+    def synchronous(self) -> Sequence[str]:
+        """Return the peers that must have each message and change before it is acknowledged."""
+        if not self.state.serving:
+            return ()
+        return [name for name, view in self.state.peers.items() if view.synchronous]
+
+    def mirror_targets(self) -> Sequence[str]:
+        """The same for mailbox changes."""
+        return self.synchronous()
+
+    def shadows(self) -> Sequence[PeerLink]:
+        """Return the links to the synchronous peers."""
+        return [self.links[name] for name in self.synchronous()]
+
+    async def shadow_failed(self, peer: str, reason: str) -> None:
+        """A shadow did not take a message.
+
+        Make the group alone, durably. NotPrimary if this node may not act any more.
+        """
+        await self._failed(peer, f"a message was not taken: {reason}")
+
+    async def mirror_failed(self, peer: str, reason: str) -> None:
+        """A shadow did not take a mailbox change.
+
+        Make the group alone, durably. NotPrimary if this node may not act any more.
+        """
+        await self._failed(peer, f"a mailbox change was not taken: {reason}")
+
+    async def _failed(self, peer: str, reason: str) -> None:
+        state = await self.apply(machine.PeerLost(peer, reason))
+        if not state.serving:
+            raise NotPrimary(f"{state.node} is {state.phase}")
+
+    def accepting(self) -> Refusal | None:
+        """Return why no new message is taken now, or None."""
+        match self.state.phase:
+            case Phase.PRIMARY:
+                defer = self._config.transport.shadow_policy is ShadowPolicy.DEFER
+                if defer and not self.synchronous():
+                    return Refusal(
+                        451,
+                        "4.7.1",
+                        "No shadow can take a copy of the message now; try again later",
+                    )
+                return None
+            case Phase.DRAINING:
+                return Refusal(
+                    421, "4.3.2", "This host hands its mail over to another one; try again"
+                )
+            case _:
+                return Refusal(451, "4.3.2", "This host is not the primary of its group")
+
+    def reasons(self) -> list[str]:
+        """Return why the group is not protected, as far as this node knows; empty when it is."""
+        state = self.state
+        found = []
+        if state.phase is Phase.HELD:
+            found.append(state.held_reason)
+        elif state.phase is Phase.STARTING:
+            found.append(
+                f"{state.node} was primary and waits to hear that no other has taken over"
+            )
+        elif state.phase is Phase.HANDING_OVER:
+            found.append(
+                f"{state.node} offered its role to {state.durable.handing_to} and waits for its answer"
+            )
+        elif state.serving and state.durable.mode is Mode.ALONE:
+            busy = [name for name, view in state.peers.items() if view.synchronous]
+            found.append(
+                f"{', '.join(busy)} is catching up ({state.alone_reason})"
+                if busy
+                else state.alone_reason
+            )
+        if self.effect_error:
+            found.append(self.effect_error)
+        return found
+
+    # -- events
+
+    async def apply(self, event: Event) -> State:
+        """Decide on ``event``, make the outcome durable and return the new state.
+
+        NotNow if it does not fit; OSError if the disk refused, and then nothing new is allowed.
+        """
+        async with self._lock:
+            old = self.state
+            new = machine.step(old, event)
+            if old.serving and not new.serving:
+                self.state = new
+            if new.durable != old.durable:
+                await asyncio.to_thread(self._states.save, new.durable)
+            self.state = new
+            if (old.phase, old.durable.mode) != (new.phase, new.durable.mode):
+                log.warning(
+                    "state: %s %s -> %s %s, epoch %d%s",
+                    old.phase, old.durable.mode, new.phase, new.durable.mode, new.durable.epoch,
+                    f" ({'; '.join(self.reasons())})" if self.reasons() else "",
+                )  # fmt: skip
+            if new != old:
+                self._changed.set()
+            return new
+
+    async def heard_from(self, peer: str, status: Mapping[str, Any], *, answered: bool) -> None:
+        """Note what a peer says of itself. PeerError ``protocol`` if it makes no sense."""
+        try:
+            seen = machine.PeerSeen(
+                peer,
+                int(status["epoch"]),
+                Role(status["role"]),
+                Phase(status["state"]),
+                str(status["storage_id"]),
+                answered,
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise PeerError(
+                "protocol", f"{peer} sent a status that makes no sense: {error!r}"
+            ) from None
+        self.statuses[peer] = dict(status)
+        self.heard[peer] = time.monotonic()
+        await self.apply(seen)
+
+    async def check_epoch(self, peer: str, op: str, epoch: int) -> None:
+        """Refuse an operation of a superseded node, and step down for one of a newer epoch."""
+        if op == "status":
+            return
+        if epoch > self.epoch:
+            view = self.state.peers.get(peer)
+            storage = view.storage_id if view else ""
+            await self.apply(
+                machine.PeerSeen(peer, epoch, Role.PRIMARY, Phase.PRIMARY, storage, False)
+            )
+        if epoch < self.epoch:
+            raise PeerError(
+                "stale-epoch", f"epoch {epoch} of {peer} is over; here it is {self.epoch}"
+            )
+        if op in PRIMARY_OPERATIONS and self.state.durable.role is Role.PRIMARY:
+            raise PeerError("refused", f"{self.state.node} is the primary")
+
+    # -- keeping the host in step
+
+    async def tend(self) -> None:
+        """Keep ports, Postfix and the catch-up in step with the state; runs until cancelled."""
+        pause = self._config.fence.hold / 3
+        while True:
+            self._changed.clear()
+            try:
+                await self._enforce()
+                self.effect_error = ""
+            except HelperError as error:
+                # The fence closes the ports by itself if this goes on.
+                if str(error) != self.effect_error:
+                    log.error("%s", error)
+                self.effect_error = str(error)
+            self._start_catching_up()
+            try:
+                async with asyncio.timeout(RETRY_PAUSE if self.effect_error else pause):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+
+    async def _enforce(self) -> None:
+        state = self.state
+        if state.phase is Phase.PRIMARY:
+            if not self._was_serving:
+                await self._helper.postfix_start()
+            await self._helper.ports_open(self._config.fence.ports, self._config.fence.hold)
+            if self.state.phase is not Phase.PRIMARY:  # changed while the helper worked
+                await self._helper.ports_close()
+            self._was_serving = True
+        elif state.phase in (Phase.SHADOW, Phase.HELD, Phase.HANDING_OVER):
+            await self.shut()
+            self._was_serving = False
+        # STARTING: a restart of the agent alone must not cut clients; the fence's hold bounds it.
+
+    async def shut(self) -> None:
+        """Close the ports, disconnect users and stop Postfix."""
+        await self._helper.ports_close()
+        if self._prepared_until > time.monotonic():
+            return
+        if await self._helper.postfix_running():
+            await self._helper.postfix_stop()
+        if self._was_serving:
+            await self._helper.kick()
+
+    async def prepare(self, seconds: float) -> None:
+        """Start Postfix behind closed ports, for a handover that is expected within ``seconds``."""
+        self._prepared_until = time.monotonic() + seconds
+        await self._helper.postfix_start()
+
+    def _start_catching_up(self) -> None:
+        state = self.state
+        for name, view in state.peers.items():
+            ready = (
+                view.reachable
+                and view.role is Role.SHADOW
+                and view.phase is Phase.SHADOW
+                and view.epoch == self.epoch
+            )
+            wanted = state.phase is Phase.PRIMARY and state.durable.mode is Mode.ALONE and ready
+            if wanted and name not in self._catching_up:
+                task = asyncio.create_task(self._catch_up(name), name=f"catch-up of {name}")
+                self._catching_up[name] = task
+                task.add_done_callback(lambda _, name=name: self._catch_up_ended(name))  # type: ignore[misc]
+
+    def _catch_up_ended(self, name: str) -> None:
+        self._catching_up.pop(name, None)
+        self._changed.set()
+
+    async def _catch_up(self, peer: str) -> None:
+        assert self.catch_up is not None
+        try:
+            await self.apply(machine.CatchingUp(peer))
+            await self.catch_up(peer)
+            await self.apply(machine.CaughtUp(peer))
+        except NotNow as error:
+            log.info("catch-up of %s stopped: %s", peer, error)
+        except (PeerError, HelperError, OSError) as error:
+            log.warning("catch-up of %s failed: %s", peer, error)
+            await self.apply(machine.PeerLost(peer, f"it could not catch up: {error}"))
+        except Exception as error:
+            log.exception("catch-up of %s failed", peer)
+            await self.apply(machine.PeerLost(peer, f"it could not catch up: {error!r}"))
+        await asyncio.sleep(RETRY_PAUSE)
+
+    async def stop(self) -> None:
+        """Cancel what this object has started."""
+        tasks = list(self._catching_up.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

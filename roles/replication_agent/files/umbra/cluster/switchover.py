@@ -1,0 +1,358 @@
+"""A planned change of primary: nothing is lost, nothing needs repair afterwards.
+
+On the primary, in this order (docs/operations.md shows what a failure at each step leaves behind):
+
+1. prepare: the candidate starts Postfix behind its closed ports.
+2. drain: new mail gets 421; messages that have begun are finished.
+3. close: ports closed for new and established connections, users disconnected, Postfix stopped.
+4. flush: every mailbox change that is in flight reaches the candidate.
+5. give up: the right to act is given up, on disk.
+6. hand over: the candidate is told the new epoch and which recipients of which messages are not
+   delivered yet. It makes both durable,
+   opens its ports and answers.
+7. tidy: queue files that the new primary has taken over are deleted here; others are held for the
+   administrator.
+
+Until 5 a failure takes everything back. After 5 only the candidate's word counts: if it took over,
+all is well; if it did not, the right is taken back
+under a higher epoch, which the candidate must have seen first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from umbra.cluster import machine
+from umbra.cluster.group import Group, now
+from umbra.cluster.machine import NotNow
+from umbra.cluster.state import Change, Phase, Role
+from umbra.config import Config
+from umbra.node.client import NodeHelper
+from umbra.node.helper import HelperError
+from umbra.peer.exchange import Exchange, PeerError
+from umbra.peer.identity import PeerIdentity
+
+log = logging.getLogger(__name__)
+
+PREPARE_TIMEOUT = 20.0
+MESSAGES_TIMEOUT = 5.0
+CHANGES_TIMEOUT = 10.0
+HANDOVER_TIMEOUT = 10.0
+OUTCOME_TIMEOUT = 15.0
+PREPARED_FOR = 60.0
+
+
+class Refused(Exception):
+    """The switchover did not happen.
+
+    One sentence for people. The primary is who it was, or nobody until the reason is gone.
+    """
+
+
+class Messages(Protocol):
+    """What a switchover needs of the transport."""
+
+    def shadow_ids(self) -> Mapping[str, str]:
+        """Return {queue id: shadow id} of the messages in this node's queue that a shadow holds."""
+        ...
+
+    async def take_over(
+        self, origin: str, remaining: Mapping[str, Sequence[str]] | None
+    ) -> Sequence[str]:
+        """Note durably what is to be resubmitted of ``origin``'s messages; return the ids.
+
+        ``remaining`` is {shadow id: recipients that are not delivered yet}; a message that is not
+        in it is delivered. None: not known.
+        """
+        ...
+
+    def resubmit(self) -> None:
+        """Begin, or go on, to resubmit what was taken over, in the background."""
+        ...
+
+
+class Steps:
+    """Measures the steps of a change, for its report."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self.rows: list[dict[str, Any]] = []
+
+    def done(self, name: str) -> None:
+        """Note the end of a step."""
+        at = time.monotonic()
+        self.rows.append({"name": name, "seconds": round(at - self._last, 4)})
+        log.info("switchover: %s took %.3f s", name, at - self._last)
+        self._last = at
+
+
+class Switchover:
+    """Both ends of a planned change, and an operator's promotion of a shadow."""
+
+    def __init__(
+        self, config: Config, group: Group, helper: NodeHelper, messages: Messages
+    ) -> None:
+        self._config = config
+        self._group = group
+        self._helper = helper
+        self._messages = messages
+        self._running = asyncio.Lock()
+
+    def check(self, to: str) -> bool:
+        """Return whether there is anything to do on this primary to make ``to`` primary.
+
+        Refused with the reason if it cannot be done.
+        """
+        state = self._group.state
+        if to == state.node:
+            return False
+        if to not in self._group.links:
+            known = ", ".join(sorted([state.node, *self._group.links]))
+            raise Refused(f"{to} is no node of this group; it has {known}.")
+        if state.phase is not Phase.PRIMARY:
+            raise Refused(f"{state.node} is {state.phase}, not an open primary.")
+        if not state.protected:
+            raise Refused(
+                f"the group is degraded, so {to} may lack something: {'; '.join(self._group.reasons())}."
+            )
+        view = state.peers.get(to)
+        if view is None or not view.synchronous:
+            raise Refused(f"{to} is not protected: {view.reason if view else 'not heard of yet'}.")
+        return True
+
+    async def run(self, to: str, *, dry_run: bool, timeout: float) -> dict[str, Any]:
+        """Make ``to`` primary in at most ``timeout`` seconds of waiting.
+
+        This node is the primary. Refused with the reason if it does not happen.
+        """
+        if self._running.locked():
+            raise Refused("a switchover is running already.")
+        async with self._running:
+            result = {
+                "changed": self.check(to),
+                "from": self._group.state.node,
+                "to": to,
+                "epoch": self._group.epoch,
+            }
+            if not result["changed"] or dry_run:
+                return {**result, "outage_s": 0.0, "steps": []}
+            steps = Steps()
+            try:
+                await self._prepare(to, steps, timeout)
+                began = time.monotonic()
+                change = await self._change(to, steps)
+            except (NotNow, PeerError, HelperError, OSError) as error:
+                raise Refused(f"{error}.") from None
+            return {
+                **result,
+                "epoch": self._group.epoch,
+                "outage_s": round(change.outage_s or time.monotonic() - began, 4),
+                "steps": steps.rows,
+            }
+
+    async def _prepare(self, to: str, steps: Steps, timeout: float) -> None:
+        await self._group.links[to].request(
+            "handover-prepare", {}, timeout=min(PREPARE_TIMEOUT, timeout)
+        )
+        steps.done("prepare")
+
+    async def _change(self, to: str, steps: Steps) -> Change:
+        group = self._group
+        await group.apply(machine.Drain())
+        began = time.monotonic()
+        try:
+            if not await group.messages.idle(MESSAGES_TIMEOUT):
+                raise Refused(
+                    f"a message was still coming in after {MESSAGES_TIMEOUT:g} s; try again."
+                )
+            steps.done("drain")
+            await asyncio.gather(
+                self._helper.ports_close(), self._helper.kick(), self._helper.postfix_stop()
+            )
+            steps.done("close")
+            if not await group.changes.idle(CHANGES_TIMEOUT):
+                raise Refused(
+                    f"a mailbox change was still under way after {CHANGES_TIMEOUT:g} s; try again."
+                )
+            if not group.state.protected:
+                raise Refused(f"{to} was lost on the way: {'; '.join(group.reasons())}.")
+            shadow_ids = self._messages.shadow_ids()
+            remaining = await self._helper.remaining()
+            queue = await self._helper.queue()
+            steps.done("flush")
+            await group.apply(machine.GiveUp(to, now()))
+        except BaseException:
+            await self._take_back()
+            raise
+        change = Change(group.state.node, to, now(), planned=True)
+        plan = {
+            shadow_ids[queue_id]: remaining.get(queue_id, ())
+            for queue_id in queue
+            if queue_id in shadow_ids
+        }
+        try:
+            taken = await self._hand_over(to, change, plan)
+        except PeerError as error:
+            log.error("%s did not confirm the handover: %s", to, error)
+            await self._outcome(to, error)
+            taken = set(plan)
+        change = Change(
+            change.old, to, change.at, planned=True, outage_s=round(time.monotonic() - began, 4)
+        )
+        if group.state.phase is Phase.HANDING_OVER:
+            await group.apply(machine.TakenOver(change))
+        steps.done("hand over")
+        await self._tidy(
+            [queue_id for queue_id in queue if shadow_ids.get(queue_id) in taken], queue
+        )
+        steps.done("tidy")
+        return change
+
+    async def _take_back(self) -> None:
+        """Before the right was given up.
+
+        Open again. Clients saw a 421 or a reset, nothing worse.
+        """
+        await self._group.apply(machine.DrainAborted())
+        if self._group.state.phase is Phase.PRIMARY:
+            await self._helper.postfix_start()
+            await self._helper.ports_open(self._config.fence.ports, self._config.fence.hold)
+
+    async def _hand_over(
+        self, to: str, change: Change, plan: Mapping[str, Sequence[str]]
+    ) -> set[str]:
+        offered = self._group.state.durable.offered
+        args = {"epoch": offered, "change": change.to_json()}
+        async with self._group.links[to].exchange(
+            "handover", args, timeout=HANDOVER_TIMEOUT
+        ) as exchange:
+            await exchange.send_lines(
+                [{"shadow_id": key, "recipients": list(left)} for key, left in plan.items()]
+            )
+            await exchange.result()
+        return set(plan)
+
+    async def _outcome(self, to: str, error: PeerError) -> None:
+        """Wait until it is known who is primary.
+
+        Refused if it is this node again, or nobody yet.
+        """
+        with contextlib.suppress(NotNow):  # its own word came first
+            await self._group.apply(machine.Reclaim())
+        deadline = time.monotonic() + OUTCOME_TIMEOUT
+        while self._group.state.phase is Phase.HANDING_OVER and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        match self._group.state.phase:
+            case Phase.PRIMARY:
+                raise Refused(
+                    f"{to} failed half-way ({error}); {self._group.state.node} is primary again."
+                )
+            case Phase.HANDING_OVER:
+                raise Refused(
+                    f"{to} does not answer ({error}), so it is not known whether it took over; {self._group.state.node} stays closed"
+                    " until it is heard, or until `umbractl open --force`."
+                )
+
+    async def _tidy(self, taken: Sequence[str], queue: Mapping[str, str]) -> None:
+        """Delete what the new primary has taken over, and hold the rest.
+
+        It must not be sent from here at the next promotion unseen.
+        """
+        try:
+            await self._helper.queue_delete(taken)
+            left = sorted(set(queue) - set(taken))
+            await self._helper.queue_hold(left)
+        except HelperError as error:
+            log.error("the queue could not be tidied after the handover: %s", error)
+            return
+        if left:
+            log.warning(
+                "%d queue files without a shadow message are on hold: %s",
+                len(left),
+                ", ".join(left[:20]),
+            )
+
+    # -- the candidate's end
+
+    async def handle_prepare(
+        self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+    ) -> dict[str, Any]:
+        """Handler of ``handover-prepare``."""
+        try:
+            await self._group.prepare(PREPARED_FOR)
+        except HelperError as error:
+            raise PeerError("failed", str(error)) from None
+        return {}
+
+    async def handle_handover(
+        self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+    ) -> dict[str, Any]:
+        """Handler of ``handover``: become primary, durably, and open."""
+        try:
+            epoch, change = int(args["epoch"]), Change.from_json(args["change"])
+            rows = await exchange.receive_lines()
+            remaining = {str(row["shadow_id"]): [str(r) for r in row["recipients"]] for row in rows}
+        except (KeyError, TypeError, ValueError) as error:
+            raise PeerError("protocol", f"a handover that makes no sense: {error!r}") from None
+        if change.old != peer.node or change.new != self._group.state.node:
+            raise PeerError(
+                "refused", f"{peer.node} cannot hand over from {change.old} to {change.new}"
+            )
+        try:
+            # The plan first: a crash between the two leaves a shadow with a plan that the next one
+            # replaces.
+            await self._messages.take_over(peer.node, remaining)
+            await self._promote(machine.Promote(epoch, change, protected=True))
+        except (NotNow, HelperError, OSError) as error:
+            raise PeerError("failed", str(error)) from None
+        return {}
+
+    async def _promote(self, event: machine.Promote) -> None:
+        await self._group.apply(event)
+        # The tending loop opens the ports as well; doing it here keeps its pause out of the outage.
+        await self._helper.postfix_start()
+        await self._helper.ports_open(self._config.fence.ports, self._config.fence.hold)
+        self._messages.resubmit()
+
+    # -- the operator's word
+
+    async def failover(self, *, accept_loss: bool) -> dict[str, Any]:
+        """Promote this shadow although its primary is gone.
+
+        The static coordinator can never prove that nothing is lost, so a person must accept it.
+        """
+        group = self._group
+        for name, view in group.state.peers.items():
+            if view.reachable:
+                raise Refused(
+                    f"{name} answers and is {view.role}; use switchover, or cut it off first."
+                )
+        if not accept_loss:
+            raise Refused(
+                "without a witness nobody can prove that the lost primary acknowledged nothing alone; say --accept-loss if that is acceptable."
+            )
+        if group.state.durable.role is Role.PRIMARY:
+            raise Refused(f"{group.state.node} is primary already; see umbractl open.")
+        old = next(iter(group.links), group.state.node)
+        change = Change(old, group.state.node, now(), planned=False)
+        try:
+            for origin in group.links:
+                await self._messages.take_over(origin, None)
+            # +2: over everything that the lost primary may have offered to another.
+            await self._promote(machine.Promote(group.epoch + 2, change, protected=False))
+        except (NotNow, HelperError, OSError) as error:
+            raise Refused(f"{error}.") from None
+        return {"changed": True, "from": old, "to": group.state.node, "epoch": group.epoch}
+
+    async def open_by_force(self) -> dict[str, Any]:
+        """Open this node, which waits, on an operator's word that no other acts."""
+        try:
+            await self._group.apply(machine.OpenByForce(now()))
+        except (NotNow, OSError) as error:
+            raise Refused(f"{error}.") from None
+        return {"changed": True, "epoch": self._group.epoch}

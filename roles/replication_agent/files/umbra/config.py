@@ -1,0 +1,272 @@
+"""The agent's configuration, ``/etc/umbra/agent.yml``: read, checked, and frozen.
+
+All findings are reported at once, one sentence each, so that an administrator mends the file in one
+go.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from enum import StrEnum
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+Section = TypeVar("Section")
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; ``findings`` holds one sentence for each reason."""
+
+    def __init__(self, findings: list[str]) -> None:
+        super().__init__("\n".join(findings))
+        self.findings = findings
+
+
+class ShadowPolicy(StrEnum):
+    """What happens to a message that no shadow can take."""
+
+    DEFER = "defer"
+    ACCEPT = "accept"
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where something listens."""
+
+    address: str
+    port: int
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another node of the group."""
+
+    name: str
+    site: str
+    address: str
+    port: int = 8686
+    api_port: int = 8687
+
+
+@dataclass(frozen=True)
+class Transport:
+    """Messages in transit. Times in seconds."""
+
+    shadow_policy: ShadowPolicy = ShadowPolicy.DEFER
+    shadow_timeout: float = 5.0
+
+
+@dataclass(frozen=True)
+class Mailbox:
+    """Mailbox changes. Times in seconds; ``mirror_workers`` 0 means twice the cores."""
+
+    mirror_timeout: float = 5.0
+    mirror_workers: int = 0
+    sweep_interval: float = 60.0
+
+    @property
+    def workers(self) -> int:
+        """How many syncs run at once."""
+        return self.mirror_workers or 2 * (os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """How soon a silent peer is noticed. Times in seconds."""
+
+    interval: float = 0.5
+    timeout: float = 2.0
+
+
+@dataclass(frozen=True)
+class Fence:
+    """The service ports.
+
+    :param hold: seconds for which the kernel keeps them open without hearing from the agent.
+    """
+
+    ports: tuple[int, ...] = (25, 465, 587, 143, 993, 110, 995, 4190)
+    hold: float = 10.0
+
+
+@dataclass(frozen=True)
+class Config:
+    """What ``agent.yml`` says.
+
+    ``role`` is the initial one: it counts only while there is no state.
+    """
+
+    group: str
+    node: str
+    site: str
+    role: str
+    link: Endpoint
+    api: Endpoint
+    peers: tuple[Peer, ...]
+    transport: Transport = Transport()
+    mailbox: Mailbox = Mailbox()
+    heartbeat: Heartbeat = Heartbeat()
+    fence: Fence = Fence()
+
+
+def load(path: Path) -> Config:
+    """Read and check ``path``. ConfigError with all findings if it cannot be used."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError([f"{path} cannot be read: {error.strerror}."]) from None
+    except yaml.YAMLError as error:
+        raise ConfigError([f"{path} is not YAML: {' '.join(str(error).split())}."]) from None
+    return parse(raw)
+
+
+def parse(raw: object) -> Config:
+    """Check a document that was read from YAML.
+
+    ConfigError with all findings if it cannot be used.
+    """
+    reader = _Reader()
+    top = reader.mapping("the file", raw)
+    reader.unknown("the file", top, Config)
+    names = {key: reader.text(key, top.get(key)) for key in ("group", "node", "site", "role")}
+    if names["role"] not in ("primary", "shadow"):
+        reader.findings.append(f"role is {names['role']!r}; it must be primary or shadow.")
+    peers = tuple(
+        reader.section(f"peers[{index}]", item, Peer)
+        for index, item in enumerate(reader.sequence("peers", top.get("peers")))
+    )
+    link = reader.section("link", top.get("link"), Endpoint)
+    api = reader.section("api", top.get("api"), Endpoint)
+    transport = reader.section("transport", top.get("transport", {}), Transport)
+    mailbox = reader.section("mailbox", top.get("mailbox", {}), Mailbox)
+    heartbeat = reader.section("heartbeat", top.get("heartbeat", {}), Heartbeat)
+    fence = reader.section("fence", top.get("fence", {}), Fence)
+    if reader.findings:
+        raise ConfigError(reader.findings)
+    assert link and api and transport and mailbox and heartbeat and fence
+    config = Config(**names, link=link, api=api, peers=tuple(peer for peer in peers if peer), transport=transport,
+                    mailbox=mailbox, heartbeat=heartbeat, fence=fence)  # fmt: skip
+    findings = list(_contradictions(config))
+    if findings:
+        raise ConfigError(findings)
+    return config
+
+
+def _contradictions(config: Config) -> list[str]:
+    findings = []
+    names = [config.node, *(peer.name for peer in config.peers)]
+    findings += [
+        f"the node name {name} is used twice."
+        for name in sorted(set(names))
+        if names.count(name) > 1
+    ]
+    addresses = [config.link.address, *(peer.address for peer in config.peers)]
+    findings += [
+        f"the address {item} is used twice."
+        for item in sorted(set(addresses))
+        if addresses.count(item) > 1
+    ]
+    if config.heartbeat.timeout <= config.heartbeat.interval:
+        findings.append(
+            f"heartbeat.timeout is {config.heartbeat.timeout:g} s; it must be over heartbeat.interval, {config.heartbeat.interval:g} s."
+        )
+    if config.fence.hold < 2:
+        findings.append(
+            f"fence.hold is {config.fence.hold:g} s; under 2 s a busy agent would close its own ports."
+        )
+    return findings
+
+
+class _Reader:
+    """Takes values out of the document and notes what is wrong with each."""
+
+    def __init__(self) -> None:
+        self.findings: list[str] = []
+
+    def mapping(self, name: str, value: object) -> Mapping[str, Any]:
+        if isinstance(value, Mapping):
+            return value
+        self.findings.append(f"{name} must be a mapping of settings, not {_what(value)}.")
+        return {}
+
+    def sequence(self, name: str, value: object) -> list[Any]:
+        if isinstance(value, list):
+            return value
+        self.findings.append(f"{name} must be a list, not {_what(value)}.")
+        return []
+
+    def unknown(self, name: str, value: Mapping[str, Any], schema: type) -> None:
+        known = {field.name for field in fields(schema)}
+        for key in sorted(set(map(str, value)) - known):
+            self.findings.append(
+                f"{name} has the unknown setting {key}; known are {', '.join(sorted(known))}."
+            )
+
+    def text(self, name: str, value: object) -> str:
+        if isinstance(value, str) and value:
+            return value
+        self.findings.append(f"{name} must be a text, not {_what(value)}.")
+        return ""
+
+    def section(self, name: str, value: object, schema: type[Section]) -> Section | None:
+        before = len(self.findings)
+        source = self.mapping(name, value)
+        self.unknown(name, source, schema)
+        values: dict[str, Any] = {}
+        for field in fields(schema):  # type: ignore[arg-type]
+            label = f"{name}.{field.name}"
+            if field.name in source:
+                values[field.name] = self._value(label, str(field.type), source[field.name])
+            elif field.default is MISSING:
+                self.findings.append(f"{label} is missing.")
+        return schema(**values) if len(self.findings) == before else None
+
+    def _value(self, label: str, kind: str, value: object) -> object:
+        match kind:
+            case "int":
+                return self._number(label, value, whole=True)
+            case "float":
+                return self._number(label, value, whole=False)
+            case "tuple[int, ...]":
+                return tuple(
+                    self._number(label, item, whole=True) for item in self.sequence(label, value)
+                )
+            case "ShadowPolicy":
+                if value in list(ShadowPolicy):
+                    return ShadowPolicy(str(value))
+                self.findings.append(
+                    f"{label} is {value!r}; it must be {' or '.join(ShadowPolicy)}."
+                )
+                return None
+        text = self.text(label, value)
+        if label.endswith("address") and text:
+            try:
+                ip_address(text)
+            except ValueError:
+                self.findings.append(f"{label} is {text!r}; it must be an IP address.")
+        return text
+
+    def _number(self, label: str, value: object, *, whole: bool) -> float:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int if whole else (int, float))
+            or value < 0
+        ):
+            self.findings.append(
+                f"{label} must be a {'whole ' if whole else ''}number from 0, not {_what(value)}."
+            )
+            return 0
+        if label.endswith("port") and not 0 < value < 65536:
+            self.findings.append(f"{label} is {value}; a port is from 1 to 65535.")
+        if label.endswith(("timeout", "interval", "hold")) and value == 0:
+            self.findings.append(f"{label} must be over 0 seconds.")
+        return value
+
+
+def _what(value: object) -> str:
+    return "nothing" if value is None else repr(value)

@@ -1,0 +1,1 @@
+"""Effects on this host that need root, done by a small helper process."""

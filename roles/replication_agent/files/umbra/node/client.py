@@ -1,0 +1,87 @@
+"""The agent's client of ``umbra-helper``."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from umbra.node.helper import MAX_REQUEST, HelperError
+
+
+class NodeHelper:
+    """Asks the helper for effects, each over a connection of its own.
+
+    Requests do not wait for each other.
+
+    Every method raises HelperError with one sentence if the effect did not happen.
+    """
+
+    def __init__(self, socket: Path, timeout: float = 25.0) -> None:
+        self._socket = socket
+        self._timeout = timeout
+
+    async def _ask(self, do: str, **values: Any) -> dict[str, Any]:
+        try:
+            async with asyncio.timeout(self._timeout):
+                reader, writer = await asyncio.open_unix_connection(
+                    self._socket, limit=64 * MAX_REQUEST
+                )
+                try:
+                    writer.write(json.dumps({"do": do, **values}).encode() + b"\n")
+                    answer = json.loads(await reader.readline() or b"{}")
+                finally:
+                    writer.close()
+        except TimeoutError:
+            raise HelperError(f"umbra-helper did not finish {do} in {self._timeout:g} s") from None
+        except (OSError, ValueError) as error:
+            raise HelperError(
+                f"umbra-helper does not answer ({error}); is umbra-helper.service running?"
+            ) from None
+        if not answer.get("ok"):
+            raise HelperError(str(answer.get("error", f"umbra-helper ended during {do}")))
+        return dict(answer)
+
+    async def ports_open(self, ports: Sequence[int], hold: float) -> None:
+        """Open the service ports for ``hold`` seconds from now."""
+        await self._ask("ports-open", ports=list(ports), hold=hold)
+
+    async def ports_close(self) -> None:
+        """Close the service ports, for established connections too."""
+        await self._ask("ports-close")
+
+    async def postfix_start(self) -> None:
+        """Start Postfix."""
+        await self._ask("postfix-start")
+
+    async def postfix_stop(self) -> None:
+        """Stop Postfix; what it was delivering stays in its queue."""
+        await self._ask("postfix-stop")
+
+    async def postfix_running(self) -> bool:
+        """Tell whether Postfix runs."""
+        return bool((await self._ask("postfix-running"))["running"])
+
+    async def queue(self) -> Mapping[str, str]:
+        """Return all queue files, {queue id: queue}."""
+        return dict((await self._ask("queue-list"))["queue"])
+
+    async def remaining(self) -> Mapping[str, Sequence[str]]:
+        """Return the recipients that are not delivered yet, {queue id: addresses}."""
+        return dict((await self._ask("queue-remaining"))["remaining"])
+
+    async def queue_delete(self, ids: Sequence[str]) -> None:
+        """Delete queue files."""
+        if ids:
+            await self._ask("queue-delete", ids=list(ids))
+
+    async def queue_hold(self, ids: Sequence[str]) -> None:
+        """Put queue files on hold."""
+        if ids:
+            await self._ask("queue-hold", ids=list(ids))
+
+    async def kick(self) -> None:
+        """Disconnect all IMAP, POP3 and ManageSieve users."""
+        await self._ask("kick")

@@ -1,0 +1,218 @@
+"""``umbra-helper``: the few effects that need root, from a fixed list, and nothing else.
+
+It listens on a unix socket that only the agent's group can open, and reads one JSON object a line:
+``{"do": NAME, ...}``. Each
+answer is ``{"ok": true, ...}`` or ``{"ok": false, "error": SENTENCE}``. No argument ever becomes a
+path, a program or an option: queue ids
+and numbers are checked by pattern. It keeps no state, so it may die at any point: the agent's next
+request finds it restarted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import grp
+import json
+import logging
+import os
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from umbra.systemd import notify
+
+log = logging.getLogger("umbra.helper")
+
+QUEUE_ID = re.compile(r"[0-9A-Za-z]{5,30}\Z")
+# The order in which a message moves: a listing in this order cannot miss a file that moves on
+# meanwhile.
+QUEUES = ("maildrop", "incoming", "active", "deferred", "hold", "corrupt")
+MAX_REQUEST = 1024 * 1024
+COMMAND_TIMEOUT = 20.0
+
+
+class HelperError(Exception):
+    """The effect did not happen; one sentence for people."""
+
+
+async def run(*argv: str, stdin: str | None = None) -> str:
+    """Run a program and return its output.
+
+    HelperError with the program's own words if it fails or hangs.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *argv,
+        stdin=asyncio.subprocess.PIPE if stdin is not None else asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(COMMAND_TIMEOUT):
+            out, err = await process.communicate(stdin.encode() if stdin is not None else None)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+        raise HelperError(f"{argv[0]} did not finish in {COMMAND_TIMEOUT:g} s") from None
+    if process.returncode:
+        words = " ".join((err or out).decode(errors="replace").split())
+        raise HelperError(f"{' '.join(argv[:3])} failed ({process.returncode}): {words}")
+    return out.decode(errors="replace")
+
+
+def queue_files(spool: Path) -> dict[str, str]:
+    """Return {queue id.
+
+    Queue} of all queue files. One that moves while we look is found in the later queue.
+    """
+    found: dict[str, str] = {}
+    for queue in QUEUES:
+        pending = [spool / queue]
+        while pending:
+            with contextlib.suppress(FileNotFoundError), os.scandir(pending.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(Path(entry.path))
+                    else:
+                        found[entry.name] = queue
+    return found
+
+
+class Helper:
+    """The fixed list of effects. Each public ``do_`` method is one request."""
+
+    def __init__(self, spool: Path = Path("/var/spool/postfix")) -> None:
+        self._spool = spool
+
+    async def do_ports_open(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Open the service ports for ``hold`` seconds from now, in one nftables transaction."""
+        hold = request.get("hold")
+        if not isinstance(hold, (int, float)) or not 1 <= hold <= 3600:
+            raise HelperError("hold must be from 1 to 3600 seconds")
+        ports = request.get("ports")
+        if not isinstance(ports, list) or not all(
+            isinstance(p, int) and 0 < p < 65536 for p in ports
+        ):
+            raise HelperError("ports must be a list of port numbers")
+        elements = ", ".join(f"{port} timeout {int(hold * 1000)}ms" for port in ports)
+        # An element that is there is not renewed by adding it again: flush and add, atomically.
+        batch = f"flush set inet umbra_fence open_ports\nadd element inet umbra_fence open_ports {{ {elements} }}\n"
+        await run("nft", "-f", "-", stdin=batch)
+        return {}
+
+    async def do_ports_close(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Close the service ports now, for new and established connections."""
+        await run("nft", "flush", "set", "inet", "umbra_fence", "open_ports")
+        return {}
+
+    async def do_postfix_start(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Start Postfix; harmless if it runs."""
+        await run("systemctl", "start", "postfix.service")
+        return {}
+
+    async def do_postfix_stop(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Stop Postfix; harmless if it does not run."""
+        await run("systemctl", "stop", "postfix.service")
+        return {}
+
+    async def do_postfix_running(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Tell whether Postfix runs."""
+        try:
+            await run("systemctl", "is-active", "--quiet", "postfix.service")
+        except HelperError:
+            return {"running": False}
+        return {"running": True}
+
+    async def do_queue_list(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Return all queue files as {queue id: queue}."""
+        return {"queue": await asyncio.to_thread(queue_files, self._spool)}
+
+    async def do_queue_remaining(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Return {queue id.
+
+        Recipients that are not delivered yet}, as Postfix itself lists them.
+        """
+        rows = [json.loads(line) for line in (await run("postqueue", "-j")).splitlines() if line]
+        return {
+            "remaining": {
+                row["queue_id"]: [r["address"] for r in row["recipients"]] for row in rows
+            }
+        }
+
+    async def do_queue_delete(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Delete the queue files ``ids``; one that is gone already is no error."""
+        await run("postsuper", "-d", "-", stdin="\n".join(_queue_ids(request)) + "\n")
+        return {}
+
+    async def do_queue_hold(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Put the queue files ``ids`` on hold: only an administrator releases them."""
+        await run("postsuper", "-h", "-", stdin="\n".join(_queue_ids(request)) + "\n")
+        return {}
+
+    async def do_kick(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Disconnect all users of Dovecot."""
+        with contextlib.suppress(HelperError):  # exits 68 when nobody is connected
+            await run("doveadm", "kick", "*")
+        return {}
+
+    async def answer(self, line: bytes) -> dict[str, Any]:
+        """Carry out one request line and return the answer."""
+        try:
+            request = json.loads(line)
+            name = request["do"].replace("-", "_")
+            effect: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]] = getattr(
+                self, f"do_{name}"
+            )
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return {"ok": False, "error": "not a request that the helper knows"}
+        try:
+            return {"ok": True, **await effect(request)}
+        except (HelperError, OSError, ValueError) as error:
+            log.warning("%s: %s", name, error)
+            return {"ok": False, "error": str(error)}
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer the requests of one connection, in order."""
+        try:
+            while line := await reader.readline():
+                writer.write(json.dumps(await self.answer(line)).encode() + b"\n")
+                await writer.drain()
+        except (ValueError, OSError) as error:
+            log.warning("connection closed: %s", error)
+        finally:
+            writer.close()
+
+
+def _queue_ids(request: dict[str, Any]) -> Sequence[str]:
+    ids = request.get("ids")
+    if not isinstance(ids, list) or not all(isinstance(i, str) and QUEUE_ID.match(i) for i in ids):
+        raise HelperError("ids must be a list of queue ids")
+    return ids
+
+
+async def serve(socket: Path, group: str) -> None:
+    """Listen until cancelled."""
+    with contextlib.suppress(FileNotFoundError):
+        socket.unlink()
+    server = await asyncio.start_unix_server(Helper().serve, socket, limit=MAX_REQUEST)
+    os.chown(socket, 0, grp.getgrnam(group).gr_gid)
+    socket.chmod(0o660)
+    notify("READY=1")
+    async with server:
+        await server.serve_forever()
+
+
+def main() -> None:
+    """Entry point of ``umbra-helper``."""
+    parser = argparse.ArgumentParser(
+        prog="umbra-helper", description="Effects that need root, for umbra-agent."
+    )
+    parser.add_argument("--socket", type=Path, default=Path("/run/umbra-helper/helper.sock"))
+    parser.add_argument("--group", default="umbra")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    os.umask(0o117)
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(serve(options.socket, options.group))

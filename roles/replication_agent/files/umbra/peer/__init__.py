@@ -1,0 +1,1 @@
+"""The authenticated link between the agents of a redundancy group."""

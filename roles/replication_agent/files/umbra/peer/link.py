@@ -1,0 +1,135 @@
+"""The client side of the link to one peer: a pool of connections, one exchange at a time on each.
+
+Nothing waits behind another message, and TCP's flow control bounds the memory of each exchange. A
+dead connection is noticed when it
+is used; what was in flight on it failed with ``unreachable``, and every operation is safe to
+repeat.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from umbra.peer import frames
+from umbra.peer.exchange import Connection, Exchange, PeerError
+from umbra.peer.frames import FrameType
+from umbra.peer.identity import Identity, PeerIdentity
+
+CONNECT_TIMEOUT = 2.0
+MAX_CONNECTIONS = 256
+
+
+class PeerLink:
+    """The link to one peer.
+
+    :param hello: what this node says of itself in a HELLO.
+    :param epoch: returns this node's epoch, sent with each request.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        address: str,
+        port: int,
+        identity: Identity,
+        hello: Mapping[str, Any],
+        epoch: Callable[[], int],
+    ) -> None:
+        self.name = name
+        self._address = address
+        self._port = port
+        self._identity = identity
+        self._hello = hello
+        self._epoch = epoch
+        self._idle: list[Connection] = []
+        self._slots = asyncio.Semaphore(MAX_CONNECTIONS)
+        self.peer: PeerIdentity | None = None
+
+    async def request(self, op: str, args: Mapping[str, Any], *, timeout: float) -> dict[str, Any]:
+        """Run an exchange without DATA and return the answer.
+
+        PeerError if it fails or takes over ``timeout`` seconds.
+        """
+        async with self.exchange(op, args, timeout=timeout) as exchange:
+            return await exchange.result()
+
+    @asynccontextmanager
+    async def exchange(
+        self, op: str, args: Mapping[str, Any], *, timeout: float
+    ) -> AsyncIterator[Exchange]:
+        """Run one exchange in the ``async with`` block, which must take its ``result()``.
+
+        The block as a whole is bounded by ``timeout`` seconds, PeerError ``timeout`` after that. A
+        block that fails closes the
+        connection: the other side then knows that the exchange is void.
+        """
+        try:
+            async with asyncio.timeout(timeout), self._slots:
+                connection = await self._connection()
+                exchange = Exchange(connection, client=True)
+                try:
+                    request = {"op": op, "epoch": self._epoch(), "args": args}
+                    await connection.write(frames.encode_json(FrameType.REQUEST, request))
+                    yield exchange
+                finally:
+                    if exchange.finished and connection.usable:
+                        self._idle.append(connection)
+                    else:
+                        connection.close()
+        except TimeoutError:
+            raise PeerError(
+                "timeout", f"{self.name} did not finish {op} in {timeout:g} s"
+            ) from None
+
+    async def _connection(self) -> Connection:
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.usable:
+                return connection
+            connection.close()
+        return await self._connect()
+
+    async def _connect(self) -> Connection:
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                reader, writer = await asyncio.open_connection(
+                    self._address,
+                    self._port,
+                    ssl=self._identity.client,
+                    limit=2 * frames.MAX_PAYLOAD,
+                )
+        except TimeoutError:
+            raise PeerError(
+                "unreachable", f"{self.name} does not answer at {self._address}"
+            ) from None
+        except ssl.SSLError as error:
+            raise PeerError(
+                "refused", f"{self.name} is not who it should be: {error.reason}"
+            ) from None
+        except OSError as error:
+            raise PeerError(
+                "unreachable", f"{self.name} cannot be reached: {error.strerror or error}"
+            ) from None
+        connection = Connection(reader, writer)
+        try:
+            if self._identity.name_of(writer.get_extra_info("ssl_object")) != self.name:
+                raise PeerError(
+                    "refused", f"the certificate at {self._address} is not that of {self.name}"
+                )
+            await connection.write(frames.encode_json(FrameType.HELLO, self._hello))
+            answer = await connection.read_json(FrameType.HELLO)
+            self.peer = PeerIdentity(self.name, str(answer.get("storage_id", "")))
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def reset(self) -> None:
+        """Drop the idle connections, for example of a peer that was found dead."""
+        for connection in self._idle:
+            connection.close()
+        self._idle.clear()

@@ -1,0 +1,167 @@
+"""The server side of the peer link.
+
+Checks who calls and under which epoch, then runs the operation's handler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from prometheus_client import Counter
+
+from umbra.peer import frames
+from umbra.peer.exchange import Connection, Exchange, PeerError, error_frame
+from umbra.peer.frames import FrameType
+from umbra.peer.identity import Identity, PeerIdentity
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[PeerIdentity, Mapping[str, Any], Exchange], Awaitable[dict[str, Any]]]
+EpochCheck = Callable[[str, str, int], Awaitable[None]]
+
+HELLO_TIMEOUT = 5.0
+DRAIN_TIMEOUT = 1.0
+MAX_CONNECTIONS = 1024
+
+REFUSED = Counter(
+    "umbra_peer_refused_total", "Exchanges and connections refused on the peer link", ["code"]
+)
+
+
+class PeerServer:
+    """Listens on the tunnel address.
+
+    :param hello: what this node says of itself in a HELLO.
+    :param check_epoch: called with (peer, op, epoch) before each operation; raises PeerError
+        ``stale-epoch`` for one that is lower
+        than this node has seen.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        port: int,
+        identity: Identity,
+        hello: Mapping[str, Any],
+        check_epoch: EpochCheck,
+        handlers: Mapping[str, Handler],
+    ) -> None:
+        self._address = address
+        self._port = port
+        self._identity = identity
+        self._hello = hello
+        self._check_epoch = check_epoch
+        self._handlers = handlers
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> None:
+        """Listen. OSError if the address is not there (is the tunnel up?) or taken."""
+        self._server = await asyncio.start_server(
+            self._accept,
+            self._address,
+            self._port,
+            ssl=self._identity.server,
+            limit=2 * frames.MAX_PAYLOAD,
+        )
+
+    async def stop(self) -> None:
+        """Close the listener and cancel what runs; clients see their exchanges as failed."""
+        if self._server is not None:
+            self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        connection = Connection(reader, writer)
+        if len(self._tasks) >= MAX_CONNECTIONS:
+            REFUSED.labels("overloaded").inc()
+            connection.close()
+            return
+        self._tasks.add(task)
+        try:
+            peer = await self._greet(connection, writer)
+            while await self._serve(peer, connection):
+                pass
+        except PeerError as error:
+            if error.code != "unreachable":
+                REFUSED.labels(error.code).inc()
+                log.warning(
+                    "peer connection from %s closed: %s", writer.get_extra_info("peername"), error
+                )
+        except asyncio.CancelledError:
+            pass  # only stop() cancels; the stream protocol's callback would log it as an error
+        finally:
+            self._tasks.discard(task)
+            connection.close()
+
+    async def _greet(self, connection: Connection, writer: asyncio.StreamWriter) -> PeerIdentity:
+        try:
+            async with asyncio.timeout(HELLO_TIMEOUT):
+                hello = await connection.read_json(FrameType.HELLO)
+                name = self._identity.name_of(writer.get_extra_info("ssl_object"))
+                refusal = self._refusal(name, hello)
+                if refusal is not None:
+                    await connection.write(error_frame(refusal))
+                    raise refusal
+                await connection.write(frames.encode_json(FrameType.HELLO, self._hello))
+        except TimeoutError:
+            raise PeerError("timeout", "no HELLO") from None
+        assert name is not None
+        return PeerIdentity(name, str(hello.get("storage_id", "")))
+
+    def _refusal(self, name: str | None, hello: Mapping[str, Any]) -> PeerError | None:
+        if name is None:
+            return PeerError("refused", "the certificate is not that of a node of this group")
+        if hello.get("version") != frames.VERSION:
+            return PeerError(
+                "refused", f"protocol version {hello.get('version')}, here {frames.VERSION}"
+            )
+        if hello.get("group") != self._hello["group"]:
+            return PeerError(
+                "refused", f"group {hello.get('group')!r}, here {self._hello['group']!r}"
+            )
+        if hello.get("node") != name:
+            return PeerError(
+                "refused", f"node {hello.get('node')!r} with the certificate of {name!r}"
+            )
+        return None
+
+    async def _serve(self, peer: PeerIdentity, connection: Connection) -> bool:
+        """Run one exchange; True if the connection may carry another."""
+        request = await connection.read_json(FrameType.REQUEST)
+        op, epoch, args = request.get("op"), request.get("epoch"), request.get("args")
+        exchange = Exchange(connection, client=False)
+        try:
+            if not (isinstance(op, str) and isinstance(epoch, int) and isinstance(args, dict)):
+                raise PeerError("protocol", "a request needs op, epoch and args")
+            handler = self._handlers.get(op)
+            if handler is None:
+                raise PeerError("refused", f"unknown operation {op!r}")
+            await self._check_epoch(peer.node, op, epoch)
+            answer = await handler(peer, args, exchange)
+            # Only a drained exchange leaves the connection at a frame boundary of the next one.
+            async with asyncio.timeout(DRAIN_TIMEOUT):
+                while await exchange.receive() is not None:
+                    pass
+        except PeerError as error:
+            REFUSED.labels(error.code).inc()
+            await connection.write(error_frame(error))
+            return False
+        except TimeoutError:
+            await connection.write(error_frame(PeerError("timeout", f"{op} took too long")))
+            return False
+        except Exception:
+            log.exception("operation %s of %s failed", op, peer.node)
+            await connection.write(
+                error_frame(PeerError("failed", f"{op} failed; see the journal of the peer"))
+            )
+            return False
+        await connection.write(frames.encode_json(FrameType.RESPONSE, answer))
+        return True
