@@ -1,0 +1,63 @@
+"""The suite runner never calls a run that tested nothing a success."""
+
+from pathlib import Path
+
+import pytest
+from tests import run
+from tests.run import Count
+
+
+@pytest.mark.parametrize(
+    ("count", "returncode", "judged"),
+    [
+        (Count(passed=3), 0, Count(passed=3)),
+        (Count(), 0, Count(failed=1)),  # ran nothing and called it success
+        (Count(skipped=4), 0, Count(failed=1, skipped=4)),  # skipped all
+        (Count(passed=3), 2, Count(passed=3, failed=1)),  # crashed after the tests
+        (Count(passed=3, failed=2), 1, Count(passed=3, failed=2)),
+    ],
+)
+def test_judged(count: Count, returncode: int, judged: Count) -> None:
+    assert count.judged(returncode) == judged
+
+
+def test_junit_count(tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    assert run.junit_count(report) == Count()
+    report.write_text(
+        '<testsuites><testsuite tests="9" failures="1" errors="2" skipped="3"/></testsuites>'
+    )
+    assert run.junit_count(report) == Count(passed=3, failed=3, skipped=3)
+
+
+def test_pytest_count() -> None:
+    log = (
+        "PLAY RECAP ****\n===== 12 passed, 1 skipped in 3.21s =====\n"
+        "====== 1 failed, 2 passed, 1 error in 61.00s (0:01:01) ======\n"
+        "===== warnings summary =====\n"
+    )
+    assert run.pytest_count(log) == [Count(12, 0, 1), Count(2, 2)]
+    assert run.pytest_count("===== no tests ran in 0.01s =====\n") == [Count()]
+    assert run.pytest_count("WARNING Skipping, no tests found.\n") == []
+
+
+def test_verify_steps(tmp_path: Path) -> None:
+    base, own = tmp_path / "config.yml", tmp_path / "molecule.yml"
+    base.write_text("scenario: {test_sequence: [converge, verify, side_effect, verify]}\n")
+    own.write_text("---\n")
+    assert run.verify_steps(own, base) == 2
+    own.write_text("scenario: {test_sequence: [converge, verify tests/first]}\n")
+    assert run.verify_steps(own, base) == 1
+
+
+def test_main_fails_when_a_suite_ran_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(run, "REPORTS", tmp_path)
+    monkeypatch.setitem(run.SUITES, "some", lambda: Count(passed=2))
+    monkeypatch.setitem(run.SUITES, "empty", lambda: run.pytest("empty", str(tmp_path / "empty")))
+    assert run.main(["some"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "2 passed, 0 failed"
+    assert run.main(["some", "empty"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "2 passed, 1 failed"
