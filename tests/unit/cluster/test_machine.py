@@ -1,0 +1,214 @@
+"""The decisions: rules one by one, then two nodes under random faults that never both serve."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from umbra.cluster import machine
+from umbra.cluster.machine import NotNow, step
+from umbra.cluster.state import Change, Durable, Mode, Phase, Role, State
+
+AT = "2026-01-01T00:00:00.000Z"
+
+
+def node(name: str, role: Role, mode: Mode = Mode.PROTECTED, epoch: int = 1) -> State:
+    return State(name, Durable(f"store-{name}", epoch, role, mode, AT), Phase.SHADOW)
+
+
+def seen(state: State, *, answered: bool = True) -> machine.PeerSeen:
+    durable = state.durable
+    return machine.PeerSeen(
+        state.node, durable.epoch, durable.role, state.phase, durable.storage_id, answered
+    )
+
+
+def protected_pair() -> tuple[State, State]:
+    a = step(node("a", Role.PRIMARY), machine.Started())
+    b = step(node("b", Role.SHADOW), machine.Started())
+    a = step(a, seen(b))
+    a = step(step(a, machine.CatchingUp("b")), machine.CaughtUp("b"))
+    return a, b
+
+
+def test_a_primary_that_starts_is_closed_until_a_shadow_answers() -> None:
+    a = step(node("a", Role.PRIMARY), machine.Started())
+    b = step(node("b", Role.SHADOW), machine.Started())
+    assert not a.serving
+    assert not step(a, seen(b, answered=False)).serving
+    a = step(a, seen(b))
+    assert a.serving
+    assert a.durable.mode is Mode.ALONE
+
+
+def test_a_primary_that_was_alone_opens_without_its_peer() -> None:
+    assert step(node("a", Role.PRIMARY, Mode.ALONE), machine.Started()).serving
+
+
+def test_a_lost_shadow_makes_the_primary_alone_and_says_why() -> None:
+    a, _ = protected_pair()
+    assert a.protected
+    a = step(a, machine.PeerLost("b", "no answer"))
+    assert a.serving
+    assert not a.protected
+    assert a.alone_reason == "b: no answer"
+
+
+def test_protected_again_only_after_catching_up() -> None:
+    a, b = protected_pair()
+    a = step(step(a, machine.PeerLost("b", "no answer")), seen(b))
+    assert not a.protected
+    with pytest.raises(NotNow):
+        step(a, machine.CaughtUp("b"))
+    a = step(step(a, machine.CatchingUp("b")), machine.CaughtUp("b"))
+    assert a.protected
+
+
+def test_another_store_under_the_same_name_is_not_trusted() -> None:
+    a, b = protected_pair()
+    a = step(a, seen(replace(b, durable=replace(b.durable, storage_id="wiped"))))
+    assert not a.protected
+    assert "another store" in a.alone_reason
+
+
+def test_a_higher_epoch_ends_every_right() -> None:
+    a, b = protected_pair()
+    higher = replace(b, durable=replace(b.durable, epoch=9, role=Role.PRIMARY), phase=Phase.PRIMARY)
+    a = step(a, seen(higher))
+    assert (a.phase, a.durable.role, a.durable.epoch) == (Phase.SHADOW, Role.SHADOW, 9)
+
+
+def test_two_primaries_of_one_epoch_both_close() -> None:
+    a, b = protected_pair()
+    clone = replace(b, durable=replace(b.durable, role=Role.PRIMARY), phase=Phase.PRIMARY)
+    a = step(a, seen(clone))
+    assert a.phase is Phase.HELD
+    assert not a.serving
+
+
+def test_no_switchover_while_degraded() -> None:
+    a, _ = protected_pair()
+    with pytest.raises(NotNow, match="no answer"):
+        step(step(a, machine.PeerLost("b", "no answer")), machine.Drain())
+
+
+def test_a_shadow_refuses_an_epoch_that_it_has_seen() -> None:
+    _, b = protected_pair()
+    change = Change("a", "b", AT, planned=True)
+    with pytest.raises(NotNow, match="epoch 1"):
+        step(b, machine.Promote(1, change, protected=True))
+
+
+def test_the_right_comes_back_only_after_the_other_has_seen_a_higher_epoch() -> None:
+    a, b = protected_pair()
+    a = step(step(a, machine.Drain()), machine.GiveUp("b", AT))
+    assert not a.serving
+    a = step(a, seen(b))
+    assert not a.serving
+    a = step(a, machine.Reclaim())
+    a = step(a, seen(b))
+    assert not a.serving
+    b = step(b, seen(a, answered=False))
+    with pytest.raises(NotNow):
+        step(b, machine.Promote(2, Change("a", "b", AT, planned=True), protected=True))
+    a = step(a, seen(b))
+    assert a.serving
+
+
+def test_force_is_over_every_offer() -> None:
+    a, _ = protected_pair()
+    a = step(step(a, machine.Drain()), machine.GiveUp("b", AT))
+    forced = step(a, machine.OpenByForce(AT))
+    assert forced.serving
+    assert forced.durable.epoch > a.durable.offered
+
+
+class TwoNodes(RuleBasedStateMachine):
+    """Two nodes, their disks, and one handover request that may be delayed, repeated or lost."""
+
+    @initialize()
+    def pair(self) -> None:
+        a, b = protected_pair()
+        self.nodes = {"a": a, "b": b}
+        self.offers: list[tuple[str, str, int]] = []
+
+    def change(self, name: str, event: machine.Event) -> bool:
+        try:
+            self.nodes[name] = step(self.nodes[name], event)
+        except NotNow:
+            return False
+        return True
+
+    names = st.sampled_from(["a", "b"])
+
+    @rule(name=names, answered=st.booleans())
+    def heartbeat(self, name: str, answered: bool) -> None:
+        """``name`` asks; the answer may be lost."""
+        other = "b" if name == "a" else "a"
+        self.change(other, seen(self.nodes[name], answered=False))
+        if answered:
+            self.change(name, seen(self.nodes[other]))
+
+    @rule(name=names)
+    def lost(self, name: str) -> None:
+        self.change(name, machine.PeerLost("b" if name == "a" else "a", "lost"))
+
+    @rule(name=names)
+    def caught_up(self, name: str) -> None:
+        other = "b" if name == "a" else "a"
+        if self.change(name, machine.CatchingUp(other)):
+            self.change(name, machine.CaughtUp(other))
+
+    @rule(name=names)
+    def offer(self, name: str) -> None:
+        other = "b" if name == "a" else "a"
+        if self.change(name, machine.Drain()):
+            self.change(name, machine.GiveUp(other, AT))
+            self.offers.append((name, other, self.nodes[name].durable.offered))
+
+    @precondition(lambda self: self.offers)
+    @rule(data=st.data(), answered=st.booleans())
+    def offer_arrives(self, data: st.DataObject, answered: bool) -> None:
+        old, new, epoch = data.draw(st.sampled_from(self.offers))
+        change = Change(old, new, AT, planned=True)
+        taken = self.change(new, machine.Promote(epoch, change, protected=True))
+        durable = self.nodes[old].durable
+        if taken and answered and (durable.handing_to, durable.offered) == (new, epoch):
+            self.change(old, machine.TakenOver(change))
+
+    @rule(name=names)
+    def reclaim(self, name: str) -> None:
+        self.change(name, machine.Reclaim())
+
+    @rule(name=names)
+    def restart(self, name: str) -> None:
+        durable = self.nodes[name].durable
+        self.nodes[name] = step(State(name, durable, Phase.SHADOW), machine.Started())
+
+    @invariant()
+    def at_most_one_serves(self) -> None:
+        if hasattr(self, "nodes"):
+            assert sum(state.serving for state in self.nodes.values()) <= 1, self.nodes
+
+    @invariant()
+    def nobody_waits_for_a_person(self) -> None:
+        if hasattr(self, "nodes"):
+            assert all(state.phase is not Phase.HELD for state in self.nodes.values())
+
+    def teardown(self) -> None:
+        """When all faults are over there is a protected primary again."""
+        if not hasattr(self, "nodes"):
+            return
+        for _ in range(6):
+            for name in ("a", "b"):
+                self.change(name, machine.Reclaim())
+                self.heartbeat(name, True)
+                self.caught_up(name)
+        assert sum(state.protected for state in self.nodes.values()) == 1, self.nodes
+
+
+TestTwoNodes = TwoNodes.TestCase
+TestTwoNodes.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
