@@ -21,24 +21,24 @@ options:
     description: The variables of the hosts.
     type: dict
     required: true
-  specs:
+  roles:
     description:
-      - The argument specs of the collection's roles, by role name.
+      - Directory of the collection's roles, whose argument specs are read.
       - A variable that begins with the name of one of these roles, or with C(umbra_), and that none of them defines is a finding.
-    type: dict
+    type: path
     required: true
   allowed:
     description: Variables with such a beginning that are right nevertheless.
     type: list
     elements: str
     default: []
-positional: hostvars, specs, allowed
+positional: hostvars, roles, allowed
 """
 
 EXAMPLES = r"""
 - name: Say what is wrong
   ansible.builtin.debug:
-    msg: "{{ groups | umbra.mail.inventory_findings(hostvars, specs) }}"
+    msg: "{{ groups | umbra.mail.inventory_findings(hostvars, role_path ~ '/..') }}"
   # ["Redundancy group mail has no primary; set umbra_role: primary on one of mail-a and mail-b."]
 """
 
@@ -50,8 +50,10 @@ _value:
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+import yaml
 from ansible.errors import AnsibleFilterError
 
 from ansible_collections.umbra.mail.plugins.plugin_utils._addresses import NETADDR_IMPORT_ERROR
@@ -63,7 +65,7 @@ from ansible_collections.umbra.mail.plugins.plugin_utils._inventory import (
 def inventory_findings(
     groups: Mapping[str, list[str]],
     hostvars: Mapping[str, Mapping[str, Any]],
-    specs: Mapping[str, Mapping[str, Any]],
+    roles: str,
     allowed: Iterable[str] = (),
 ) -> list[str]:
     """Judge the inventory, or say that netaddr is missing."""
@@ -71,6 +73,10 @@ def inventory_findings(
         raise AnsibleFilterError(
             "umbra.mail needs the Python library netaddr on the controller; install it beside ansible-core."
         ) from NETADDR_IMPORT_ERROR
+    specs = {
+        path.parent.parent.name: yaml.safe_load(path.read_text(encoding="utf-8"))
+        for path in sorted(Path(roles).glob("*/meta/argument_specs.yml"))
+    }
     return judge(groups, hostvars, specs, allowed)
 
 
