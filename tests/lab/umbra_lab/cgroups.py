@@ -1,4 +1,4 @@
-"""cgroup v2 as the record of which processes belong to a lab: kept by the kernel, right even after `kill -9`."""
+"""Which processes belong to a lab, by cgroup v2: the kernel keeps it right even after `kill -9`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _OWN_MOUNT = Path("/run/umbra-lab/cgroup")
 
 @cache
 def root() -> Path:
-    """Where the cgroup2 file system is mounted; mounted by us where the machine shows only cgroup v1."""
+    """Where cgroup2 is mounted; mounted by us where the machine shows only cgroup v1."""
     for line in Path("/proc/self/mounts").read_text().splitlines():
         _, where, kind, *_ = line.split()
         if kind == "cgroup2":

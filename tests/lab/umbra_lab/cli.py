@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lab: {error}", file=sys.stderr)
         return error.status
     except KeyboardInterrupt:
-        print("lab: interrupted; `lab up` goes on from here, `lab down` removes all.", file=sys.stderr)
+        print("lab: interrupted: `lab up` goes on, `lab down` removes all.", file=sys.stderr)
         return 130
     return status
 
@@ -162,7 +162,7 @@ def _wan_show(lab: Lab, options: argparse.Namespace) -> int:
         counters = wan.apply(lab)
     except OSError as error:
         raise LabError("The WAN's relay does not answer: run `lab up`.") from error
-    print(f"{'FROM':<9}{'TO':<9}{'DELAY':>9}{'LOSS':>8}{'RATE':>13}  {'STATE':<6}{'PACKETS':>10}{'DROPPED':>9}")
+    print("FROM     TO           DELAY    LOSS         RATE  STATE    PACKETS  DROPPED")
     for (a, b), s in table.items():
         count = counters[f"{a}>{b}"]
         rate = f"{s.rate_kbit:g} kbit/s" if s.rate_kbit else "-"
@@ -179,7 +179,7 @@ def _ssh_config(lab: Lab, options: argparse.Namespace) -> int:
 
 
 def _inventory_vars(lab: Lab, options: argparse.Namespace) -> int:
-    """JSON of the connection variables of each host, for an inventory that is not run by `control`."""
+    """The connection variables of each host; only `control` reaches the addresses."""
     print(
         json.dumps(
             {
@@ -204,7 +204,9 @@ def _changes(options: argparse.Namespace) -> dict[str, float]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lab", description=__doc__)
-    parser.add_argument("--name", default="demo", help="which lab (default: demo)")
+    parser.add_argument(
+        "--name", default=os.environ.get("UMBRA_LAB_NAME", "demo"), help="which lab; default: demo"
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, function: Command, help: str) -> argparse.ArgumentParser:
@@ -219,19 +221,19 @@ def _parser() -> argparse.ArgumentParser:
 
     add("prerequisites", _prerequisites, "check the machine, install missing Debian packages")
     command = add("image", _image, "build the hosts' image unless it is cached")
-    command.add_argument("--rebuild", action="store_true", help="build it anew, with today's packages")
+    command.add_argument("--rebuild", action="store_true", help="anew, with today's packages")
     command = add("up", _up, "make the lab, or what is missing of it")
     command.add_argument("--hosts", metavar="NAME,...", help="only these hosts")
-    command.add_argument("--wan-delay", dest="delay", type=float, metavar="MS", help="one way; default 2")
+    command.add_argument("--wan-delay", dest="delay", type=float, metavar="MS", help="one way: 2")
     command.add_argument("--wan-loss", dest="loss", type=float, metavar="PERCENT", help="default 0")
     command.set_defaults(rate=None)
     command = add("down", _down, "remove the lab and everything it made")
     command.add_argument("--all", action="store_true", help="every lab of this machine")
-    command = add("check-clean", _check_clean, "list what is left of the lab; status 1 if anything is")
+    command = add("check-clean", _check_clean, "list what is left of the lab: status 1 if any")
     command.add_argument("--all", action="store_true", help="every lab of this machine")
     command = add_host("exec", _exec, "run a command in a host: lab exec HOST -- COMMAND...")
     command.add_argument("command", nargs="+", metavar="COMMAND")
-    command = add("control", _control, "run a command in the controller's namespace: lab control -- ssh HOST")
+    command = add("control", _control, "run a command on the controller: lab control -- ssh HOST")
     command.add_argument("command", nargs="+", metavar="COMMAND")
     add_host("shell", _shell, "log in to a host")
     add("status", _status, "a table of the lab's hosts")
@@ -239,8 +241,10 @@ def _parser() -> argparse.ArgumentParser:
     add_host("logs", _logs, "print a host's console log")
     add_host("power-off", _power_off, "kill all of a host's processes at once; the disk stays")
     add_host("power-on", _power_on, "boot a host that is off")
-    add_host("freeze", _freeze, "stop all of a host's processes where they stand").set_defaults(frozen=True)
-    add_host("thaw", _freeze, "let a frozen host go on").set_defaults(frozen=False)
+    command = add_host("freeze", _freeze, "stop all of a host's processes where they stand")
+    command.set_defaults(frozen=True)
+    command = add_host("thaw", _freeze, "let a frozen host go on")
+    command.set_defaults(frozen=False)
     add("ssh-config", _ssh_config, "print the path of the lab's SSH configuration")
     add("inventory-vars", _inventory_vars, "print connection variables for Ansible as JSON")
 
@@ -257,7 +261,7 @@ def _parser() -> argparse.ArgumentParser:
     action.add_argument("--delay", type=float, metavar="MS", help="one way")
     action.add_argument("--loss", type=float, metavar="PERCENT")
     action.add_argument("--rate", type=float, metavar="KBIT", help="0: no limit")
-    action.add_argument("--between", nargs=2, metavar=("A", "B"), help="only between these two sites")
+    action.add_argument("--between", nargs=2, metavar=("A", "B"), help="only this pair")
     action.set_defaults(function=_wan_set)
     actions.add_parser("show", help="settings and counters").set_defaults(function=_wan_show)
     return parser

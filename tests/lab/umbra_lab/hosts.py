@@ -16,23 +16,24 @@ from .paths import NETNS_ROOT, Lab
 from .plan import CONTROL, Member, hosts_file
 from .shell import LabError, run
 
-# Mounts are made in a mount namespace of the host's own, so they vanish with its processes: nothing to undo.
+# Mounts are made in a mount namespace of the host's own and vanish with its processes.
 _BOOT = """
 set -eu
 mount -t overlay overlay -o "lowerdir=$LOWER,upperdir=$DIR/upper,workdir=$DIR/work" "$DIR/root"
 [ "$(stat -fc %T /sys/fs/cgroup)" = cgroup2fs ] || mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mkdir -p /run/systemd/nspawn
 mount -t tmpfs tmpfs /run/systemd/nspawn
-exec systemd-nspawn --quiet --boot --directory="$DIR/root" --machine="$MACHINE" --hostname="$HOST" \\
-    --register=no --keep-unit --settings=no --network-namespace-path="$NETNS" \\
-    --capability=CAP_NET_ADMIN,CAP_NET_RAW --drop-capability=CAP_SYS_TIME --bind=/dev/net/tun \\
+exec systemd-nspawn --quiet --boot --directory="$DIR/root" \\
+    --machine="$MACHINE" --hostname="$HOST" --register=no --keep-unit --settings=no \\
+    --network-namespace-path="$NETNS" --bind=/dev/net/tun \\
+    --capability=CAP_NET_ADMIN,CAP_NET_RAW --drop-capability=CAP_SYS_TIME \\
     --resolv-conf=off --timezone=off --link-journal=no --console=pipe
 """
 
-_ENVIRONMENT = (
-    "HOME=/root USER=root LOGNAME=root SHELL=/bin/bash LANG=C.UTF-8 "
-    "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-).split()
+_ENVIRONMENT = [
+    *("HOME=/root", "USER=root", "LOGNAME=root", "SHELL=/bin/bash", "LANG=C.UTF-8"),
+    "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+]
 
 
 def cgroup(lab: Lab, member: Member) -> str:
@@ -58,7 +59,7 @@ def state(lab: Lab, member: Member) -> str:
 
 
 def prepare(lab: Lab, member: Member, image_name: str) -> None:
-    """Make the host's disk if it has none: what differs from the image, written into the overlay's upper layer."""
+    """Make the host's disk if it has none: what differs from the image, in the overlay's upper."""
     final = lab.host_dir(member)
     if final.exists():
         return
@@ -92,12 +93,12 @@ def host_key(lab: Lab, member: Member) -> str | None:
 
 
 def boot(lab: Lab, member: Member) -> None:
-    """Start the host's init and return at once; see `wait`."""
+    """Start the host; it is on when this returns, but has not booted: see `wait`."""
     directory = lab.host_dir(member)
     procs = cgroups.make(cgroup(lab, member)) / "cgroup.procs"
-    script = f'echo $$ >{shlex.quote(str(procs))}; exec unshare --mount --propagation private sh -c "$BOOT"'
+    script = f'echo $$ >{procs}; exec unshare --mount --propagation private sh -c "$BOOT"'
     with (directory / "console.log").open("ab") as log:
-        subprocess.Popen(
+        process = subprocess.Popen(
             ["sh", "-c", script],
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -114,6 +115,8 @@ def boot(lab: Lab, member: Member) -> None:
                 "NETNS": str(NETNS_ROOT / lab.netns(member)),
             },
         )
+    while process.poll() is None and not is_on(lab, member):
+        time.sleep(0.001)
 
 
 def wait(lab: Lab, member: Member, timeout: float = 90) -> None:
@@ -121,16 +124,18 @@ def wait(lab: Lab, member: Member, timeout: float = 90) -> None:
     deadline = time.monotonic() + timeout
     init = None
     while not (init and Path(f"/proc/{init}/root/run/systemd/private").exists()):
-        if time.monotonic() > deadline or (init and not is_on(lab, member)):
-            raise LabError(f"{member.name} does not boot; see `lab --name {lab.name} logs {member.name}`.")
+        if time.monotonic() > deadline or not is_on(lab, member):
+            see = f"lab --name {lab.name} logs {member.name}"
+            raise LabError(f"{member.name} does not boot: see `{see}`.")
         time.sleep(0.02)
         init = _init(lab, member)
     command = enter_command(lab, member, ["systemctl", "is-system-running", "--wait"])
     answer = run(command, timeout=max(1, deadline - time.monotonic()), check=False).stdout.strip()
     if answer != "running":
-        failed = run(enter_command(lab, member, ["systemctl", "--failed", "--plain", "--no-legend"]))
-        units = ", ".join(line.split()[0] for line in failed.stdout.splitlines() if line)
-        raise LabError(f"{member.name} booted, but systemd says {answer!r}: {units or 'no failed unit'}.")
+        command = enter_command(lab, member, ["systemctl", "--failed", "--plain", "--no-legend"])
+        failed = run(command).stdout.splitlines()
+        units = ", ".join(line.split()[0] for line in failed if line) or "no failed unit"
+        raise LabError(f"{member.name} booted, but systemd says {answer!r}: {units}.")
     ssh = control_command(lab, ["ssh", "-o", "ConnectTimeout=2", member.name, "true"])
     while (done := run(ssh, check=False)).returncode:
         if time.monotonic() > deadline:
@@ -144,27 +149,35 @@ def power_off(lab: Lab, member: Member) -> None:
 
 
 def enter_command(lab: Lab, member: Member, command: list[str]) -> list[str]:
-    """The command that runs `command` in all namespaces of the host, with init's capabilities and no more.
+    """The command that runs `command` in the host, with its init's capabilities and no more.
 
     Without that, a root shell entered from outside could set the whole machine's clock.
     """
     init = _init(lab, member)
     if init is None:
         raise LabError(f"{member.name} is off in lab {lab.name!r}.")
+    if cgroups.is_frozen(cgroup(lab, member)):
+        raise LabError(f"{member.name} is frozen in lab {lab.name!r}.")
     procs = cgroups.make(f"{cgroup(lab, member)}/exec") / "cgroup.procs"
     bounding = int(_status(init)["CapBnd"], 16)
     capabilities = ",".join(["-all", *(f"+cap_{n}" for n in range(64) if bounding >> n & 1)])
     term = f"TERM={os.environ.get('TERM', 'dumb')}"
     return [
-        *["sh", "-c", f'echo $$ >{shlex.quote(str(procs))}; exec "$@"', "sh"],
+        *["sh", "-c", f'echo $$ >{procs}; exec "$@"', "sh"],
         *["nsenter", "--target", str(init), "--all", "--root", "--wd", "--"],
         *["env", "--ignore-environment", *_ENVIRONMENT, term],
-        *["setpriv", f"--bounding-set={capabilities}", f"--inh-caps={capabilities}", "--", *command],
+        *[
+            "setpriv",
+            f"--bounding-set={capabilities}",
+            f"--inh-caps={capabilities}",
+            "--",
+            *command,
+        ],
     ]
 
 
 def control_command(lab: Lab, command: list[str]) -> list[str]:
-    """The command that runs `command` in the controller's network namespace, where `ssh HOST` just works."""
+    """The command that runs `command` in the controller's namespace, where `ssh HOST` works."""
     namespace = NETNS_ROOT / lab.netns(CONTROL)
     if not namespace.exists():
         raise LabError(f"There is no lab {lab.name!r}: run `lab --name {lab.name} up`.")
@@ -179,7 +192,7 @@ def control_command(lab: Lab, command: list[str]) -> list[str]:
         if Path(target).exists()
     )
     return [
-        *["sh", "-c", f'echo $$ >{shlex.quote(str(procs))}; exec "$@"', "sh"],
+        *["sh", "-c", f'echo $$ >{procs}; exec "$@"', "sh"],
         *["nsenter", f"--net={namespace}", "unshare", "--mount", "--propagation", "private"],
         *["sh", "-ec", f'{mounts}; exec "$@"', "sh"],
         # Two labs have the same addresses: they must not share Ansible's kept SSH connections.

@@ -1,4 +1,4 @@
-"""The Debian 13 image that all hosts share read-only, cached under a hash of what it is made from."""
+"""The Debian 13 image that all hosts share, cached under a hash of what it is made from."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from .shell import LabError, run, say
 SUITE = "trixie"
 # What a plain Debian server has that Ansible and the roles count on, and tools to look around with.
 BASE = (
-    "systemd systemd-sysv dbus openssh-server sudo python3 python3-apt iproute2 iputils-ping nftables procps less"
-).split()
+    *("systemd", "systemd-sysv", "dbus", "openssh-server", "sudo", "python3", "python3-apt"),
+    *("iproute2", "iputils-ping", "nftables", "procps", "less"),
+)
 _HERE = Path(__file__).parent
 _HOOK = _HERE / "image_hook.sh"
 _PACKAGES = _HERE.parent / "packages.txt"
@@ -29,7 +30,7 @@ def cache_dir() -> Path:
 
 
 def package_names(text: str) -> list[str]:
-    """The names in a package list: one a line, `#` begins a comment; sorted, so that order never matters."""
+    """The names in a package list, one a line, sorted; `#` begins a comment."""
     lines = (line.split("#", 1)[0].strip() for line in text.splitlines())
     return sorted({line for line in lines if line})
 
@@ -54,10 +55,10 @@ def root_of(name: str) -> Path:
 
 
 def ensure(lab: Lab | None = None, *, rebuild: bool = False) -> str:
-    """Build the image unless it is there, note that `lab` uses it, remove images that no lab uses."""
+    """Build the image unless it is there, note that `lab` uses it, remove unused ones."""
     cache_dir().mkdir(parents=True, exist_ok=True)
     name = current_name()
-    # One lock for building and pruning: two labs that start at once build once, and neither loses its image.
+    # One lock for all of it: two labs that start at once build once, and none loses its image.
     with locked(cache_dir() / "lock", "Waiting for another lab that builds the image."):
         if rebuild and name in _in_use():
             raise LabError("A lab uses the image: remove the labs first (`lab down --all`).")
@@ -75,7 +76,9 @@ def ensure(lab: Lab | None = None, *, rebuild: bool = False) -> str:
 
 
 def _in_use() -> set[str]:
-    return {path.read_text().strip() for path in STATE_ROOT.glob("*/image")}
+    # A lab's record, and its hosts': these may be older than the lab's last `up`.
+    records = [*STATE_ROOT.glob("*/image"), *STATE_ROOT.glob("*/hosts/*/image")]
+    return {path.read_text().strip() for path in records}
 
 
 def _build(name: str) -> None:
@@ -87,11 +90,11 @@ def _build(name: str) -> None:
     temporary.mkdir()
     packages = " ".join(package_names(_PACKAGES.read_text()))
     mirror = [value] if (value := os.environ.get("UMBRA_LAB_MIRROR")) else []
-    # If we are killed, the whole build dies with us (a PID namespace) and so do its mounts (a mount namespace).
+    # If we are killed the build dies with us (PID namespace), and its mounts (mount namespace).
     command = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork"]
     command += ["--kill-child=KILL", "--mount-proc", "nice", "mmdebstrap", "--mode=root"]
     command += ["--variant=minbase", "--format=directory", f"--include={','.join(BASE)}"]
-    command += ["--skip=cleanup/apt", f"--customize-hook=sh {_HOOK} \"$1\""]
+    command += ["--skip=cleanup/apt", f'--customize-hook=sh {_HOOK} "$1"']
     command += [SUITE, str(temporary / "root"), *mirror]
     log = cache_dir() / "build.log"
     with log.open("w") as file:

@@ -21,9 +21,9 @@ from .shell import LabError, run, say
 
 
 def up(lab: Lab, members: Sequence[Member], changes: dict[str, Any]) -> None:
-    """Make what is missing; what is there and whole stays as it is. `changes` are settings of the WAN."""
+    """Make what is missing and leave what is whole; `changes` are settings of the WAN."""
     name = image.ensure(lab)
-    # Started from inside the lab's cgroup, no child can escape `down`, at whatever instant we are killed.
+    # Children of a process in the lab's cgroup cannot escape `down`, whenever we are killed.
     cgroups.enter(f"{lab.cgroup}/setup")
     _kill_other_setups(lab)
     _write_files(lab)
@@ -37,6 +37,9 @@ def up(lab: Lab, members: Sequence[Member], changes: dict[str, Any]) -> None:
     for member in members:
         hosts.prepare(lab, member, name)
     _write_ssh(lab)
+    for member in members:
+        if hosts.is_on(lab, member):
+            cgroups.set_frozen(hosts.cgroup(lab, member), False)
     off = [member for member in members if not hosts.is_on(lab, member)]
     for member in off:
         hosts.boot(lab, member)
@@ -65,9 +68,6 @@ def wait(pairs: list[tuple[Lab, Member]]) -> None:
 def down(lab: Lab) -> None:
     """Remove everything of a lab, whatever state it is in."""
     cgroups.enter("")  # run from inside the lab, we would kill ourselves
-    for member in HOSTS:  # a frozen host could not die otherwise on older kernels
-        with suppress(OSError):
-            cgroups.set_frozen(hosts.cgroup(lab, member), False)
     _kill_all(lab)
     network.remove(lab)
     if lab.dir.exists():
@@ -106,7 +106,7 @@ def leftovers(lab: Lab) -> list[str]:
 
 def _command(pid: int) -> str:
     with suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ").strip()
     return "gone"
 
 
@@ -145,7 +145,8 @@ def _write_files(lab: Lab) -> None:
     # The public half is written last: without it the pair is made anew.
     if not key.with_suffix(".pub").exists():
         key.unlink(missing_ok=True)
-        run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", f"lab {lab.name}", "-f", str(key)])
+        comment = f"lab {lab.name}"
+        run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", str(key)])
 
 
 def _write_ssh(lab: Lab) -> None:
@@ -163,6 +164,5 @@ def _write_ssh(lab: Lab) -> None:
         "  IdentitiesOnly yes\n"
         f"  UserKnownHostsFile {lab.ssh_dir}/known_hosts\n"
         "  StrictHostKeyChecking yes\n"
-        f"  ControlPath {lab.ssh_dir}/cp/%C\n"
-        "  SendEnv LANG\n",
+        f"  ControlPath {lab.ssh_dir}/cp/%C\n",
     )

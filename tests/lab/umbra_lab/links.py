@@ -8,13 +8,13 @@ from typing import Any
 
 from .plan import SITES
 
-# A link with a rate queues this much; what would wait longer is dropped, as a router's full buffer does.
+# A link with a rate queues this much; the rest is dropped, as a router's full buffer does.
 QUEUE_S = 0.5
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One direction between two sites: one-way delay, share of lost packets, rate (0: no limit), cut."""
+    """One direction between two sites: one-way delay, lost packets, rate (0: no limit), cut."""
 
     delay_ms: float = 2.0
     loss_percent: float = 0.0
@@ -32,7 +32,7 @@ class Settings:
 
     @property
     def plain(self) -> bool:
-        """Whether 64 KiB bundles of segments may pass whole: loss and rate are about single packets."""
+        """Whether 64 KiB bundles of segments may pass: loss and rate are about single packets."""
         return self.loss_percent == 0 and self.rate_kbit == 0
 
 
@@ -77,7 +77,7 @@ class Link:
         self._byte_s = 8 / (settings.rate_kbit * 1000) if settings.rate_kbit else 0.0
 
     def arrival(self, now: float, size: int, chance: float) -> float | None:
-        """When a packet of `size` bytes arrives, or None if it is lost; `chance` is random in [0, 1).
+        """When a packet of `size` bytes arrives, None if it is lost; `chance` is random in [0, 1).
 
         Never earlier than the packet before it: a shorter delay must not turn the order around.
         """

@@ -1,6 +1,6 @@
 """Network namespaces, links and routes. Nothing is ever made in the machine's own namespace.
 
-    host eth0 -- br0 of its site's router -- wan0 (tun) -- relay process -- wan0 of another router
+host eth0 -- br0 of its site's router -- wan0 (tun) -- relay process -- wan0 of another router
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def namespaces(lab: Lab) -> list[str]:
 
 
 def is_complete(lab: Lab) -> bool:
-    """Whether `create` ended well and nothing was lost since (a restart of the machine loses it all)."""
+    """Whether `create` ended well and no namespace was lost since, as by a restart."""
     wanted = {lab.netns(thing) for thing in (*SITES, *HOSTS, CONTROL)}
     return (lab.dir / READY).exists() and wanted == {
         name for name in namespaces(lab) if os.path.ismount(NETNS_ROOT / name)
@@ -32,7 +32,7 @@ def is_complete(lab: Lab) -> bool:
 
 
 def create(lab: Lab) -> None:
-    """Make the whole network from nothing; the marker comes last, so a half-made one is made anew."""
+    """Make the whole network from nothing; the marker comes last: a half-made one is made anew."""
     remove(lab)
     for thing in (*SITES, *HOSTS, CONTROL):
         run(["ip", "netns", "add", lab.netns(thing)])
@@ -80,7 +80,7 @@ def _sysctl(namespace: str, settings: dict[str, str]) -> None:
 
 
 def _router(lab: Lab, site: Site) -> None:
-    # Routes to the other sites only: anything else is answered "unreachable" at once, not swallowed.
+    # Routes to the other sites only: anything else is answered "unreachable" at once.
     others = [other for other in SITES if other is not site]
     _ip(
         lab.netns(site),
@@ -102,10 +102,8 @@ def _router(lab: Lab, site: Site) -> None:
 
 def _member(lab: Lab, member: Member) -> None:
     site = member.site
-    run(
-        ["ip", "-n", lab.netns(member), "link", "add", "eth0", "type", "veth"]
-        + ["peer", "name", f"to-{member.name}", "netns", lab.netns(site)]
-    )
+    router_end = f"peer name to-{member.name} netns {lab.netns(site)}"
+    _ip(lab.netns(member), [f"link add eth0 type veth {router_end}"])
     _ip(lab.netns(site), [f"link set to-{member.name} master br0 up"])
     _ip(
         lab.netns(member),

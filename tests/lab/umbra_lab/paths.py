@@ -28,7 +28,7 @@ class Lab:
 
     @property
     def lock(self) -> Path:
-        """Held by commands that make or remove things; outside of the state, which `down` removes."""
+        """Held by commands that make or remove things; outside of what `down` removes."""
         return Path(f"/run/lock/umbra-lab.{self.name}.lock")
 
     @property
@@ -77,7 +77,7 @@ class Lab:
 
 
 def write_atomically(path: Path, text: str, mode: int = 0o644) -> None:
-    """Replace a file in one step: a reader, or a run after an interruption, sees the old or the new text."""
+    """Replace a file in one step: whoever reads it sees the old or the new text, never half."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.touch(mode=mode)
     temporary.write_text(text)

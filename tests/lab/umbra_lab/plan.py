@@ -73,11 +73,9 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,19}")
 
 
 def check_lab_name(name: str) -> str:
-    """Return the name, or say what names may look like: it becomes part of file and namespace names."""
+    """Return the name, or refuse one that cannot be part of file and namespace names."""
     if not _NAME.fullmatch(name):
-        raise LabError(
-            f"A lab's name has 1 to 20 small letters, digits and hyphens, not {name!r}."
-        )
+        raise LabError(f"A lab's name has 1 to 20 small letters, digits and hyphens, not {name!r}.")
     return name
 
 
@@ -108,8 +106,11 @@ def names(things: Iterable[Site | Member]) -> str:
 
 
 def hosts_file(own: str | None = None) -> str:
-    """The text of /etc/hosts, the same everywhere; `own` is one more name for the loopback address."""
-    lines = [f"127.0.0.1 localhost{' ' + own if own else ''}", "::1 localhost ip6-localhost ip6-loopback"]
+    """The text of /etc/hosts; `own` is one more name for the loopback address."""
+    lines = [
+        f"127.0.0.1 localhost{' ' + own if own else ''}",
+        "::1 localhost ip6-localhost ip6-loopback",
+    ]
     for member in HOSTS:
         lines += [f"{address} {member.fqdn} {member.name}" for address in (member.v4, member.v6)]
     return "\n".join(lines) + "\n"

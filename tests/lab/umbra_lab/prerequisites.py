@@ -54,8 +54,9 @@ def check() -> None:
             "or let this container have that device."
         )
     if missing := missing_packages():
+        names = ", ".join(missing)
         raise PrerequisiteError(
-            f"umbra.mail's lab needs the Debian packages {', '.join(missing)}: run `lab prerequisites`."
+            f"umbra.mail's lab needs the Debian packages {names}: run `lab prerequisites`."
         )
 
 
@@ -83,8 +84,6 @@ def install() -> None:
             # A failed update may be a foreign source; only the installation decides.
             if done.returncode and command[0] == "install":
                 last = (done.stdout.strip().splitlines() or ["no message"])[-1]
-                raise PrerequisiteError(
-                    f"apt-get could not install {', '.join(missing)}: {last}"
-                )
+                raise PrerequisiteError(f"apt-get could not install {', '.join(missing)}: {last}")
     check()
     say("All that the lab needs is there.")

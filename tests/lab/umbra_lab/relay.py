@@ -1,7 +1,7 @@
 """The WAN: one process that carries IP packets between the site routers' tun devices.
 
-Run as `python -m umbra_lab.relay LAB`. The kernel here has no netem, so delay, loss, rate and cuts are made
-here. If it dies the WAN is down and nothing else; `lab up` starts it again with the settings of its file.
+Run as `python -m umbra_lab.relay LAB`. Not every kernel has netem, so delay, loss, rate and cuts
+are made here. If it dies the WAN is down and nothing else; `lab up` starts it again as it was.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _CLONE_NEWNET = 0x40000000
 _TUNSETIFF = 0x400454CA
 _TUNSETOFFLOAD = 0x400454D0
 _IFF_TUN, _IFF_NO_PI, _IFF_VNET_HDR = 0x0001, 0x1000, 0x4000
-_OFFLOAD_CSUM, _OFFLOAD_ALL = 0x01, 0x01 | 0x02 | 0x04  # checksums; TCP segmentation for IPv4 and IPv6
+_OFFLOAD_CHECKSUM, _OFFLOAD_TCP4, _OFFLOAD_TCP6 = 0x01, 0x02, 0x04
 _PR_SET_TIMERSLACK = 29
 _VNET_HEADER = 10
 _READ = 65536 + 128
@@ -60,18 +60,20 @@ class Relay:
 
     def _offload(self) -> None:
         plain = all(link.settings.plain for link in self._links.values())
+        flags = _OFFLOAD_CHECKSUM | (_OFFLOAD_TCP4 | _OFFLOAD_TCP6 if plain else 0)
         for fd in self._devices.values():
-            fcntl.ioctl(fd, _TUNSETOFFLOAD, _OFFLOAD_ALL if plain else _OFFLOAD_CSUM)
+            fcntl.ioctl(fd, _TUNSETOFFLOAD, flags)
 
     def run(self) -> None:
         """Carry packets until killed."""
-        readers = [*self._devices.values(), self._control]
+        control = self._control.fileno()
+        readers = [*self._devices.values(), control]
         while True:
             self._deliver(time.monotonic())
             # select, not epoll: its time-out counts microseconds, epoll's milliseconds.
             wait = max(0.0, self._queue[0][0] - time.monotonic()) if self._queue else None
             for reader in select.select(readers, (), (), wait)[0]:
-                if reader is self._control:
+                if reader == control:
                     self._answer()
                 else:
                     self._receive(reader)
@@ -141,7 +143,7 @@ class Relay:
 
 
 def _open_tun(lab: Lab, site: Site) -> int:
-    # os.setns is there from Python 3.12 on. This process has one thread, so all of it changes namespace.
+    # Not os.setns, which Python 3.11 lacks. There is one thread, so all of the process moves.
     libc = ctypes.CDLL(None, use_errno=True)
     with (NETNS_ROOT / lab.netns(site)).open("rb") as namespace:
         if libc.setns(namespace.fileno(), _CLONE_NEWNET):
@@ -163,7 +165,7 @@ def _listen(path: Path) -> socket.socket:
 
 def main() -> None:
     """Run the relay of the lab that the first argument names."""
-    ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1000, 0, 0, 0)  # wake up on time, to the microsecond
+    ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1000, 0, 0, 0)  # nanoseconds: wake up on time
     Relay(Lab(sys.argv[1])).run()
 
 

@@ -32,16 +32,16 @@ def say(text: str) -> None:
 def run(
     command: Sequence[str], *, input: str | None = None, timeout: float = 60, check: bool = True
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command and return its output; a failure is a LabError with the command's last words."""
+    """Run a command and return its output; a failure is a LabError with its last words."""
     try:
-        # A stream of its own for stdin: a command must never eat what a caller's script feeds us.
+        # Empty input unless there is some: a command must never eat what feeds our caller's script.
         done = subprocess.run(
             command,
+            input=input or "",
             capture_output=True,
             text=True,
             timeout=timeout,
             check=False,
-            **({"input": input} if input is not None else {"stdin": subprocess.DEVNULL}),  # type: ignore[call-overload]
         )
     except FileNotFoundError as error:
         raise PrerequisiteError(
@@ -52,4 +52,4 @@ def run(
     if check and done.returncode:
         words = (done.stderr or done.stdout).strip() or "no message"
         raise LabError(f"{shlex.join(command)} failed ({done.returncode}): {words}")
-    return done  # type: ignore[no-any-return]
+    return done
