@@ -1,0 +1,1 @@
+"""Messages in transit: shadow before 250, discard, back-fill and resubmission."""

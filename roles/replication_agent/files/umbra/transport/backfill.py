@@ -1,0 +1,81 @@
+"""Copies to a shadow that is back what was accepted while the group was alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from umbra.peer.link import PeerLink
+from umbra.transport import metrics, wire
+from umbra.transport.discard import Discarder
+from umbra.transport.store import Meta, ShadowStore, State
+from umbra.transport.tracking import BACK_FILLED, track
+
+TIMEOUT = 240.0
+
+
+@dataclass(frozen=True, slots=True)
+class BackFilled:
+    """What one run has done. ``complete``: when it ended, nothing was left that only this node
+    had.
+    """
+
+    copied: int
+    complete: bool
+
+
+class BackFill:
+    """Sends the ``unshadowed`` messages of this node to a shadow.
+
+    The group has to name the shadow in ``shadows()`` before :meth:`run` begins: from then on new
+    messages go to it directly, so the rest shrinks to nothing. What leaves the queue meanwhile is
+    dropped by the discarder.
+
+    :param storing_alone: returns how many messages are on their way into the own store.
+    """
+
+    def __init__(
+        self, node: str, store: ShadowStore, discarder: Discarder, storing_alone: Callable[[], int]
+    ) -> None:
+        self._node = node
+        self._store = store
+        self._discarder = discarder
+        self._storing_alone = storing_alone
+
+    async def run(self, peer: PeerLink, *, keep: bool = False) -> BackFilled:
+        """Copy all there is. PeerError or StoreError ends it; what was copied stays copied, and
+        another run goes on.
+
+        :param keep: leave the own copies, because another shadow needs them too.
+        """
+        copied = 0
+        # Asked before the look: what was on its way then is seen in the store now, or by the next
+        # run.
+        on_its_way = self._storing_alone()
+        async for meta in self._store.in_order(State.UNSHADOWED, self._node):
+            await self._copy(peer, meta)
+            copied += 1
+            if not keep:
+                await self._store.discard(
+                    [meta.shadow_id], origin=self._node, state=State.UNSHADOWED
+                )
+        waiting = [
+            holding for holding in await self._store.stats() if holding.state is State.RESUBMITTING
+        ]
+        return BackFilled(copied, complete=not on_its_way and not waiting)
+
+    async def _copy(self, peer: PeerLink, meta: Meta) -> None:
+        args, head = wire.arguments(meta.shadow_id, meta.queue_id, meta.envelope)
+        async with peer.exchange("shadow-store", args, timeout=TIMEOUT) as exchange:
+            if head:
+                await exchange.send(head)
+            async for piece in self._store.content(meta):
+                await exchange.send(piece)
+            await exchange.result()
+        # Before the own copy goes: dying here leaves both, and the same id is stored again at the
+        # next run.
+        self._discarder.add(peer.name, meta.queue_id, meta.shadow_id)
+        metrics.BACK_FILLED.inc()
+        track(
+            BACK_FILLED, meta.queue_id, meta.envelope.message_id, meta.shadow_id, f"at={peer.name}"
+        )

@@ -1,0 +1,273 @@
+"""The primary's side of discard: which messages in the queue have a copy where, and when that copy
+has done its duty.
+
+A copy may go when its message has left the queue for good: its file is in none of Postfix's queue
+directories.
+
+Why an absence in one listing is no proof: a listing reads the directories one after another while
+Postfix renames files between them, so a file can hop over the reader. If the listing reads
+``incoming``, ``active``, ``deferred`` (then ``hold``, ``corrupt``) in the order in which mail
+flows, a file that moves only with the flow is always seen: when the reader leaves a directory, the
+file is there (seen) or further on. It can be missed only by moving against the flow (``deferred``
+back to ``active`` or ``incoming``, which Postfix does when a retry is due, at the soonest minutes
+after the last one) within the milliseconds of the listing. So a copy goes when its message is
+absent in two listings in a row, an interval apart: missing it would take two retries of one message
+within about a second, each inside a listing. And a file that exists from before the copy was made
+(the queue id is known to the milter because the file is there) until the message is finished is
+present in every listing between, so a message that is still at its end of message is never taken
+for gone. Postfix's long queue ids are never used again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from umbra.peer.exchange import PeerError
+from umbra.peer.link import PeerLink
+from umbra.transport import metrics
+from umbra.transport.store import ShadowStore, State, StoreError
+from umbra.transport.tracking import DISCARDED, track
+
+log = logging.getLogger(__name__)
+
+BATCH = 1000
+"""Ids in one ``shadow-discard``: 35 bytes each in a frame of 64 KiB."""
+
+TIMEOUT = 30.0
+RECONCILE_INTERVAL = 600.0
+
+QueueIds = Callable[[], Awaitable[set[str]]]
+
+
+class Holder(Protocol):
+    """A place where copies are kept. Errors are PeerError or StoreError."""
+
+    name: str
+
+    async def listing(self) -> dict[str, str]:
+        """Return what is kept there for this node: shadow ids by queue id."""
+        ...
+
+    async def discard(self, shadow_ids: list[str]) -> None:
+        """Forget these; ids that are not there do no harm."""
+        ...
+
+
+class PeerHolder:
+    """A shadow."""
+
+    def __init__(self, link: PeerLink) -> None:
+        self.name = link.name
+        self._link = link
+
+    async def listing(self) -> dict[str, str]:
+        """Ask by ``shadow-list``."""
+        async with self._link.exchange("shadow-list", {}, timeout=TIMEOUT) as exchange:
+            await exchange.end()
+            rows = await exchange.receive_lines()
+            await exchange.result()
+        try:
+            return {str(row["queue_id"]): str(row["shadow_id"]) for row in rows}
+        except KeyError as error:
+            raise PeerError("protocol", f"a line of shadow-list has no {error}") from None
+
+    async def discard(self, shadow_ids: list[str]) -> None:
+        """Ask by ``shadow-discard``."""
+        await self._link.request("shadow-discard", {"shadow_ids": shadow_ids}, timeout=TIMEOUT)
+
+
+class LocalHolder:
+    """This node's own store, for messages that no shadow has yet."""
+
+    def __init__(self, store: ShadowStore, node: str) -> None:
+        self.name = node
+        self._store = store
+
+    async def listing(self) -> dict[str, str]:
+        """Read the store."""
+        pages = self._store.copies(self.name, State.UNSHADOWED)
+        return {copy.queue_id: copy.shadow_id async for page in pages for copy in page}
+
+    async def discard(self, shadow_ids: list[str]) -> None:
+        """Delete from the store."""
+        for meta in await self._store.discard(shadow_ids, origin=self.name, state=State.UNSHADOWED):
+            metrics.DISCARDED.inc()
+            track(
+                DISCARDED,
+                meta.queue_id,
+                meta.envelope.message_id,
+                meta.shadow_id,
+                f"origin={self.name}",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Reconciled:
+    """What comparing a holder's list with the queue found.
+
+    :param held: how many messages the holder has for this node.
+    :param missing: queue ids of messages it should have and has not (a lost disk, for example).
+    """
+
+    held: int
+    missing: list[str]
+
+
+class Copies:
+    """The copies at one holder: decisions only, no I/O."""
+
+    def __init__(self) -> None:
+        self._settled: dict[str, str] = {}
+        self._fresh: dict[str, str] = {}
+        self._absent: set[str] = set()
+        self._doubtful: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._settled) + len(self._fresh)
+
+    def add(self, queue_id: str, shadow_id: str, *, sure: bool) -> None:
+        """There is a copy of the message in the queue file ``queue_id``; or there may be one, if it
+        is not sure.
+        """
+        self._fresh[queue_id] = shadow_id
+        if not sure:
+            self._doubtful.add(queue_id)
+
+    def begin_listing(self) -> None:
+        """A listing of the queue begins: what is added from now on is not judged by it."""
+        self._settled |= self._fresh
+        self._fresh = {}
+
+    def judge(self, present: set[str]) -> dict[str, str]:
+        """Return the copies whose messages are absent in this listing and were in the one
+        before.
+        """
+        absent = self._settled.keys() - present
+        ripe = {queue_id: self._settled[queue_id] for queue_id in absent & self._absent}
+        self._absent = absent
+        return ripe
+
+    def remove(self, queue_ids: Iterable[str]) -> None:
+        """These copies are gone."""
+        for queue_id in queue_ids:
+            self._settled.pop(queue_id, None)
+            self._fresh.pop(queue_id, None)
+            self._absent.discard(queue_id)
+            self._doubtful.discard(queue_id)
+
+    def known(self) -> dict[str, str]:
+        """Return all copies: shadow ids by queue id."""
+        return self._settled | self._fresh
+
+    def compare(self, before: dict[str, str], held: dict[str, str]) -> list[str]:
+        """Take over what the holder says it has; return the queue ids it should have and has not.
+
+        :param before: what was known before the holder was asked; later ones may be missing in its
+            answer.
+        """
+        for queue_id, shadow_id in held.items():
+            if queue_id not in self._settled:
+                self._fresh.setdefault(queue_id, shadow_id)
+        now = self.known()
+        missing = [
+            queue_id
+            for queue_id, shadow_id in before.items()
+            if held.get(queue_id) != shadow_id
+            and queue_id in now
+            and queue_id not in self._doubtful
+        ]
+        self.remove(missing)
+        return missing
+
+
+class Discarder:
+    """Keeps the account of all copies and discards those that are needed no more.
+
+    The account is in memory: after a restart :meth:`reconcile` has it again from the holders.
+
+    :param queue_ids: lists the queue files that exist now. It must raise, not return less, when a
+        directory cannot be read.
+    :param interval: seconds between two listings; none is made while no copy is outstanding.
+    """
+
+    def __init__(
+        self, holders: Iterable[Holder], queue_ids: QueueIds, *, interval: float = 1.0
+    ) -> None:
+        self._holders = {holder.name: holder for holder in holders}
+        self._copies = {name: Copies() for name in self._holders}
+        self._queue_ids = queue_ids
+        self._interval = interval
+
+    def add(self, holder: str, queue_id: str, shadow_id: str, *, sure: bool = True) -> None:
+        """``holder`` has (if not ``sure``: may have) a copy of the message in the queue file
+        ``queue_id``, which exists.
+        """
+        self._copies[holder].add(queue_id, shadow_id, sure=sure)
+
+    def forget(self) -> None:
+        """This node is primary no more: the copies are the new primary's."""
+        self._copies = {name: Copies() for name in self._holders}
+
+    def outstanding(self, holder: str) -> int:
+        """Return how many copies ``holder`` has to keep."""
+        return len(self._copies[holder])
+
+    async def run(self) -> None:
+        """Discard once an interval and reconcile now and then, until cancelled."""
+        loop = asyncio.get_running_loop()
+        reconcile_at = loop.time() + RECONCILE_INTERVAL
+        while True:
+            await asyncio.sleep(self._interval)
+            await self.discard()
+            if loop.time() >= reconcile_at:
+                # A store that timed out here may have been finished there after its discard.
+                for name in self._holders:
+                    try:
+                        await self.reconcile(name)
+                    except (PeerError, StoreError) as error:
+                        log.info("cannot compare with %s now: %s", name, error)
+                reconcile_at = loop.time() + RECONCILE_INTERVAL
+
+    async def discard(self) -> None:
+        """List the queue once and discard what two listings in a row did not show. Failures wait
+        for the next call.
+        """
+        if not any(map(len, self._copies.values())):
+            return
+        for copies in self._copies.values():
+            copies.begin_listing()
+        try:
+            present = await self._queue_ids()
+        except OSError as error:
+            log.warning("the queue cannot be listed, nothing is discarded: %s", error)
+            return
+        for name, copies in self._copies.items():
+            ripe = list(copies.judge(present).items())
+            for start in range(0, len(ripe), BATCH):
+                batch = ripe[start : start + BATCH]
+                try:
+                    await self._holders[name].discard([shadow_id for _, shadow_id in batch])
+                except (PeerError, StoreError) as error:
+                    log.info(
+                        "%d copies at %s wait for their discard: %s", len(ripe) - start, name, error
+                    )
+                    break
+                copies.remove(queue_id for queue_id, _ in batch)
+            metrics.OUTSTANDING.labels(name).set(len(copies))
+
+    async def reconcile(self, holder: str) -> Reconciled:
+        """Compare what ``holder`` has with what it should have; to be called when it was
+        (re)connected and at the start.
+
+        What it has and the queue has not goes by the next two listings. PeerError or StoreError if
+        it cannot be asked.
+        """
+        copies = self._copies[holder]
+        before = copies.known()
+        held = await self._holders[holder].listing()
+        missing = copies.compare(before, held)
+        return Reconciled(len(held), missing)

@@ -1,0 +1,27 @@
+"""Shadow ids: ordered by time, never guessable."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+
+HEADER = "X-Umbra-Id"
+
+_FORM = re.compile(r"[0-9a-f]{32}")
+_RANDOM_BITS = 76
+
+
+def new() -> str:
+    """Return a new id: 52 bits of microseconds since 1970 (until 2112), then 76 random bits, in
+    hex.
+
+    Nobody outside can know an id before its message is delivered, so no message from outside can
+    pass for a duplicate of one that is in transit.
+    """
+    return f"{time.time_ns() // 1000 << _RANDOM_BITS | secrets.randbits(_RANDOM_BITS):032x}"
+
+
+def valid(text: object) -> bool:
+    """Tell whether ``text`` has the form of a shadow id."""
+    return isinstance(text, str) and _FORM.fullmatch(text) is not None

@@ -1,0 +1,38 @@
+"""The transport's metrics. Counters have no high-cardinality labels: at most the peer's name or a
+short reason.
+"""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+ACCEPTED = Counter("umbra_messages_accepted_total", "Messages answered with acceptance", ["copy"])
+REFUSED = Counter(
+    "umbra_messages_refused_total", "Messages answered with a temporary refusal", ["reason"]
+)
+SHADOW_SECONDS = Histogram(
+    "umbra_shadow_seconds",
+    "Time from end of message to the answer, for messages that a shadow took",
+    buckets=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10),
+)
+SHADOW_FAILED = Counter(
+    "umbra_shadow_failed_total", "Shadow messages that a peer did not take", ["peer", "code"]
+)
+STORED = Counter("umbra_store_messages_total", "Messages made durable in the local store")
+COMMITS = Counter("umbra_store_commits_total", "Transactions of the local store, one fsync each")
+STORE_FULL = Counter("umbra_store_full_total", "Messages that the local store had no room for")
+DISCARDED = Counter(
+    "umbra_shadow_discarded_total",
+    "Shadow messages discarded because they left the primary's queue",
+)
+OUTSTANDING = Gauge(
+    "umbra_shadow_outstanding", "Messages in the queue that a holder keeps a copy of", ["holder"]
+)
+BACK_FILLED = Counter("umbra_back_filled_total", "Messages accepted alone that a shadow has now")
+RESUBMITTED = Counter("umbra_resubmitted_total", "Shadow messages resubmitted after a promotion")
+DUPLICATES = Counter(
+    "umbra_duplicates_dropped_total", "Recipients left out because their mailbox had the message"
+)
+MILTER_ERRORS = Counter(
+    "umbra_milter_protocol_errors_total", "Milter connections closed for a protocol error"
+)

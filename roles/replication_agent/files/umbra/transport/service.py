@@ -1,0 +1,125 @@
+"""The shadow's side: stores, lists and discards shadow messages for its peers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from umbra.peer.exchange import Exchange, PeerError
+from umbra.peer.identity import PeerIdentity
+from umbra.peer.server import Handler
+from umbra.transport import metrics, wire
+from umbra.transport.envelope import Envelope, EnvelopeError
+from umbra.transport.ids import valid
+from umbra.transport.store import ShadowStore, StoreError, StoreFull
+from umbra.transport.tracking import DISCARDED, track
+
+RECEIVE_TIMEOUT = 300.0
+"""Seconds; longer than a primary waits for a shadow message, whatever its size."""
+
+MAX_DISCARD = 2000
+
+
+class ShadowService:
+    """Handlers for the peer server.
+
+    :param epoch: returns the highest epoch this node knows.
+    """
+
+    def __init__(self, store: ShadowStore, epoch: Callable[[], int]) -> None:
+        self._store = store
+        self._epoch = epoch
+
+    def handlers(self) -> dict[str, Handler]:
+        """Return the operations by name."""
+        return {
+            "shadow-store": self.store,
+            "shadow-list": self.list,
+            "shadow-discard": self.discard,
+        }
+
+    async def store(
+        self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+    ) -> dict[str, Any]:
+        """``shadow-store``: answered when the message is durable here.
+
+        A connection that ends before END leaves nothing. One that ends after it leaves a message
+        that the primary did not acknowledge; its queue file is gone, so it is discarded later.
+        """
+        epoch = self._epoch()
+        try:
+            async with asyncio.timeout(RECEIVE_TIMEOUT):
+                shadow_id = await self._receive(peer.node, epoch, args, exchange)
+        except EnvelopeError as error:
+            raise PeerError("protocol", str(error)) from None
+        except StoreFull as error:
+            raise PeerError("store-full", str(error)) from None
+        except StoreError as error:
+            raise PeerError("store-failed", str(error)) from None
+        if self._epoch() != epoch:
+            # This node was promoted while the disk worked: the resubmission may have missed the
+            # message, so it must not be acknowledged under the old epoch.
+            await self._store.discard([shadow_id], origin=peer.node)
+            raise PeerError("stale-epoch", f"epoch {epoch} ended while the message was stored")
+        return {}
+
+    async def _receive(
+        self, node: str, epoch: int, args: Mapping[str, Any], exchange: Exchange
+    ) -> str:
+        shadow_id, queue_id = wire.names(args)
+        rest = b""
+        if size := wire.envelope_size(args):
+            while len(rest) < size and (data := await exchange.receive()) is not None:
+                rest += data
+            envelope, rest = Envelope.from_json(rest[:size]), rest[size:]
+        else:
+            envelope = Envelope.from_object(args.get("envelope"))
+        writer = self._store.begin(
+            shadow_id, origin=node, queue_id=queue_id, envelope=envelope, epoch=epoch
+        )
+        try:
+            if rest:
+                await writer.write(rest)
+            while (data := await exchange.receive()) is not None:
+                await writer.write(data)
+            await writer.commit()
+        finally:
+            writer.abort()
+        return shadow_id
+
+    async def list(
+        self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+    ) -> dict[str, Any]:
+        """``shadow-list``: what is held for the asking node, as JSON lines."""
+        count = 0
+        async for copies in self._store.copies(peer.node):
+            count += len(copies)
+            await exchange.send(wire.listing([(copy.shadow_id, copy.queue_id) for copy in copies]))
+        await exchange.end()
+        return {"count": count}
+
+    async def discard(
+        self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+    ) -> dict[str, Any]:
+        """``shadow-discard``: forget messages held for the asking node; ids that are not here do no
+        harm.
+        """
+        shadow_ids = args.get("shadow_ids")
+        if (
+            not isinstance(shadow_ids, list)
+            or len(shadow_ids) > MAX_DISCARD
+            or not all(map(valid, shadow_ids))
+        ):
+            raise PeerError("protocol", f"shadow_ids must be a list of at most {MAX_DISCARD} ids")
+        gone = await self._store.discard(shadow_ids, origin=peer.node)
+        for meta in gone:
+            metrics.DISCARDED.inc()
+            track(
+                DISCARDED,
+                meta.queue_id,
+                meta.envelope.message_id,
+                meta.shadow_id,
+                f"origin={peer.node}",
+            )
+        return {"discarded": len(gone)}

@@ -1,0 +1,410 @@
+"""Shadow before 250: what becomes of a message at its end, before Postfix acknowledges it.
+
+Order of events, and what holds if this process or this node dies between them:
+
+1. The shadows have the message durably, or (policy ``accept``) the group is alone, durably, and
+   then the own store has it. Dead before or here: Postfix got no answer, so the client got no 250
+   and sends again; a copy without a queue file is discarded.
+2. Epoch and role are checked again: an answer that came too late acknowledges nothing.
+3. The answer goes to Postfix, which syncs its queue file and says 250.
+   Dead here: perhaps never acknowledged, but on the shadow: it is delivered by the shadow, never
+   lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+
+from umbra.config import ShadowPolicy
+from umbra.peer.exchange import PeerError
+from umbra.peer.link import PeerLink
+from umbra.transport import ids, metrics, milter, wire
+from umbra.transport.body import Body
+from umbra.transport.discard import Discarder
+from umbra.transport.envelope import Envelope, Recipient, address, clean
+from umbra.transport.milter import Flow, Transaction
+from umbra.transport.ports import Group, NotPrimary, Refusal
+from umbra.transport.resubmit import Resubmission
+from umbra.transport.store import ShadowStore, ShadowWriter, State, StoreError
+from umbra.transport.tracking import SHADOW_CREATED, SHADOW_FAILED, track
+
+log = logging.getLogger(__name__)
+
+RESUBMISSION = b"umbra-resubmit"
+"""``milter_macro_daemon_name`` of the smtpd that takes resubmitted messages."""
+
+RATE = 1024 * 1024
+"""Bytes a second below which a shadow counts as stalled: so much longer than ``shadow_timeout`` a
+large message may take."""
+
+LIMIT = 240.0
+"""Seconds for any message; Postfix gives up on a milter after 300."""
+
+ALONE = Refusal(
+    451, "4.7.1", "No second server can take a copy of this message now, try again later"
+)
+DEMOTED = Refusal(451, "4.7.1", "This server has just stopped being the primary, try again")
+FULL = Refusal(451, "4.3.1", "No room to keep a copy of this message, try again later")
+
+_ID_HEADER = ids.HEADER.lower().encode()
+
+
+class _Refused(Exception):
+    def __init__(self, refusal: Refusal, reason: str) -> None:
+        super().__init__(reason)
+        self.refusal = refusal
+
+
+class Shadowing:
+    """The milter's application: lets no message be acknowledged that is not where it has to be.
+
+    Every peer that :meth:`Group.shadows` names must have the message.
+
+    :param node: this node's name.
+    :param resubmissions: ids that are being resubmitted by this process; told here what became of
+        them.
+    :param timeout: seconds that the shadows have for a message (``shadow_timeout``), plus one for
+        each MiB.
+    """
+
+    def __init__(
+        self,
+        node: str,
+        group: Group,
+        store: ShadowStore,
+        discarder: Discarder,
+        resubmissions: dict[str, Resubmission],
+        *,
+        policy: ShadowPolicy,
+        timeout: float,
+    ) -> None:
+        self.node = node
+        self.group = group
+        self.store = store
+        self.discarder = discarder
+        self.resubmissions = resubmissions
+        self.policy = policy
+        self.timeout = timeout
+        self.storing_alone = 0
+        """Messages that found the group alone and are not in the own store yet."""
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def mail(self, transaction: Transaction) -> bytes | None:
+        """Refuse at MAIL what would be refused at its end: while draining, not primary, or alone
+        under ``defer``.
+        """
+        refusal = self.group.accepting()
+        if refusal is None and self.policy is ShadowPolicy.DEFER and not self.group.shadows():
+            # What is resubmitted was acknowledged once and goes on even alone.
+            refusal = None if transaction.macro(b"daemon_name") == RESUBMISSION else ALONE
+        return None if refusal is None else answer(refusal)
+
+    def message(self, transaction: Transaction, flow: Flow) -> _Message:
+        """Return the taker of one message."""
+        return _Message(self, transaction, flow)
+
+    def keep(self, task: asyncio.Task[None]) -> None:
+        """Hold on to a task that was begun before its message's end."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def answer(refusal: Refusal) -> bytes:
+    """Return a refusal as a milter packet and count it."""
+    metrics.REFUSED.labels(str(refusal.code)).inc()
+    return milter.reply(refusal.code, refusal.enhanced, refusal.text)
+
+
+class _Message:
+    def __init__(self, shadowing: Shadowing, transaction: Transaction, flow: Flow) -> None:
+        self._shadowing = shadowing
+        self._group = shadowing.group
+        self._transaction = transaction
+        self._body = Body(flow)
+        self._queue_id = clean(transaction.macro(b"i"))
+        self._message_id = ""
+        self._shadow_id = ""
+        self._epoch = 0
+        self._first = True
+        self._resubmission: Resubmission | None = None
+        self._delivery: asyncio.Task[None] | None = None
+
+    # -- what the milter says
+
+    def header(self, name: bytes, lines: bytes) -> None:
+        lowered = name.lower()
+        if self._first and lowered == _ID_HEADER and self._claim(lines):
+            return
+        if lowered == b"message-id" and not self._message_id:
+            self._message_id = clean(lines.partition(b":")[2].strip())
+        self._take(lines)
+
+    def body(self, data: bytes) -> None:
+        self._take(data)
+
+    def abort(self) -> None:
+        if self._delivery is not None:
+            self._delivery.cancel()
+
+    async def finish(self) -> bytes:
+        started = time.monotonic()
+        with self._group.begin_work():
+            try:
+                refusal = self._group.accepting()
+                if refusal is not None:
+                    raise _Refused(refusal, "not accepting")
+                self._body.end()
+                if self._delivery is None:
+                    await self._deliver()
+                else:
+                    await self._delivery
+                refusal = self._group.accepting()
+                # A drain (421) waits for what has come so far; anything else ends this node's right
+                # to acknowledge.
+                if self._group.epoch != self._epoch or (
+                    refusal is not None and refusal.code != 421
+                ):
+                    raise _Refused(DEMOTED, "the epoch or the role changed meanwhile")
+            except _Refused as refused:
+                self.abort()
+                log.info("%s refused: %s", self._queue_id, refused)
+                return answer(refused.refusal)
+        metrics.SHADOW_SECONDS.observe(time.monotonic() - started)
+        if self._resubmission is not None:
+            return milter.ACCEPT  # the id is in its header already
+        return milter.add_header(ids.HEADER, self._shadow_id) + milter.ACCEPT
+
+    # -- within
+
+    def _claim(self, lines: bytes) -> bool:
+        """Tell whether this is our own resubmission, whose id header is no part of the content."""
+        self._first = False
+        if self._transaction.macro(b"daemon_name") != RESUBMISSION:
+            return False
+        shadow_id = clean(lines.partition(b":")[2].strip())
+        # Only what this process is resubmitting right now: others may reach the port, but cannot
+        # guess an id.
+        resubmission = self._shadowing.resubmissions.get(shadow_id)
+        if resubmission is None:
+            return False
+        self._shadow_id, self._resubmission = shadow_id, resubmission
+        return True
+
+    def _take(self, data: bytes) -> None:
+        self._first = False
+        if self._body.write(data):
+            self._delivery = asyncio.get_running_loop().create_task(self._deliver())
+            # Its failure is told when it is awaited; an aborted message awaits nothing.
+            self._delivery.add_done_callback(lambda task: task.cancelled() or task.exception())
+            self._shadowing.keep(self._delivery)
+
+    def _envelope(self) -> Envelope:
+        transaction = self._transaction
+        return Envelope(
+            sender=address(transaction.sender),
+            sender_args=_texts(transaction.sender_args),
+            recipients=tuple(
+                Recipient(address(first), _texts(rest)) for first, *rest in transaction.recipients
+            ),
+            client_name=clean(transaction.client.name),
+            client_address=clean(transaction.client.address),
+            helo=clean(transaction.client.helo),
+            auth_user=clean(transaction.macro(b"auth_authen")),
+            message_id=self._message_id,
+            received=time.time(),
+        )
+
+    async def _deliver(self) -> None:
+        """Bring the message where it has to be, or raise _Refused."""
+        self._epoch = self._group.epoch
+        self._shadow_id = self._shadow_id or ids.new()
+        if self._resubmission is not None:
+            # Before anything else: after a crash the queue tells by this id whether the message got
+            # there.
+            self._resubmission.queue_id = self._queue_id
+            try:
+                await self._shadowing.store.note_queue_id(self._shadow_id, self._queue_id)
+            except StoreError as error:
+                raise _Refused(FULL, str(error)) from None
+        envelope = self._envelope()
+        peers = self._group.shadows()
+        if peers:
+            await self._to_shadows(peers, envelope)
+        else:
+            # Counted from here, without a pause, until the store has it: the end of a back-fill
+            # must not miss it.
+            self._shadowing.storing_alone += 1
+            try:
+                await self._alone(None, envelope, "the group is alone")
+            finally:
+                self._shadowing.storing_alone -= 1
+
+    async def _to_shadows(self, peers: Sequence[PeerLink], envelope: Envelope) -> None:
+        writer: ShadowWriter | None = None
+        if (
+            self._body.large
+            and self._shadowing.policy is ShadowPolicy.ACCEPT
+            and self._resubmission is None
+        ):
+            # What streams past cannot be read again, so it is kept (unsynced) in case the shadow
+            # fails half way.
+            writer = self._writer(envelope)
+        try:
+            failed = await self._send(peers, writer, envelope)
+            for peer in peers:
+                # Also where it failed: it may have arrived, and will have to be discarded.
+                self._shadowing.discarder.add(
+                    peer.name, self._queue_id, self._shadow_id, sure=peer.name not in failed
+                )
+            if failed:
+                await self._failed(failed, {peer.name for peer in peers}, writer, envelope)
+                return
+        finally:
+            if writer is not None:
+                writer.abort()
+        self._shadowed("+".join(peer.name for peer in peers))
+
+    def _shadowed(self, where: str) -> None:
+        metrics.ACCEPTED.labels("shadow").inc()
+        if self._resubmission is not None:
+            self._resubmission.shadowed = True
+        track(SHADOW_CREATED, self._queue_id, self._message_id, self._shadow_id, f"at={where}")
+
+    async def _failed(
+        self,
+        failed: dict[str, PeerError],
+        asked: set[str],
+        writer: ShadowWriter | None,
+        envelope: Envelope,
+    ) -> None:
+        reason = "; ".join(f"{name}: {error.text}" for name, error in failed.items())
+        for name, error in failed.items():
+            metrics.SHADOW_FAILED.labels(name, error.code).inc()
+            track(
+                SHADOW_FAILED,
+                self._queue_id,
+                self._message_id,
+                self._shadow_id,
+                f"at={name} reason={error.code}",
+            )
+            if error.code == "stale-epoch":
+                raise _Refused(DEMOTED, reason)
+        if self._shadowing.policy is ShadowPolicy.DEFER and self._resubmission is None:
+            raise _Refused(ALONE, reason)
+        try:
+            async with asyncio.timeout(LIMIT):
+                for name, error in failed.items():
+                    await self._group.shadow_failed(name, error.text)
+        except NotPrimary as error:
+            raise _Refused(DEMOTED, str(error)) from None
+        except TimeoutError:
+            raise _Refused(ALONE, "the group could not be made alone in time") from None
+        left = {peer.name for peer in self._group.shadows()}
+        if not left:
+            await self._alone(writer, envelope, reason)
+        elif left <= asked - failed.keys():
+            self._shadowed("+".join(sorted(left)))
+        else:
+            raise _Refused(ALONE, "the shadows changed meanwhile")
+
+    async def _alone(self, writer: ShadowWriter | None, envelope: Envelope, reason: str) -> None:
+        """The group is alone: put the message into the own store for the back-fill."""
+        if self._resubmission is not None:
+            return  # it is in the own store; the resubmission keeps it there
+        if self._shadowing.policy is ShadowPolicy.DEFER:
+            raise _Refused(ALONE, reason)
+        try:
+            async with asyncio.timeout(LIMIT):
+                if writer is None:
+                    writer = self._writer(envelope)
+                    await self._write(writer)
+                await writer.commit()
+        except StoreError as error:
+            raise _Refused(FULL, str(error)) from None
+        except TimeoutError:
+            raise _Refused(FULL, "the own store took too long") from None
+        finally:
+            if writer is not None:
+                writer.abort()
+        self._shadowing.discarder.add(self._shadowing.node, self._queue_id, self._shadow_id)
+        metrics.ACCEPTED.labels("alone").inc()
+        track(
+            SHADOW_CREATED,
+            self._queue_id,
+            self._message_id,
+            self._shadow_id,
+            f"at={self._shadowing.node}",
+        )
+
+    def _writer(self, envelope: Envelope) -> ShadowWriter:
+        return self._shadowing.store.begin(
+            self._shadow_id,
+            origin=self._shadowing.node,
+            queue_id=self._queue_id,
+            envelope=envelope,
+            epoch=self._epoch,
+            state=State.UNSHADOWED,
+        )
+
+    async def _send(
+        self, peers: Sequence[PeerLink], writer: ShadowWriter | None, envelope: Envelope
+    ) -> dict[str, PeerError]:
+        """Send to all at once; return who failed and why."""
+        if len(peers) == 1 and writer is None:
+            errors = [await self._to_peer(peers[0], envelope)]
+        else:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._to_peer(peer, envelope)) for peer in peers]
+                if writer is not None:
+                    group.create_task(self._spare(writer))
+            errors = [task.result() for task in tasks]
+        return {
+            peer.name: error for peer, error in zip(peers, errors, strict=True) if error is not None
+        }
+
+    async def _to_peer(self, peer: PeerLink, envelope: Envelope) -> PeerError | None:
+        args, head = wire.arguments(self._shadow_id, self._queue_id, envelope)
+        reader = self._body.reader()
+        try:
+            async with (
+                asyncio.timeout(self._shadowing.timeout) as limit,
+                peer.exchange("shadow-store", args, timeout=LIMIT) as exchange,
+            ):
+                if head:
+                    await exchange.send(head)
+                while (data := await reader.read()) is not None:
+                    await exchange.send(data)
+                    when = limit.when()
+                    assert when is not None
+                    limit.reschedule(when + len(data) / RATE)
+                await exchange.result()
+        except PeerError as error:
+            return error
+        except TimeoutError:
+            return PeerError("timeout", f"{peer.name} did not take the message in time")
+        finally:
+            reader.close()
+        return None
+
+    async def _spare(self, writer: ShadowWriter) -> None:
+        try:
+            await self._write(writer)
+        except StoreError as error:
+            # Matters only if the shadow fails too; then the commit fails as well and the message is
+            # refused.
+            log.warning("no spare copy of %s: %s", self._queue_id, error)
+
+    async def _write(self, writer: ShadowWriter) -> None:
+        reader = self._body.reader()
+        try:
+            while (data := await reader.read()) is not None:
+                await writer.write(data)
+        finally:
+            reader.close()
+
+
+def _texts(values: Sequence[bytes]) -> tuple[str, ...]:
+    return tuple(value.decode("utf-8", "surrogateescape") for value in values)

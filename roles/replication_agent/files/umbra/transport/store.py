@@ -1,0 +1,539 @@
+"""The durable store of shadow messages: SQLite in WAL mode with ``synchronous=FULL``, large
+contents in files beside it.
+
+A message is in the store when its row is committed, and gone when its row is deleted. Dying at any
+point leaves at most a file that no row names, and the next start removes it. States:
+
+``held``          a copy for another node, which has the message in its queue
+``resubmitting``  the other node is gone and this one carries the message on
+``unshadowed``    a copy of a message in this node's own queue that no shadow has yet
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, TypeVar
+
+from umbra.transport import metrics, spool
+from umbra.transport.commit import Committer, StoreError, StoreFull, translate
+from umbra.transport.envelope import Envelope
+from umbra.transport.ids import valid
+
+__all__ = [
+    "Copy",
+    "Holding",
+    "Meta",
+    "ShadowStore",
+    "ShadowWriter",
+    "State",
+    "StoreError",
+    "StoreFull",
+]
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+Narrow = Callable[[Envelope, Sequence[str]], Envelope | None]
+
+ROW_LIMIT = 256 * 1024
+"""Contents up to this many bytes lie in the row itself."""
+
+PAGE = 500
+VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE message (
+  number INTEGER PRIMARY KEY,
+  shadow_id TEXT NOT NULL UNIQUE,
+  origin TEXT NOT NULL,
+  queue_id TEXT NOT NULL,
+  state TEXT NOT NULL,
+  epoch INTEGER NOT NULL,
+  stored REAL NOT NULL,
+  size INTEGER NOT NULL,
+  new_queue_id TEXT NOT NULL DEFAULT '',
+  file TEXT NOT NULL,
+  envelope TEXT NOT NULL,
+  content BLOB
+) STRICT
+"""
+
+_INSERT = """
+INSERT INTO message (shadow_id, origin, queue_id, state, epoch, stored, size, file, envelope,
+content) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+"""
+
+_ADOPT = "UPDATE message SET origin = ?, queue_id = ?, state = ?, epoch = ?, envelope = ? WHERE shadow_id = ?"
+
+_META = "shadow_id, origin, queue_id, state, epoch, stored, size, new_queue_id, envelope, file"
+
+
+class State(StrEnum):
+    """Why a message is here."""
+
+    HELD = "held"
+    RESUBMITTING = "resubmitting"
+    UNSHADOWED = "unshadowed"
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """The names of a stored message: its shadow id and the queue id at the node that has it in its
+    queue.
+    """
+
+    shadow_id: str
+    queue_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Meta:
+    """What is known of a stored message. ``stored`` is in seconds since 1970; ``new_queue_id`` is
+    the one of its resubmission.
+    """
+
+    shadow_id: str
+    origin: str
+    queue_id: str
+    state: State
+    epoch: int
+    stored: float
+    size: int
+    new_queue_id: str
+    envelope: Envelope
+    file: str
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """How much is stored of one origin in one state; ``oldest`` is in seconds since 1970."""
+
+    origin: str
+    state: State
+    count: int
+    bytes: int
+    oldest: float
+
+
+class ShadowStore:
+    """Shadow messages in ``directory``, which is made if it is missing. One process at a time."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._spool = directory / "spool"
+        self._committer: Committer | None = None
+        self._reader: sqlite3.Connection | None = None
+        # One thread reads the database, a few write and read files; none of them ever holds up the
+        # event loop.
+        self._reading = ThreadPoolExecutor(1, "umbra-store-read")
+        self._files = ThreadPoolExecutor(4, "umbra-spool")
+
+    async def open(self) -> None:
+        """Open, check and clean up. StoreError if what is on the disk cannot be trusted."""
+        await self._in(self._reading, self._prepare)
+        self._committer = Committer(lambda: self._connect(write=True))
+
+    async def close(self) -> None:
+        """Finish what was begun and close."""
+        if self._committer is not None:
+            await self._committer.close()
+            self._committer = None
+        if self._reader is not None:
+            await self._in(self._reading, self._reader.close)
+            self._reader = None
+        self._files.shutdown()
+        self._reading.shutdown()
+
+    # -- writing
+
+    def begin(
+        self,
+        shadow_id: str,
+        *,
+        origin: str,
+        queue_id: str,
+        envelope: Envelope,
+        epoch: int,
+        state: State = State.HELD,
+    ) -> ShadowWriter:
+        """Begin to store a message of ``origin``'s queue. ValueError for a bad id, which would end
+        in a file name.
+        """
+        if not valid(shadow_id):
+            raise ValueError("not a shadow id")
+        row = (shadow_id, origin, queue_id, str(state), epoch, time.time())
+        return ShadowWriter(self, row, envelope.to_json())
+
+    async def discard(
+        self, shadow_ids: Sequence[str], *, origin: str, state: State = State.HELD
+    ) -> list[Meta]:
+        """Delete those of ``shadow_ids`` that are there for ``origin`` in ``state``; return what
+        they were.
+        """
+
+        def run(database: sqlite3.Connection) -> list[Meta]:
+            gone: list[Meta] = []
+            for shadow_id in shadow_ids:
+                gone += map(
+                    _meta,
+                    database.execute(
+                        f"DELETE FROM message WHERE shadow_id = ? AND origin = ? AND state = ? RETURNING {_META}",
+                        (shadow_id, origin, state),
+                    ),
+                )
+            return gone
+
+        return await self._write(run, settled=self._unlink)
+
+    async def claim(
+        self, origin: str, remaining: Mapping[str, Sequence[str]] | None, narrow: Narrow
+    ) -> list[Meta]:
+        """Make what is held for ``origin`` this node's to resubmit, in one transaction. Repeating
+        it is harmless.
+
+        :param remaining: by queue id, who had not got the message when the origin gave it up; a
+            message that is not named there is deleted. None if unknown.
+        :param narrow: returns the envelope with the remaining recipients only, None if none is
+            left.
+        :returns: what was deleted.
+        """
+
+        def run(database: sqlite3.Connection) -> list[Meta]:
+            gone: list[Meta] = []
+            if remaining is not None:
+                rows = database.execute(
+                    f"SELECT {_META} FROM message WHERE origin = ? AND state = ?",
+                    (origin, State.HELD),
+                )
+                for meta in map(_meta, rows.fetchall()):
+                    left = remaining.get(meta.queue_id)
+                    envelope = narrow(meta.envelope, left) if left else None
+                    if envelope is None:
+                        database.execute(
+                            "DELETE FROM message WHERE shadow_id = ?", (meta.shadow_id,)
+                        )
+                        gone.append(meta)
+                    elif envelope != meta.envelope:
+                        database.execute(
+                            "UPDATE message SET envelope = ? WHERE shadow_id = ?",
+                            (envelope.to_json(), meta.shadow_id),
+                        )
+            database.execute(
+                "UPDATE message SET state = ? WHERE origin = ? AND state = ?",
+                (State.RESUBMITTING, origin, State.HELD),
+            )
+            return gone
+
+        return await self._write(run, settled=self._unlink)
+
+    async def note_queue_id(self, shadow_id: str, new_queue_id: str) -> None:
+        """Note under which queue id a message that is being resubmitted is offered to this node's
+        queue.
+        """
+        await self._write(
+            lambda database: (
+                database.execute(
+                    "UPDATE message SET new_queue_id = ? WHERE shadow_id = ? AND state = ?",
+                    (new_queue_id, shadow_id, State.RESUBMITTING),
+                ).rowcount
+            )
+        )
+
+    async def keep_unshadowed(self, shadow_id: str, queue_id: str, *, origin: str) -> None:
+        """Turn a resubmitted message into one of this node's own queue that no shadow has yet."""
+        await self._write(
+            lambda database: (
+                database.execute(
+                    "UPDATE message SET state = ?, origin = ?, queue_id = ?, new_queue_id = ''"
+                    " WHERE shadow_id = ? AND state = ?",
+                    (State.UNSHADOWED, origin, queue_id, shadow_id, State.RESUBMITTING),
+                ).rowcount
+            )
+        )
+
+    # -- reading
+
+    async def copies(self, origin: str, state: State = State.HELD) -> AsyncIterator[list[Copy]]:
+        """Give the names of what is stored for ``origin``, in order of arrival, some hundred at a
+        time.
+        """
+        last = 0
+        while True:
+            rows = await self._read(
+                "SELECT number, shadow_id, queue_id FROM message WHERE number > ? AND origin = ? AND state = ?"
+                " ORDER BY number LIMIT ?",
+                (last, origin, state, PAGE),
+            )
+            if not rows:
+                return
+            last = rows[-1][0]
+            yield [Copy(shadow_id, queue_id) for _, shadow_id, queue_id in rows]
+
+    async def in_order(self, state: State, origin: str | None = None) -> AsyncIterator[Meta]:
+        """Give what is in ``state``, of one origin or of all, in the order in which the messages
+        were accepted.
+        """
+        last = ""
+        while True:
+            rows = await self._read(
+                f"SELECT {_META} FROM message WHERE shadow_id > ? AND state = ? AND (? IS NULL OR origin = ?)"
+                " ORDER BY shadow_id LIMIT ?",
+                (last, state, origin, origin, 50),
+            )
+            if not rows:
+                return
+            last = rows[-1][0]
+            for row in rows:
+                yield _meta(row)
+
+    async def find(self, shadow_id: str) -> Meta | None:
+        """Return what is known of a message, None if it is not here."""
+        rows = await self._read(f"SELECT {_META} FROM message WHERE shadow_id = ?", (shadow_id,))
+        return _meta(rows[0]) if rows else None
+
+    async def content(self, meta: Meta) -> AsyncIterator[bytes]:
+        """Give a message's content piece by piece. StoreError if it is gone or cannot be read."""
+        if not meta.file:
+            rows = await self._read(
+                "SELECT content FROM message WHERE shadow_id = ?", (meta.shadow_id,)
+            )
+            if not rows:
+                raise StoreError(f"{meta.shadow_id} is not here any more")
+            yield rows[0][0]
+            return
+        pieces = spool.read(self._spool / meta.file)
+        try:
+            size = 0
+            while piece := await self._in(self._files, lambda: next(pieces, b"")):
+                size += len(piece)
+                yield piece
+        except OSError as error:
+            raise StoreError(f"the content of {meta.shadow_id} cannot be read: {error}") from None
+        if size != meta.size:
+            raise StoreError(f"the content of {meta.shadow_id} has {size} bytes, not {meta.size}")
+
+    async def stats(self) -> list[Holding]:
+        """Return how much is stored, by origin and state."""
+        rows = await self._read(
+            "SELECT origin, state, count(*), sum(size), min(stored) FROM message GROUP BY origin, state",
+            (),
+        )
+        return [
+            Holding(origin, State(state), count, size, oldest)
+            for origin, state, count, size, oldest in rows
+        ]
+
+    # -- within
+
+    async def _write(
+        self,
+        run: Callable[[sqlite3.Connection], Result],
+        *,
+        before: Callable[[], None] | None = None,
+        settled: Callable[[Result | None], None] | None = None,
+        size: int = 0,
+    ) -> Result:
+        if self._committer is None:
+            raise StoreError("the store is not open")
+        return await self._committer.submit(run, before=before, settled=settled, size=size)
+
+    async def _read(self, query: str, values: tuple[Any, ...]) -> list[Any]:
+        reader = self._reader
+        if reader is None:
+            raise StoreError("the store is not open")
+        try:
+            return await self._in(self._reading, lambda: reader.execute(query, values).fetchall())
+        except sqlite3.Error as error:
+            raise translate(error) from None
+
+    async def _in_files(self, function: Callable[[], None]) -> None:
+        try:
+            await self._in(self._files, function)
+        except OSError as error:
+            raise translate(error) from None
+
+    async def _in(self, pool: ThreadPoolExecutor, function: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(pool, function)
+
+    def _sync_spool(self) -> None:
+        spool.sync_directory(self._spool)
+
+    def _unlink(self, gone: list[Meta] | None) -> None:
+        # Only after the commit: dying in between leaves a file that the next start removes, never a
+        # row without its file.
+        for meta in gone or ():
+            if meta.file:
+                (self._spool / meta.file).unlink(missing_ok=True)
+
+    def _connect(self, *, write: bool) -> sqlite3.Connection:
+        database = sqlite3.connect(
+            self._directory / "shadow.db", isolation_level=None, check_same_thread=False, timeout=30
+        )
+        database.execute("PRAGMA synchronous = FULL")
+        if write:
+            database.execute("PRAGMA secure_delete = OFF")
+            database.execute("PRAGMA wal_autocheckpoint = 2000")
+            database.execute("PRAGMA journal_size_limit = 67108864")
+        else:
+            database.execute("PRAGMA query_only = ON")
+        return database
+
+    def _prepare(self) -> None:
+        try:
+            self._spool.mkdir(mode=0o700, parents=True, exist_ok=True)
+            database = self._connect(write=True)
+            try:
+                self._check(database)
+            finally:
+                database.close()
+            # The directories' entries too, or the first acknowledged messages could vanish with
+            # them.
+            for directory in (self._spool, self._directory, self._directory.parent):
+                spool.sync_directory(directory)
+            self._reader = self._connect(write=False)
+        except (sqlite3.Error, OSError) as error:
+            raise StoreError(
+                f"the shadow store in {self._directory} cannot be opened: {error}"
+            ) from None
+
+    def _check(self, database: sqlite3.Connection) -> None:
+        database.execute("PRAGMA journal_mode = WAL")
+        version = database.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            database.execute("BEGIN IMMEDIATE")
+            database.execute(_SCHEMA)
+            database.execute(f"PRAGMA user_version = {VERSION}")
+            database.execute("COMMIT")
+        elif version != VERSION:
+            raise StoreError(
+                f"the shadow store in {self._directory} is of version {version}, this agent's is {VERSION}"
+            )
+        finding = database.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if finding != "ok":
+            raise StoreError(f"the shadow store in {self._directory} is damaged: {finding}")
+        files = {
+            row[0]: row[1]
+            for row in database.execute("SELECT file, size FROM message WHERE file <> ''")
+        }
+        if removed := spool.sweep(self._spool, set(files)):
+            log.info(
+                "shadow store: removed %d files of messages that were never acknowledged", removed
+            )
+        for name, size in files.items():
+            path = self._spool / name
+            # Both were synced before the row: only a damaged disk explains this. The other messages
+            # are still good.
+            if not path.exists() or path.stat().st_size != size:
+                log.error("shadow store: the content of %s is damaged", name)
+
+
+class ShadowWriter:
+    """A message on its way into the store. Nothing of it is there until :meth:`commit` has
+    returned.
+    """
+
+    def __init__(self, store: ShadowStore, row: tuple[Any, ...], envelope: str) -> None:
+        self._store = store
+        self._row = row
+        self._envelope = envelope
+        self._parts: list[bytes] = []
+        self._buffered = 0
+        self._size = 0
+        self._file: spool.SpoolFile | None = None
+        self._failed: StoreError | None = None
+
+    async def write(self, data: bytes) -> None:
+        """Take the next piece; holds at most 256 KiB in memory. StoreFull if there is no room."""
+        self._parts.append(data)
+        self._buffered += len(data)
+        self._size += len(data)
+        if self._buffered > ROW_LIMIT:
+            await self._flush()
+
+    async def commit(self) -> None:
+        """Make the message durable. A message that is here already stays and takes this origin,
+        queue id and state.
+
+        The shadow id stands for the content: both nodes got it from the same primary, so it is not
+        compared. StoreFull or StoreError: it is not here. Cancelled: unknown.
+        """
+        if self._failed is not None:
+            raise self._failed
+        if self._file is not None:
+            await self._flush()
+            await self._store._in_files(self._file.sync)
+        # From here on the writer's thread decides what becomes of the file: it knows, whatever
+        # becomes of this task.
+        file, self._file = self._file, None
+        parts, self._parts = self._parts, []
+        before = self._store._sync_spool if file else None
+        row = (*self._row, self._size, file.path.name if file else "", self._envelope)
+
+        def insert(database: sqlite3.Connection) -> bool:
+            try:
+                database.execute(_INSERT, (*row, None if file else b"".join(parts)))
+            except sqlite3.IntegrityError:
+                shadow_id, origin, queue_id, state, epoch, *_ = row
+                database.execute(
+                    _ADOPT, (origin, queue_id, state, epoch, self._envelope, shadow_id)
+                )
+                return False
+            return True
+
+        def settled(inserted: bool | None) -> None:
+            if file is not None and not inserted:
+                file.drop()
+
+        try:
+            await self._store._write(
+                insert, before=before, settled=settled, size=0 if file else self._size
+            )
+        except StoreFull:
+            metrics.STORE_FULL.inc()
+            raise
+        metrics.STORED.inc()
+
+    def abort(self) -> None:
+        """Drop what is not committed. Harmless when repeated or after :meth:`commit`."""
+        self._parts = []
+        if self._file is not None:
+            # In a thread, behind a write that may still run there after its task was cancelled.
+            self._store._files.submit(self._file.drop)
+            self._file = None
+
+    async def _flush(self) -> None:
+        parts, self._parts, self._buffered = self._parts, [], 0
+        file = self._file
+        if file is None:
+            # Made without its file: a task that is cancelled while the thread opens it must still
+            # know it.
+            file = self._file = spool.SpoolFile(self._store._spool, self._row[0])
+        try:
+            await self._store._in_files(lambda: file.write(parts))
+        except StoreError as error:
+            self._failed = error
+            raise
+
+
+def _meta(row: tuple[Any, ...]) -> Meta:
+    shadow_id, origin, queue_id, state, epoch, stored, size, new_queue_id, envelope, file = row
+    return Meta(
+        shadow_id,
+        origin,
+        queue_id,
+        State(state),
+        epoch,
+        stored,
+        size,
+        new_queue_id,
+        Envelope.from_json(envelope),
+        file,
+    )
