@@ -1,0 +1,44 @@
+"""When a worker acts: at a steady rate, until it is told to stop."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+RETRY_S = (
+    0.02  # between attempts while no node takes a request: this is how finely an outage is measured
+)
+
+
+class Stop:
+    """Whether the run is over: a stop file appeared, or its time is up (an orphan ends itself)."""
+
+    def __init__(self, file: Path, max_s: float) -> None:
+        self._file = file
+        self._deadline = time.monotonic() + max_s
+
+    def __call__(self) -> bool:
+        """Return True when the worker shall end."""
+        return time.monotonic() >= self._deadline or self._file.exists()
+
+
+class Pace:
+    """A steady rate. Turns that an outage ate are left out, not caught up with in a burst."""
+
+    def __init__(self, per_s: float, stop: Stop, offset: float = 0.0) -> None:
+        self._interval = 1.0 / per_s
+        self._stop = stop
+        self._next = time.monotonic() + offset * self._interval
+
+    def wait(self) -> bool:
+        """Sleep until the next turn; False when the run is over."""
+        now = time.monotonic()
+        if self._next > now:
+            time.sleep(self._next - now)
+        self._next = max(self._next + self._interval, time.monotonic())
+        return not self._stop()
+
+    def pause(self) -> bool:
+        """Sleep shortly before the same request is tried again; False when the run is over."""
+        time.sleep(RETRY_S)
+        return not self._stop()
