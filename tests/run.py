@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT / "build" / "test"
 LAB = "molecule"
+LIMIT = 1200  # seconds that one command may take
 
 
 @dataclass(frozen=True)
@@ -54,17 +56,24 @@ def run(command: list[str], log: Path | None = None) -> tuple[int, str]:
     print(f"$ {' '.join(command)}", flush=True)
     lines = []
     with subprocess.Popen(
-        command,
+        ["timeout", "--kill-after=60", str(LIMIT), *command],
         cwd=ROOT,
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
     ) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            lines.append(line)
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                lines.append(line)
+        except BaseException:
+            process.terminate()  # `timeout` hands it on to all that the command started
+            raise
+    if process.returncode == 124:
+        print(f"Stopped: it took more than {LIMIT} s.", flush=True)
     output = "".join(lines)
     if log:
         log.write_text(output)
@@ -178,6 +187,8 @@ def main(names: list[str]) -> int:
     REPORTS.mkdir(parents=True, exist_ok=True)
     os.environ["MOLECULE_COMMAND_BORDERS"] = "false"  # or pytest's closing line is not at its place
     os.environ["NO_COLOR"] = "1"
+    # Leave by way of `finally`, so that a stopped run removes its lab.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     results = {}
     for name in names:
         print(f"\n=== {name} ===", flush=True)
