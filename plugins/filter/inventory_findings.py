@@ -10,7 +10,8 @@ short_description: Says what is wrong with an inventory
 version_added: 0.1.0
 author: umbra.mail contributors
 description:
-  - Looks at the groups C(umbra_nodes), C(umbra_witness) and C(umbra_outside) and at the variables of their hosts.
+  - Looks at the groups C(umbra_nodes), C(umbra_witness) and C(umbra_outside) and at the
+    variables of their hosts.
   - Connects to no host. Needs the Python library netaddr on the controller.
 options:
   _input:
@@ -24,7 +25,8 @@ options:
   roles:
     description:
       - Directory of the collection's roles, whose argument specs are read.
-      - A variable that begins with the name of one of these roles, or with C(umbra_), and that none of them defines is a finding.
+      - A variable that begins with the name of one of these roles, or with C(umbra_), and that
+        none of them defines is a finding.
     type: path
     required: true
   allowed:
@@ -55,8 +57,10 @@ from typing import Any
 
 import yaml
 from ansible.errors import AnsibleFilterError
-
-from ansible_collections.umbra.mail.plugins.plugin_utils._addresses import NETADDR_IMPORT_ERROR
+from ansible_collections.umbra.mail.plugins.plugin_utils._addresses import (
+    NETADDR_IMPORT_ERROR,
+    NETADDR_MISSING,
+)
 from ansible_collections.umbra.mail.plugins.plugin_utils._inventory import (
     inventory_findings as judge,
 )
@@ -70,14 +74,13 @@ def inventory_findings(
 ) -> list[str]:
     """Judge the inventory, or say that netaddr is missing."""
     if NETADDR_IMPORT_ERROR is not None:
-        raise AnsibleFilterError(
-            "umbra.mail needs the Python library netaddr on the controller; install it beside ansible-core."
-        ) from NETADDR_IMPORT_ERROR
+        raise AnsibleFilterError(NETADDR_MISSING) from NETADDR_IMPORT_ERROR
     specs = {
         path.parent.parent.name: yaml.safe_load(path.read_text(encoding="utf-8"))
         for path in sorted(Path(roles).glob("*/meta/argument_specs.yml"))
     }
-    return judge(groups, hostvars, specs, allowed)
+    findings: list[str] = judge(groups, hostvars, specs, allowed)
+    return findings
 
 
 class FilterModule:

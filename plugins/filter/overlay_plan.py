@@ -12,8 +12,9 @@ author: umbra.mail contributors
 description:
   - Gives each host its address in the overlay, from the subnet and the host's C(vpn_number).
   - A host without C(vpn_number) gets its place in the list of hosts, counted from 1.
-  - Fails when the overlay is too small, when two hosts have one number, and when a number is the network's,
-    the broadcast address's or outside of the overlay. The error names each host and what to do.
+  - Fails when the overlay is too small, when two hosts have one number, and when a number is the
+    network's, the broadcast address's or outside of the overlay. The error names each host and what
+    to do.
   - Needs the Python library netaddr on the controller.
 options:
   _input:
@@ -38,14 +39,14 @@ EXAMPLES = r"""
 - name: Say where each host is in the overlay
   ansible.builtin.debug:
     msg: "{{ groups['umbra_nodes'] | umbra.mail.overlay_plan('10.86.0.0/24', hostvars) }}"
-  # {"mail-a": {"address": "10.86.0.1", "interface": "10.86.0.1/24", "endpoint": "192.0.2.10:51820"}, ...}
+  # mail-a: {address: 10.86.0.1, interface: 10.86.0.1/24, endpoint: "192.0.2.10:51820"}
 """
 
 RETURN = r"""
 _value:
   description:
-    - For each host its C(address) in the overlay, C(interface), which is the same with the prefix length, and
-      C(endpoint), the outside address and UDP port where its peers reach it.
+    - For each host its C(address) in the overlay, C(interface), which is the same with the prefix
+      length, and C(endpoint), the outside address and UDP port where its peers reach it.
   type: dict
 """
 
@@ -53,9 +54,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ansible.errors import AnsibleFilterError
-
 from ansible_collections.umbra.mail.plugins.plugin_utils._addresses import (
     NETADDR_IMPORT_ERROR,
+    NETADDR_MISSING,
     AddressPlanError,
     plan_overlay,
 )
@@ -66,13 +67,12 @@ def overlay_plan(
 ) -> dict[str, dict[str, str]]:
     """Plan, and report all problems in one error."""
     if NETADDR_IMPORT_ERROR is not None:
-        raise AnsibleFilterError(
-            "umbra.mail needs the Python library netaddr on the controller; install it beside ansible-core."
-        ) from NETADDR_IMPORT_ERROR
+        raise AnsibleFilterError(NETADDR_MISSING) from NETADDR_IMPORT_ERROR
     try:
-        return plan_overlay(hosts, subnet, hostvars)
+        plan: dict[str, dict[str, str]] = plan_overlay(hosts, subnet, hostvars)
     except AddressPlanError as error:
         raise AnsibleFilterError(str(error)) from error
+    return plan
 
 
 class FilterModule:

@@ -17,6 +17,9 @@ try:
 except ImportError as error:  # reported by the filters, with the fix
     NETADDR_IMPORT_ERROR = error
 
+NETADDR_MISSING = (
+    "umbra.mail needs the Python library netaddr on the controller; install it beside ansible-core."
+)
 DEFAULT_PORT = 51820
 
 

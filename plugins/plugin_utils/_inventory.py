@@ -121,7 +121,12 @@ def _role_findings(inventory: Inventory) -> Iterator[str]:
             redundancy_groups.setdefault(str(group), []).append(host)
     for group, hosts in redundancy_groups.items():
         primaries = [host for host in hosts if inventory.value(host, "umbra_role") == "primary"]
-        if not primaries:
+        if len(hosts) == 1 and len(inventory.nodes) > 1:
+            yield (
+                f"{hosts[0]} is alone in redundancy group {group};"
+                " give its partner the same umbra_group."
+            )
+        elif not primaries:
             yield (
                 f"Redundancy group {group} has no primary;"
                 f" set umbra_role: primary on one of {_listed(hosts)}."
@@ -130,11 +135,6 @@ def _role_findings(inventory: Inventory) -> Iterator[str]:
             yield (
                 f"Redundancy group {group} has {len(primaries)} primaries, {_listed(primaries)};"
                 " set umbra_role: shadow on all but one of them."
-            )
-        if len(hosts) == 1 and len(inventory.nodes) > 1:
-            yield (
-                f"{hosts[0]} is alone in redundancy group {group};"
-                " give its partner the same umbra_group."
             )
 
 

@@ -7,10 +7,9 @@ from typing import Any
 import netaddr
 import pytest
 from ansible.errors import AnsibleFilterError
+from ansible_collections.umbra.mail.plugins.filter.overlay_plan import FilterModule
 from hypothesis import given
 from hypothesis import strategies as st
-
-from ansible_collections.umbra.mail.plugins.filter.overlay_plan import FilterModule
 
 plan = FilterModule().filters()["overlay_plan"]
 
@@ -82,7 +81,9 @@ def test_interface_and_endpoint() -> None:
     assert entries["mail-d.example.org"]["endpoint"] == "mail-d.example.org:51820"
 
 
-@pytest.mark.parametrize("subnet", ["10.86.0.0/30", "10.86.0.0/31", "10.86.0.0/32", "fd00:86::/127"])
+@pytest.mark.parametrize(
+    "subnet", ["10.86.0.0/30", "10.86.0.0/31", "10.86.0.0/32", "fd00:86::/127"]
+)
 def test_an_overlay_that_is_too_small(subnet: str) -> None:
     text = refusal(subnet, None, None, None)
     assert f"The overlay {subnet} has room for" in text
