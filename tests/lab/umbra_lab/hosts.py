@@ -11,7 +11,7 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
-from . import cgroups, image
+from . import cgroups, image, network
 from .paths import NETNS_ROOT, Lab
 from .plan import CONTROL, Member, hosts_file
 from .shell import LabError, run
@@ -94,6 +94,7 @@ def host_key(lab: Lab, member: Member) -> str | None:
 
 def boot(lab: Lab, member: Member) -> None:
     """Start the host; it is on when this returns, but has not booted: see `wait`."""
+    network.attach(lab, member)
     directory = lab.host_dir(member)
     procs = cgroups.make(cgroup(lab, member)) / "cgroup.procs"
     script = f'echo $$ >{procs}; exec unshare --mount --propagation private sh -c "$BOOT"'
@@ -144,8 +145,11 @@ def wait(lab: Lab, member: Member, timeout: float = 90) -> None:
 
 
 def power_off(lab: Lab, member: Member) -> None:
-    """Kill every process of the host at one instant; its disk stays."""
+    """Cut the power: not a packet more, every process killed at one instant; the disk stays."""
+    # The link first: a dying process must not say goodbye to its connections.
+    network.unlink(lab, member)
     cgroups.kill(cgroup(lab, member))
+    network.discard(lab.netns(member))
 
 
 def enter_command(lab: Lab, member: Member, command: list[str]) -> list[str]:

@@ -19,10 +19,14 @@ from .paths import NETNS_ROOT, STATE_ROOT, Lab, write_atomically
 from .plan import HOSTS, Member, hosts_file
 from .shell import LabError, run, say
 
+# A booted host takes 6, and Dovecot one for each idle IMAP client; the kernel's default is 128.
+_INOTIFY_INSTANCES = 4096
+
 
 def up(lab: Lab, members: Sequence[Member], changes: dict[str, Any]) -> None:
     """Make what is missing and leave what is whole; `changes` are settings of the WAN."""
     name = image.ensure(lab)
+    _raise_limits()
     # Children of a process in the lab's cgroup cannot escape `down`, whenever we are killed.
     cgroups.enter(f"{lab.cgroup}/setup")
     _kill_other_setups(lab)
@@ -108,6 +112,17 @@ def _command(pid: int) -> str:
     with suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ").strip()
     return "gone"
+
+
+def _raise_limits() -> None:
+    """Raise the one limit of the whole machine that the hosts share and soon exhaust."""
+    path = Path("/proc/sys/fs/inotify/max_user_instances")
+    if int(path.read_text()) < _INOTIFY_INSTANCES:
+        say(f"Raising fs.inotify.max_user_instances to {_INOTIFY_INSTANCES}: hosts share it.")
+        try:
+            path.write_text(str(_INOTIFY_INSTANCES))
+        except OSError:
+            say("That is refused here: with many hosts, some units may fail to start.")
 
 
 def _kill_other_setups(lab: Lab) -> None:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .paths import NETNS_ROOT, Lab
-from .plan import CONTROL, HOSTS, SITES, Member, Site
+from .plan import CONTROL, SITES, Member, Site
 from .shell import run
 
 READY = "network-ready"
@@ -25,32 +25,69 @@ def namespaces(lab: Lab) -> list[str]:
 
 def is_complete(lab: Lab) -> bool:
     """Whether `create` ended well and no namespace was lost since, as by a restart."""
-    wanted = {lab.netns(thing) for thing in (*SITES, *HOSTS, CONTROL)}
-    return (lab.dir / READY).exists() and wanted == {
-        name for name in namespaces(lab) if os.path.ismount(NETNS_ROOT / name)
-    }
+    present = {name for name in namespaces(lab) if os.path.ismount(NETNS_ROOT / name)}
+    return (lab.dir / READY).exists() and present.issuperset(
+        lab.netns(thing) for thing in (*SITES, CONTROL)
+    )
 
 
 def create(lab: Lab) -> None:
-    """Make the whole network from nothing; the marker comes last: a half-made one is made anew."""
+    """Make the routers, the WAN's devices and the controller's namespace from nothing.
+
+    The marker comes last: a half-made network is made anew.
+    """
     remove(lab)
-    for thing in (*SITES, *HOSTS, CONTROL):
-        run(["ip", "netns", "add", lab.netns(thing)])
     for site in SITES:
+        run(["ip", "netns", "add", lab.netns(site)])
         _router(lab, site)
-    for member in (*HOSTS, CONTROL):
-        _member(lab, member)
+    attach(lab, CONTROL)
     (lab.dir / READY).touch()
 
 
+def attach(lab: Lab, member: Member) -> None:
+    """Give a member a new namespace, linked to its site's router.
+
+    New for every boot: firewall rules, tunnels and routes of the last one must not live on in it.
+    """
+    unlink(lab, member)
+    discard(lab.netns(member))
+    site, own = member.site, lab.netns(member)
+    run(["ip", "netns", "add", own])
+    _ip(own, [f"link add eth0 type veth peer name to-{member.name} netns {lab.netns(site)}"])
+    _ip(lab.netns(site), [f"link set to-{member.name} master br0 up"])
+    _ip(
+        own,
+        [
+            "link set lo up",
+            "link set eth0 up",
+            f"addr add {member.v4}/{site.v4.prefixlen} dev eth0",
+            f"addr add {member.v6}/{site.v6.prefixlen} dev eth0 nodad",
+            f"route add default via {site.router_v4}",
+            f"route add ::/0 via {site.router_v6}",
+        ],
+    )
+
+
+def unlink(lab: Lab, member: Member) -> None:
+    """Remove the link between a member and its router: from now on not one packet passes."""
+    if (NETNS_ROOT / lab.netns(member.site)).exists():
+        link = ["ip", "-n", lab.netns(member.site), "link", "delete", f"to-{member.name}"]
+        run(link, check=False)  # fails if there is none
+
+
+def discard(name: str) -> None:
+    """Remove a namespace, and with it every interface in it; nothing happens if there is none."""
+    if os.path.ismount(NETNS_ROOT / name):
+        run(["ip", "netns", "delete", name])
+    else:  # `ip netns add` was killed between its two steps
+        (NETNS_ROOT / name).unlink(missing_ok=True)
+
+
 def remove(lab: Lab) -> None:
-    """Remove the namespaces, and with them every interface in them."""
+    """Remove all of the lab's namespaces."""
     (lab.dir / READY).unlink(missing_ok=True)
     for name in namespaces(lab):
-        if os.path.ismount(NETNS_ROOT / name):
-            run(["ip", "netns", "delete", name])
-        else:  # `ip netns add` was killed between its two steps
-            (NETNS_ROOT / name).unlink(missing_ok=True)
+        discard(name)
 
 
 def processes(lab: Lab) -> list[int]:
@@ -98,21 +135,3 @@ def _router(lab: Lab, site: Site) -> None:
         + [f"route add {other.v6} dev wan0" for other in others],
     )
     _sysctl(lab.netns(site), {"net.ipv4.ip_forward": "1", "net.ipv6.conf.all.forwarding": "1"})
-
-
-def _member(lab: Lab, member: Member) -> None:
-    site = member.site
-    router_end = f"peer name to-{member.name} netns {lab.netns(site)}"
-    _ip(lab.netns(member), [f"link add eth0 type veth {router_end}"])
-    _ip(lab.netns(site), [f"link set to-{member.name} master br0 up"])
-    _ip(
-        lab.netns(member),
-        [
-            "link set lo up",
-            "link set eth0 up",
-            f"addr add {member.v4}/{site.v4.prefixlen} dev eth0",
-            f"addr add {member.v6}/{site.v6.prefixlen} dev eth0 nodad",
-            f"route add default via {site.router_v4}",
-            f"route add ::/0 via {site.router_v6}",
-        ],
-    )

@@ -1,4 +1,4 @@
-from ipaddress import ip_address
+from ipaddress import IPv4Network, IPv6Network, ip_address
 from itertools import combinations
 
 import pytest
@@ -25,8 +25,8 @@ def test_sites_do_not_overlap() -> None:
 
 
 def test_all_networks_are_reserved_for_documentation() -> None:
-    rfc5737 = [plan.IPv4Network(f"{n}/24") for n in ("192.0.2.0", "198.51.100.0", "203.0.113.0")]
-    rfc3849 = plan.IPv6Network("2001:db8::/32")
+    rfc5737 = [IPv4Network(f"{n}/24") for n in ("192.0.2.0", "198.51.100.0", "203.0.113.0")]
+    rfc3849 = IPv6Network("2001:db8::/32")
     for site in plan.SITES:
         assert any(site.v4.subnet_of(network) for network in rfc5737)
         assert site.v6.subnet_of(rfc3849)
