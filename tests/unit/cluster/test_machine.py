@@ -8,6 +8,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from umbra.cluster import machine
 from umbra.cluster.machine import NotNow, step
 from umbra.cluster.state import Change, Durable, Mode, Phase, Role, State

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from umbra.peer import frames
 from umbra.peer.frames import FrameError, FrameType
 

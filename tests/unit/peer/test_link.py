@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from umbra.peer import frames
 from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import Identity, PeerIdentity
@@ -41,7 +42,9 @@ async def linked(
     )  # fmt: skip
     await server.start()
     mine = {**HELLO, "node": caller, **hello}
-    link = PeerLink("b", "127.0.0.1", port, Identity(identities / caller, {"b": None}), mine, lambda: 5)
+    link = PeerLink(
+        "b", "127.0.0.1", port, Identity(identities / caller, {"b": None}), mine, lambda: 5
+    )
     try:
         yield link
     finally:
@@ -84,7 +87,9 @@ async def test_data_goes_both_ways_and_the_connection_is_used_again(identities: 
 async def test_exchanges_do_not_wait_for_each_other(identities: Path) -> None:
     gate = asyncio.Event()
 
-    async def slow(peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange) -> dict[str, Any]:
+    async def slow(
+        peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+    ) -> dict[str, Any]:
         await gate.wait()
         return {}
 
@@ -96,20 +101,31 @@ async def test_exchanges_do_not_wait_for_each_other(identities: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "code"), [("unknown", "refused"), ("fails", "own-code"), ("breaks", "failed"), ("hangs", "timeout")]
+    ("op", "code"),
+    [("unknown", "refused"), ("fails", "own-code"), ("breaks", "failed"), ("hangs", "timeout")],
 )
-async def test_errors_have_a_code_and_do_not_harm_the_next(identities: Path, op: str, code: str) -> None:
-    async def fails(peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange) -> dict[str, Any]:
+async def test_errors_have_a_code_and_do_not_harm_the_next(
+    identities: Path, op: str, code: str
+) -> None:
+    async def fails(
+        peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+    ) -> dict[str, Any]:
         raise PeerError("own-code", "why")
 
-    async def breaks(peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange) -> dict[str, Any]:
+    async def breaks(
+        peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+    ) -> dict[str, Any]:
         raise RuntimeError("a defect")
 
-    async def hangs(peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange) -> dict[str, Any]:
+    async def hangs(
+        peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+    ) -> dict[str, Any]:
         await asyncio.sleep(60)
         return {}
 
-    async with linked(identities, {"fails": fails, "breaks": breaks, "hangs": hangs, "echo": echo}) as link:
+    async with linked(
+        identities, {"fails": fails, "breaks": breaks, "hangs": hangs, "echo": echo}
+    ) as link:
         with pytest.raises(PeerError) as caught:
             await link.request(op, {}, timeout=0.5)
         assert caught.value.code == code
@@ -141,7 +157,9 @@ async def test_who_does_not_belong_is_refused(
 
 
 async def test_nobody_there(identities: Path) -> None:
-    link = PeerLink("b", "127.0.0.1", free_port(), Identity(identities / "a", {"b": None}), HELLO, lambda: 5)
+    link = PeerLink(
+        "b", "127.0.0.1", free_port(), Identity(identities / "a", {"b": None}), HELLO, lambda: 5
+    )
     with pytest.raises(PeerError) as caught:
         await link.request("echo", {}, timeout=5)
     assert caught.value.code == "unreachable"

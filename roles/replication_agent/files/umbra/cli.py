@@ -90,7 +90,8 @@ def failover(accept_loss: bool) -> None:
         _confirm_loss(report)
     result = call("POST", "/failover", {"accept_loss": accept_loss}, timeout=60)
     click.echo(
-        f"{result['to']} is the primary, epoch {result['epoch']}. See umbractl status for what is being resubmitted."
+        f"{result['to']} is the primary, epoch {result['epoch']}."
+        " umbractl status shows what is being resubmitted."
     )
 
 
@@ -109,11 +110,10 @@ def _confirm_loss(report: dict[str, Any]) -> None:
     me = report["node"]
     for node in report["nodes"]:
         if node["node"] != me:
-            click.echo(
-                f"{node['node']}: {'answers' if node['reachable'] else 'does not answer'}, last known as {node['role']}."
-            )
+            answers = "answers" if node["reachable"] else "does not answer"
+            click.echo(f"{node['node']}: {answers}, last known as {node['role']}.")
     click.echo(
-        "If another node still acts as primary, two will, and their changes have to be merged by hand.\n"
+        "If another node still acts as primary, two will, and their changes must be merged.\n"
         "Messages and mailbox changes that only the other node has are missing until it returns."
     )
     typed = click.prompt(
@@ -140,7 +140,8 @@ def _print_status(report: dict[str, Any]) -> None:
             else "0"
         )
         table.add_row(
-            node["node"], node["site"], Text(node["role"], style="bold" if node["role"] == "primary" else ""),
+            node["node"], node["site"],
+            Text(node["role"], style="bold" if node["role"] == "primary" else ""),
             Text(state, style="" if node["reachable"] else "red"), lag, queue, node["since"],
         )  # fmt: skip
     console.print(table)

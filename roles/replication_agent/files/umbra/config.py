@@ -148,8 +148,14 @@ def parse(raw: object) -> Config:
     fence = reader.section("fence", top.get("fence", {}), Fence)
     if reader.findings:
         raise ConfigError(reader.findings)
-    assert link and api and transport and mailbox and heartbeat and fence
-    config = Config(**names, link=link, api=api, peers=tuple(peer for peer in peers if peer), transport=transport,
+    assert link is not None
+    assert api is not None
+    assert transport is not None
+    assert mailbox is not None
+    assert heartbeat is not None
+    assert fence is not None
+    known = tuple(peer for peer in peers if peer)
+    config = Config(**names, link=link, api=api, peers=known, transport=transport,
                     mailbox=mailbox, heartbeat=heartbeat, fence=fence)  # fmt: skip
     findings = list(_contradictions(config))
     if findings:
@@ -173,11 +179,13 @@ def _contradictions(config: Config) -> list[str]:
     ]
     if config.heartbeat.timeout <= config.heartbeat.interval:
         findings.append(
-            f"heartbeat.timeout is {config.heartbeat.timeout:g} s; it must be over heartbeat.interval, {config.heartbeat.interval:g} s."
+            f"heartbeat.timeout is {config.heartbeat.timeout:g} s; it must be over "
+            f"heartbeat.interval, {config.heartbeat.interval:g} s."
         )
     if config.fence.hold < 2:
         findings.append(
-            f"fence.hold is {config.fence.hold:g} s; under 2 s a busy agent would close its own ports."
+            f"fence.hold is {config.fence.hold:g} s; "
+            "under 2 s a busy agent would close its own ports."
         )
     return findings
 
@@ -261,7 +269,7 @@ class _Reader:
                 f"{label} must be a {'whole ' if whole else ''}number from 0, not {_what(value)}."
             )
             return 0
-        if label.endswith("port") and not 0 < value < 65536:
+        if label.endswith(("port", "ports")) and not 0 < value < 65536:
             self.findings.append(f"{label} is {value}; a port is from 1 to 65535.")
         if label.endswith(("timeout", "interval", "hold")) and value == 0:
             self.findings.append(f"{label} must be over 0 seconds.")

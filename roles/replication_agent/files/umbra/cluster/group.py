@@ -10,6 +10,7 @@ what it forbids stops before. If the disk refuses, nothing new is allowed.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from umbra.cluster import machine
 from umbra.cluster.machine import Event, NotNow
 from umbra.cluster.state import Mode, Phase, Role, State
 from umbra.cluster.static import StateFile, first
-from umbra.config import Config, ShadowPolicy
+from umbra.config import Config
 from umbra.node.client import NodeHelper
 from umbra.node.helper import HelperError
 from umbra.peer.exchange import PeerError
@@ -36,7 +37,8 @@ PRIMARY_OPERATIONS = frozenset(
     {"shadow-store", "shadow-list", "shadow-discard", "dsync", "handover-prepare", "handover"}
 )
 
-CatchUp = Callable[[str], Awaitable[None]]
+Protect = Callable[[], Awaitable[None]]
+CatchUp = Callable[[str, Protect], Awaitable[None]]
 
 
 def now() -> str:
@@ -80,8 +82,9 @@ class Work:
 class Group:
     """The node in its redundancy group.
 
-    :param catch_up: copies everything to a peer that changes already wait for; returns when nothing
-        is missing there.
+    Its maker sets ``links``; ``catch_up``, which copies to a peer what it lacks and calls its second
+    argument at a moment when nothing is missing there; ``on_lost`` (peer, reason) and
+    ``on_demotion``, called when a peer is no longer waited for and when this node stops to serve.
     """
 
     def __init__(self, config: Config, states: StateFile, helper: NodeHelper) -> None:
@@ -90,12 +93,15 @@ class Group:
         self._helper = helper
         self.links: dict[str, PeerLink] = {}
         self.catch_up: CatchUp | None = None
-        self.on_promotion: Callable[[str], None] | None = None
+        self.on_lost: Callable[[str, str], None] = lambda peer, reason: None
+        self.on_demotion: Callable[[], None] = lambda: None
         self._lock = asyncio.Lock()
         self._changed = asyncio.Event()
         self.messages = Work()
         self.changes = Work()
         self._prepared_until = 0.0
+        self.switching = False
+        self._queue_held = False
         self._catching_up: dict[str, asyncio.Task[None]] = {}
         self.effect_error = ""
         self.statuses: dict[str, dict[str, Any]] = {}
@@ -126,10 +132,6 @@ class Group:
             return ()
         return [name for name, view in self.state.peers.items() if view.synchronous]
 
-    def mirror_targets(self) -> Sequence[str]:
-        """The same for mailbox changes."""
-        return self.synchronous()
-
     def shadows(self) -> Sequence[PeerLink]:
         """Return the links to the synchronous peers."""
         return [self.links[name] for name in self.synchronous()]
@@ -142,11 +144,13 @@ class Group:
         await self._failed(peer, f"a message was not taken: {reason}")
 
     async def mirror_failed(self, peer: str, reason: str) -> None:
-        """A shadow did not take a mailbox change.
+        """A mailbox change is only here.
 
-        Make the group alone, durably. NotPrimary if this node may not act any more.
+        Make the group alone, durably; harmless if it is. NotPrimary if this node may not act any
+        more.
         """
-        await self._failed(peer, f"a mailbox change was not taken: {reason}")
+        if not self.state.serving or self.state.durable.mode is Mode.PROTECTED:
+            await self._failed(peer, reason)
 
     async def _failed(self, peer: str, reason: str) -> None:
         state = await self.apply(machine.PeerLost(peer, reason))
@@ -157,13 +161,6 @@ class Group:
         """Return why no new message is taken now, or None."""
         match self.state.phase:
             case Phase.PRIMARY:
-                defer = self._config.transport.shadow_policy is ShadowPolicy.DEFER
-                if defer and not self.synchronous():
-                    return Refusal(
-                        451,
-                        "4.7.1",
-                        "No shadow can take a copy of the message now; try again later",
-                    )
                 return None
             case Phase.DRAINING:
                 return Refusal(
@@ -179,12 +176,11 @@ class Group:
         if state.phase is Phase.HELD:
             found.append(state.held_reason)
         elif state.phase is Phase.STARTING:
-            found.append(
-                f"{state.node} was primary and waits to hear that no other has taken over"
-            )
+            found.append(f"{state.node} was primary and waits to hear that no other has taken over")
         elif state.phase is Phase.HANDING_OVER:
             found.append(
-                f"{state.node} offered its role to {state.durable.handing_to} and waits for its answer"
+                f"{state.node} offered its role to {state.durable.handing_to}"
+                " and waits to hear what became of it"
             )
         elif state.serving and state.durable.mode is Mode.ALONE:
             busy = [name for name, view in state.peers.items() if view.synchronous]
@@ -196,6 +192,16 @@ class Group:
         if self.effect_error:
             found.append(self.effect_error)
         return found
+
+    def silence(self, peer: str) -> float | None:
+        """Return for how many seconds ``peer`` has not answered, or None if it never has."""
+        heard = self.heard.get(peer)
+        return None if heard is None else round(time.monotonic() - heard, 3)
+
+    def answers(self, peer: str) -> bool:
+        """Whether ``peer`` answers now."""
+        view = self.state.peers.get(peer)
+        return view is not None and view.reachable
 
     # -- events
 
@@ -220,6 +226,11 @@ class Group:
                 )  # fmt: skip
             if new != old:
                 self._changed.set()
+            if old.serving and not new.serving:
+                self.on_demotion()
+            for name, view in old.peers.items():
+                if view.synchronous and not new.peers[name].synchronous:
+                    self.on_lost(name, new.peers[name].reason or "this node is not primary")
             return new
 
     async def heard_from(self, peer: str, status: Mapping[str, Any], *, answered: bool) -> None:
@@ -238,7 +249,8 @@ class Group:
                 "protocol", f"{peer} sent a status that makes no sense: {error!r}"
             ) from None
         self.statuses[peer] = dict(status)
-        self.heard[peer] = time.monotonic()
+        if answered:
+            self.heard[peer] = time.monotonic()
         await self.apply(seen)
 
     async def check_epoch(self, peer: str, op: str, epoch: int) -> None:
@@ -274,6 +286,9 @@ class Group:
                     log.error("%s", error)
                 self.effect_error = str(error)
             self._start_catching_up()
+            if self.state.phase is Phase.HANDING_OVER and not self.switching:
+                # An agent that died in the middle of a handover asks what became of it.
+                await self.apply(machine.Reclaim())
             try:
                 async with asyncio.timeout(RETRY_PAUSE if self.effect_error else pause):
                     await self._changed.wait()
@@ -283,18 +298,22 @@ class Group:
     async def _enforce(self) -> None:
         state = self.state
         if state.phase is Phase.PRIMARY:
+            self._prepared_until = 0.0
             if not self._was_serving:
                 await self._helper.postfix_start()
             await self._helper.ports_open(self._config.fence.ports, self._config.fence.hold)
             if self.state.phase is not Phase.PRIMARY:  # changed while the helper worked
                 await self._helper.ports_close()
             self._was_serving = True
+            self._queue_held = False
         elif state.phase in (Phase.SHADOW, Phase.HELD, Phase.HANDING_OVER):
-            await self.shut()
-            self._was_serving = False
+            await self._shut()
+            if state.phase is Phase.SHADOW and not self._queue_held and not self.switching:
+                await self._hold_queue()
+                self._queue_held = True
         # STARTING: a restart of the agent alone must not cut clients; the fence's hold bounds it.
 
-    async def shut(self) -> None:
+    async def _shut(self) -> None:
         """Close the ports, disconnect users and stop Postfix."""
         await self._helper.ports_close()
         if self._prepared_until > time.monotonic():
@@ -303,6 +322,21 @@ class Group:
             await self._helper.postfix_stop()
         if self._was_serving:
             await self._helper.kick()
+        self._was_serving = False
+
+    async def _hold_queue(self) -> None:
+        """Hold what a former primary has in its queue.
+
+        The new primary has it too, or a person must look at it.
+        """
+        moving = ("incoming", "arriving", "active", "deferred")
+        queue = await self._helper.queue()
+        found = sorted(queue_id for queue_id, place in queue.items() if place in moving)
+        if found:
+            await self._helper.queue_hold(found)
+            log.warning(
+                "%d messages of the queue are on hold: %s", len(found), ", ".join(found[:20])
+            )
 
     async def prepare(self, seconds: float) -> None:
         """Start Postfix behind closed ports, for a handover that is expected within ``seconds``."""
@@ -322,18 +356,20 @@ class Group:
             if wanted and name not in self._catching_up:
                 task = asyncio.create_task(self._catch_up(name), name=f"catch-up of {name}")
                 self._catching_up[name] = task
-                task.add_done_callback(lambda _, name=name: self._catch_up_ended(name))  # type: ignore[misc]
+                task.add_done_callback(functools.partial(self._catch_up_ended, name))
 
-    def _catch_up_ended(self, name: str) -> None:
+    def _catch_up_ended(self, name: str, _: asyncio.Task[None]) -> None:
         self._catching_up.pop(name, None)
         self._changed.set()
+
+    async def _protect(self, peer: str) -> None:
+        await self.apply(machine.CaughtUp(peer))
 
     async def _catch_up(self, peer: str) -> None:
         assert self.catch_up is not None
         try:
             await self.apply(machine.CatchingUp(peer))
-            await self.catch_up(peer)
-            await self.apply(machine.CaughtUp(peer))
+            await self.catch_up(peer, functools.partial(self._protect, peer))
         except NotNow as error:
             log.info("catch-up of %s stopped: %s", peer, error)
         except (PeerError, HelperError, OSError) as error:

@@ -103,6 +103,16 @@ class Promote:
 
 
 @dataclass(frozen=True)
+class Opened:
+    """The services are open again after a change.
+
+    Clients were without them for so long (seconds).
+    """
+
+    outage_s: float
+
+
+@dataclass(frozen=True)
 class Reclaim:
     """Take the right back: first step, raise the epoch over the one that was offered."""
 
@@ -116,7 +126,7 @@ class OpenByForce:
 
 Event = (
     Started | PeerSeen | PeerLost | CatchingUp | CaughtUp | Drain | DrainAborted
-    | GiveUp | TakenOver | Promote | Reclaim | OpenByForce
+    | GiveUp | TakenOver | Promote | Opened | Reclaim | OpenByForce
 )  # fmt: skip
 
 
@@ -164,6 +174,11 @@ def step(state: State, event: Event) -> State:
             return replace(state, durable=durable, phase=Phase.SHADOW)
         case Promote():
             return _promote(state, event)
+        case Opened(outage_s):
+            if state.durable.last_change is None or not state.serving:
+                return state
+            measured = replace(state.durable.last_change, outage_s=outage_s)
+            return replace(state, durable=replace(state.durable, last_change=measured))
         case Reclaim():
             if state.phase is not Phase.HANDING_OVER:
                 raise NotNow(f"{state.node} is {state.phase}, not handing over")
@@ -209,7 +224,9 @@ def _peer_seen(state: State, seen: PeerSeen) -> State:
     if seen.epoch > mine:
         return _superseded(state, seen)
     if seen.epoch == mine and seen.role is Role.PRIMARY and state.durable.role is Role.PRIMARY:
-        reason = f"{seen.peer} is primary under the same epoch {mine}: a person must decide which one stays"
+        reason = (
+            f"{seen.peer} is primary under the same epoch {mine}; a person must decide who stays"
+        )
         return replace(_nobody_synchronous(state), phase=Phase.HELD, held_reason=reason)
     if state.phase is Phase.STARTING and seen.role is Role.SHADOW and seen.answered:
         return _open(state, "the agent has just started and compares the copies")
@@ -220,7 +237,7 @@ def _peer_seen(state: State, seen: PeerSeen) -> State:
 
 def _outcome(state: State, seen: PeerSeen) -> State:
     """Tell what became of an offer by what its receiver says of itself."""
-    if seen.role is Role.PRIMARY and seen.epoch >= state.durable.offered:
+    if seen.role is Role.PRIMARY and seen.epoch >= state.durable.epoch:
         return _superseded(state, seen)
     if seen.role is Role.SHADOW and seen.epoch > state.durable.offered:
         # Rule 4: it has durably seen the raised epoch, so it refuses the offer if that is still on

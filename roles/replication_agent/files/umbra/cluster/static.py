@@ -45,7 +45,8 @@ class StateFile:
             raise StateError(f"{self._path} is damaged: {error!r}") from None
         if owner != self._owner:
             raise StateError(
-                f"{self._path} is that of {owner['node']} in {owner['group']}, not of {self._owner['node']}"
+                f"{self._path} is that of {owner['node']} in {owner['group']},"
+                f" not of {self._owner['node']}"
             )
         return durable
 

@@ -24,7 +24,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
 from typing import Any, Protocol
 
 from umbra.cluster import machine
@@ -36,6 +37,7 @@ from umbra.node.client import NodeHelper
 from umbra.node.helper import HelperError
 from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import PeerIdentity
+from umbra.transport.store import StoreError
 
 log = logging.getLogger(__name__)
 
@@ -57,22 +59,36 @@ class Refused(Exception):
 class Messages(Protocol):
     """What a switchover needs of the transport."""
 
-    def shadow_ids(self) -> Mapping[str, str]:
-        """Return {queue id: shadow id} of the messages in this node's queue that a shadow holds."""
+    def covered(self, peer: str) -> set[str]:
+        """Return the queue ids of this node's messages that ``peer`` has a copy of."""
         ...
 
-    async def take_over(
-        self, origin: str, remaining: Mapping[str, Sequence[str]] | None
-    ) -> Sequence[str]:
-        """Note durably what is to be resubmitted of ``origin``'s messages; return the ids.
+    def gave_up(self) -> None:
+        """Forget the copies at the shadows: they are the new primary's now."""
+        ...
 
-        ``remaining`` is {shadow id: recipients that are not delivered yet}; a message that is not
-        in it is delivered. None: not known.
+    async def take_over(self, origin: str, remaining: Mapping[str, Sequence[str]] | None) -> None:
+        """Make the messages that are held for ``origin`` this node's to resubmit, durably.
+
+        :param remaining: by queue id, the recipients that are not delivered yet; a message that is
+            not in it is delivered. None if that is not known.
         """
         ...
 
     def resubmit(self) -> None:
         """Begin, or go on, to resubmit what was taken over, in the background."""
+        ...
+
+
+class Mailboxes(Protocol):
+    """What a switchover needs of the mirror."""
+
+    async def resume(self, peer: str, epoch: int) -> None:
+        """Mirror changes to ``peer``, which has all that this node has, from now on."""
+        ...
+
+    def stop(self) -> None:
+        """Take ``resume`` back."""
         ...
 
 
@@ -95,12 +111,18 @@ class Switchover:
     """Both ends of a planned change, and an operator's promotion of a shadow."""
 
     def __init__(
-        self, config: Config, group: Group, helper: NodeHelper, messages: Messages
+        self,
+        config: Config,
+        group: Group,
+        helper: NodeHelper,
+        messages: Messages,
+        mailboxes: Mailboxes,
     ) -> None:
         self._config = config
         self._group = group
         self._helper = helper
         self._messages = messages
+        self._mailboxes = mailboxes
         self._running = asyncio.Lock()
 
     def check(self, to: str) -> bool:
@@ -118,15 +140,16 @@ class Switchover:
             raise Refused(f"{state.node} is {state.phase}, not an open primary.")
         if not state.protected:
             raise Refused(
-                f"the group is degraded, so {to} may lack something: {'; '.join(self._group.reasons())}."
+                f"the group is degraded, so {to} may lack something:"
+                f" {'; '.join(self._group.reasons())}."
             )
         view = state.peers.get(to)
         if view is None or not view.synchronous:
             raise Refused(f"{to} is not protected: {view.reason if view else 'not heard of yet'}.")
         return True
 
-    async def run(self, to: str, *, dry_run: bool, timeout: float) -> dict[str, Any]:
-        """Make ``to`` primary in at most ``timeout`` seconds of waiting.
+    async def run(self, to: str, *, dry_run: bool, timeout_s: float) -> dict[str, Any]:
+        """Make ``to`` primary in at most ``timeout_s`` seconds of waiting.
 
         This node is the primary. Refused with the reason if it does not happen.
         """
@@ -143,21 +166,23 @@ class Switchover:
                 return {**result, "outage_s": 0.0, "steps": []}
             steps = Steps()
             try:
-                await self._prepare(to, steps, timeout)
-                began = time.monotonic()
+                await self._prepare(to, steps, timeout_s)
+                self._group.switching = True
                 change = await self._change(to, steps)
             except (NotNow, PeerError, HelperError, OSError) as error:
                 raise Refused(f"{error}.") from None
+            finally:
+                self._group.switching = False
             return {
                 **result,
                 "epoch": self._group.epoch,
-                "outage_s": round(change.outage_s or time.monotonic() - began, 4),
+                "outage_s": change.outage_s,
                 "steps": steps.rows,
             }
 
-    async def _prepare(self, to: str, steps: Steps, timeout: float) -> None:
+    async def _prepare(self, to: str, steps: Steps, timeout_s: float) -> None:
         await self._group.links[to].request(
-            "handover-prepare", {}, timeout=min(PREPARE_TIMEOUT, timeout)
+            "handover-prepare", {}, timeout=min(PREPARE_TIMEOUT, timeout_s)
         )
         steps.done("prepare")
 
@@ -181,37 +206,42 @@ class Switchover:
                 )
             if not group.state.protected:
                 raise Refused(f"{to} was lost on the way: {'; '.join(group.reasons())}.")
-            shadow_ids = self._messages.shadow_ids()
-            remaining = await self._helper.remaining()
-            queue = await self._helper.queue()
+            remaining = await self._remaining()
             steps.done("flush")
             await group.apply(machine.GiveUp(to, now()))
         except BaseException:
             await self._take_back()
             raise
+        covered = self._messages.covered(to)
         change = Change(group.state.node, to, now(), planned=True)
-        plan = {
-            shadow_ids[queue_id]: remaining.get(queue_id, ())
-            for queue_id in queue
-            if queue_id in shadow_ids
-        }
         try:
-            taken = await self._hand_over(to, change, plan)
+            outage = await self._hand_over(to, change, remaining, began)
         except PeerError as error:
             log.error("%s did not confirm the handover: %s", to, error)
             await self._outcome(to, error)
-            taken = set(plan)
-        change = Change(
-            change.old, to, change.at, planned=True, outage_s=round(time.monotonic() - began, 4)
-        )
-        if group.state.phase is Phase.HANDING_OVER:
+            outage = round(time.monotonic() - began, 4)
+        change = replace(change, outage_s=outage)
+        with contextlib.suppress(NotNow):  # its own word came first
             await group.apply(machine.TakenOver(change))
+        self._messages.gave_up()
         steps.done("hand over")
-        await self._tidy(
-            [queue_id for queue_id in queue if shadow_ids.get(queue_id) in taken], queue
-        )
+        await self._tidy(covered & remaining.keys(), remaining.keys() - covered)
         steps.done("tidy")
         return change
+
+    async def _remaining(self) -> Mapping[str, Sequence[str]]:
+        """Return who still has to get each message of the queue. Postfix does not run."""
+        remaining = await self._helper.remaining()
+        queue = await self._helper.queue()
+        unknown = [
+            queue_id
+            for queue_id, place in queue.items()
+            if place not in ("maildrop", "arriving", "corrupt") and queue_id not in remaining
+        ]
+        if unknown:
+            # Not listed would mean delivered: better no switchover than that.
+            raise Refused(f"Postfix does not tell the recipients of {', '.join(unknown[:5])}.")
+        return remaining
 
     async def _take_back(self) -> None:
         """Before the right was given up.
@@ -224,18 +254,19 @@ class Switchover:
             await self._helper.ports_open(self._config.fence.ports, self._config.fence.hold)
 
     async def _hand_over(
-        self, to: str, change: Change, plan: Mapping[str, Sequence[str]]
-    ) -> set[str]:
-        offered = self._group.state.durable.offered
-        args = {"epoch": offered, "change": change.to_json()}
-        async with self._group.links[to].exchange(
-            "handover", args, timeout=HANDOVER_TIMEOUT
-        ) as exchange:
-            await exchange.send_lines(
-                [{"shadow_id": key, "recipients": list(left)} for key, left in plan.items()]
-            )
-            await exchange.result()
-        return set(plan)
+        self, to: str, change: Change, remaining: Mapping[str, Sequence[str]], began: float
+    ) -> float:
+        """Return for how long clients were without a primary, in seconds."""
+        args = {
+            "epoch": self._group.state.durable.offered,
+            "change": change.to_json(),
+            "elapsed_s": time.monotonic() - began,
+        }
+        link = self._group.links[to]
+        async with link.exchange("handover", args, timeout=HANDOVER_TIMEOUT) as exchange:
+            rows = [{"queue_id": key, "recipients": list(left)} for key, left in remaining.items()]
+            await exchange.send_lines(rows)
+            return float((await exchange.result())["outage_s"])
 
     async def _outcome(self, to: str, error: PeerError) -> None:
         """Wait until it is known who is primary.
@@ -254,28 +285,25 @@ class Switchover:
                 )
             case Phase.HANDING_OVER:
                 raise Refused(
-                    f"{to} does not answer ({error}), so it is not known whether it took over; {self._group.state.node} stays closed"
-                    " until it is heard, or until `umbractl open --force`."
+                    f"{to} does not answer ({error}), so it is not known whether it took over;"
+                    f" {self._group.state.node} stays closed until it is heard, or until"
+                    " `umbractl open --force`."
                 )
 
-    async def _tidy(self, taken: Sequence[str], queue: Mapping[str, str]) -> None:
-        """Delete what the new primary has taken over, and hold the rest.
+    async def _tidy(self, taken: Set[str], left: Set[str]) -> None:
+        """Delete what the new primary has taken over; hold the rest for the administrator.
 
-        It must not be sent from here at the next promotion unseen.
+        Dying before it is done leaves queue files here that the next promotion of this node would
+        deliver again; so an agent that finds itself a shadow puts all of its queue on hold.
         """
         try:
-            await self._helper.queue_delete(taken)
-            left = sorted(set(queue) - set(taken))
-            await self._helper.queue_hold(left)
+            await self._helper.queue_delete(sorted(taken))
+            await self._helper.queue_hold(sorted(left))
         except HelperError as error:
             log.error("the queue could not be tidied after the handover: %s", error)
             return
         if left:
-            log.warning(
-                "%d queue files without a shadow message are on hold: %s",
-                len(left),
-                ", ".join(left[:20]),
-            )
+            log.warning("%d messages without a copy are on hold: %s", len(left), ", ".join(left))
 
     # -- the candidate's end
 
@@ -293,10 +321,12 @@ class Switchover:
         self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
     ) -> dict[str, Any]:
         """Handler of ``handover``: become primary, durably, and open."""
+        began = time.monotonic()
         try:
             epoch, change = int(args["epoch"]), Change.from_json(args["change"])
+            elapsed = float(args["elapsed_s"])
             rows = await exchange.receive_lines()
-            remaining = {str(row["shadow_id"]): [str(r) for r in row["recipients"]] for row in rows}
+            remaining = {str(row["queue_id"]): [str(r) for r in row["recipients"]] for row in rows}
         except (KeyError, TypeError, ValueError) as error:
             raise PeerError("protocol", f"a handover that makes no sense: {error!r}") from None
         if change.old != peer.node or change.new != self._group.state.node:
@@ -304,19 +334,29 @@ class Switchover:
                 "refused", f"{peer.node} cannot hand over from {change.old} to {change.new}"
             )
         try:
-            # The plan first: a crash between the two leaves a shadow with a plan that the next one
-            # replaces.
+            # The right first: only then can no other message of the old primary arrive here. Dying
+            # before the claim leaves a primary that claims at its start, without knowing who of
+            # several recipients had a message: it asks the mailboxes.
+            await self._mailboxes.resume(peer.node, epoch)
+            try:
+                await self._group.apply(machine.Promote(epoch, change, protected=True))
+            except BaseException:
+                self._mailboxes.stop()
+                raise
             await self._messages.take_over(peer.node, remaining)
-            await self._promote(machine.Promote(epoch, change, protected=True))
-        except (NotNow, HelperError, OSError) as error:
+            await self._open()
+            outage = round(elapsed + time.monotonic() - began, 4)
+            await self._group.apply(machine.Opened(outage))
+        except (NotNow, StoreError, OSError) as error:
             raise PeerError("failed", str(error)) from None
-        return {}
+        return {"outage_s": outage}
 
-    async def _promote(self, event: machine.Promote) -> None:
-        await self._group.apply(event)
+    async def _open(self) -> None:
         # The tending loop opens the ports as well; doing it here keeps its pause out of the outage.
-        await self._helper.postfix_start()
-        await self._helper.ports_open(self._config.fence.ports, self._config.fence.hold)
+        await asyncio.gather(
+            self._helper.postfix_start(),
+            self._helper.ports_open(self._config.fence.ports, self._config.fence.hold),
+        )
         self._messages.resubmit()
 
     # -- the operator's word
@@ -334,18 +374,20 @@ class Switchover:
                 )
         if not accept_loss:
             raise Refused(
-                "without a witness nobody can prove that the lost primary acknowledged nothing alone; say --accept-loss if that is acceptable."
+                "without a witness nobody can prove that the lost primary acknowledged nothing"
+                " alone; say --accept-loss if that is acceptable."
             )
         if group.state.durable.role is Role.PRIMARY:
             raise Refused(f"{group.state.node} is primary already; see umbractl open.")
         old = next(iter(group.links), group.state.node)
         change = Change(old, group.state.node, now(), planned=False)
         try:
+            # +2: over everything that the lost primary may have offered to another.
+            await group.apply(machine.Promote(group.epoch + 2, change, protected=False))
             for origin in group.links:
                 await self._messages.take_over(origin, None)
-            # +2: over everything that the lost primary may have offered to another.
-            await self._promote(machine.Promote(group.epoch + 2, change, protected=False))
-        except (NotNow, HelperError, OSError) as error:
+            await self._open()
+        except (NotNow, StoreError, OSError) as error:
             raise Refused(f"{error}.") from None
         return {"changed": True, "from": old, "to": group.state.node, "epoch": group.epoch}
 

@@ -68,6 +68,11 @@ class NodeHelper:
         """Return all queue files, {queue id: queue}."""
         return dict((await self._ask("queue-list"))["queue"])
 
+    async def committed(self) -> set[str]:
+        """Return the queue ids of the messages that Postfix has acknowledged."""
+        uncommitted = ("arriving", "maildrop")
+        return {key for key, queue in (await self.queue()).items() if queue not in uncommitted}
+
     async def remaining(self) -> Mapping[str, Sequence[str]]:
         """Return the recipients that are not delivered yet, {queue id: addresses}."""
         return dict((await self._ask("queue-remaining"))["remaining"])

@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import re
+import stat
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ MAX_REQUEST = 1024 * 1024
 COMMAND_TIMEOUT = 20.0
 
 
-class HelperError(Exception):
+class HelperError(OSError):
     """The effect did not happen; one sentence for people."""
 
 
@@ -63,20 +64,26 @@ async def run(*argv: str, stdin: str | None = None) -> str:
 
 
 def queue_files(spool: Path) -> dict[str, str]:
-    """Return {queue id.
+    """Return the queue of each queue file, by queue id.
 
-    Queue} of all queue files. One that moves while we look is found in the later queue.
+    A file in ``incoming`` that Postfix has not committed (made executable) yet counts as
+    ``arriving``. A file that moves on
+    while we look is found in the later queue. OSError if a queue cannot be read.
     """
     found: dict[str, str] = {}
     for queue in QUEUES:
         pending = [spool / queue]
         while pending:
-            with contextlib.suppress(FileNotFoundError), os.scandir(pending.pop()) as entries:
+            with os.scandir(pending.pop()) as entries:
                 for entry in entries:
                     if entry.is_dir(follow_symlinks=False):
                         pending.append(Path(entry.path))
-                    else:
+                    elif queue != "incoming":
                         found[entry.name] = queue
+                    else:
+                        with contextlib.suppress(FileNotFoundError):
+                            committed = entry.stat(follow_symlinks=False).st_mode & stat.S_IXUSR
+                            found[entry.name] = queue if committed else "arriving"
     return found
 
 
@@ -98,7 +105,10 @@ class Helper:
             raise HelperError("ports must be a list of port numbers")
         elements = ", ".join(f"{port} timeout {int(hold * 1000)}ms" for port in ports)
         # An element that is there is not renewed by adding it again: flush and add, atomically.
-        batch = f"flush set inet umbra_fence open_ports\nadd element inet umbra_fence open_ports {{ {elements} }}\n"
+        batch = (
+            "flush set inet umbra_fence open_ports\n"
+            f"add element inet umbra_fence open_ports {{ {elements} }}\n"
+        )
         await run("nft", "-f", "-", stdin=batch)
         return {}
 
@@ -130,10 +140,7 @@ class Helper:
         return {"queue": await asyncio.to_thread(queue_files, self._spool)}
 
     async def do_queue_remaining(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Return {queue id.
-
-        Recipients that are not delivered yet}, as Postfix itself lists them.
-        """
+        """Return the recipients that are not delivered yet, by queue id, as Postfix lists them."""
         rows = [json.loads(line) for line in (await run("postqueue", "-j")).splitlines() if line]
         return {
             "remaining": {

@@ -1,0 +1,249 @@
+"""``umbra-agent``: wires the parts together and runs them until it is told to stop.
+
+Order of a start: state, store and ledger; then the peer link, so that the others see us; then the
+entrances (milter, notifications), which
+answer "not now" until this node is primary; last the tending loop, which alone opens ports. A crash
+at any point leaves the ports
+to the fence, which closes them when nobody renews it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvloop
+from prometheus_client import REGISTRY
+
+from umbra.api.compose import Composer
+from umbra.api.http import MAX_SWITCHOVER_S, Api
+from umbra.api.metrics import ReportCollector
+from umbra.cluster import heartbeat
+from umbra.cluster.group import Group, Protect
+from umbra.cluster.static import StateError, StateFile
+from umbra.cluster.switchover import Refused, Switchover
+from umbra.config import Config, ConfigError, load
+from umbra.mailbox.part import Mailboxes
+from umbra.node.client import NodeHelper
+from umbra.peer import frames
+from umbra.peer.exchange import Exchange, PeerError
+from umbra.peer.identity import Identity, PeerIdentity
+from umbra.peer.link import PeerLink
+from umbra.peer.server import Handler, PeerServer
+from umbra.systemd import notify, watchdog_interval
+from umbra.transport.part import Messages
+
+log = logging.getLogger("umbra")
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where things are on the host; see docs/architecture.md."""
+
+    config: Path = Path("/etc/umbra/agent.yml")
+    tls: Path = Path("/etc/umbra/tls")
+    state: Path = Path("/var/lib/umbra")
+    run: Path = Path("/run/umbra")
+    helper: Path = Path("/run/umbra-helper/helper.sock")
+    missed: Path = Path("/var/lib/umbra-missed")
+    milter: Path = Path("/var/spool/postfix/umbra/milter.sock")
+
+    @property
+    def token(self) -> Path:
+        """The token of Dovecot's notifications, as a systemd credential where there is one."""
+        directory = os.environ.get("CREDENTIALS_DIRECTORY")
+        return Path(directory) / "notify-token" if directory else Path("/etc/umbra/notify.token")
+
+
+class Agent:
+    """One node's agent."""
+
+    def __init__(self, config: Config, paths: Paths) -> None:
+        self._config = config
+        self._paths = paths
+        identity = Identity(paths.tls, {peer.name: peer for peer in config.peers})
+        helper = NodeHelper(paths.helper)
+        group = self._group = Group(
+            config, StateFile(paths.state / "state.json", config.group, config.node), helper
+        )
+        hello = {
+            "version": frames.VERSION,
+            "group": config.group,
+            "node": config.node,
+            "storage_id": group.state.durable.storage_id,
+        }
+        for peer in config.peers:
+            group.links[peer.name] = PeerLink(
+                peer.name, peer.address, peer.port, identity, hello, lambda: group.epoch
+            )
+        self._mailboxes = Mailboxes(config, group, paths)
+        self._messages = Messages(config, group, helper, paths, self._mailboxes.delivered)
+        self._switchover = Switchover(config, group, helper, self._messages, self._mailboxes)
+        group.catch_up = self._catch_up
+        self._composer = Composer(
+            config, group, self._messages.held, self._mailboxes.lag, self._notes
+        )
+        handlers: dict[str, Handler] = {
+            **self._messages.handlers(),
+            **self._mailboxes.handlers(),
+            "status": heartbeat.answer(group, self._composer.node_status),
+            "handover-prepare": self._switchover.handle_prepare,
+            "handover": self._switchover.handle_handover,
+            "switchover": self._handle_switchover,
+        }
+        self._server = PeerServer(
+            config.link.address, config.link.port, identity, hello, group.check_epoch, handlers
+        )
+        self._api = Api(
+            self._composer.report,
+            {
+                "switchover": self._post_switchover,
+                "failover": self._post_failover,
+                "open": self._post_open,
+            },
+        )
+
+    async def run(self) -> None:
+        """Run until SIGTERM. Any part that fails ends the whole; systemd starts it anew."""
+        group, config = self._group, self._config
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        REGISTRY.register(ReportCollector(self._composer.report))
+        async with AsyncExitStack() as stack:
+            for part in (self._messages, self._mailboxes):
+                await part.open()
+                stack.push_async_callback(part.close)
+            await self._server.start()
+            stack.push_async_callback(self._server.stop)
+            await self._messages.listen()
+            await self._mailboxes.listen()
+            await self._api.start(self._paths.run / "api.sock", config.api.address, config.api.port)
+            stack.push_async_callback(self._api.stop)
+            async with asyncio.TaskGroup() as tasks:
+                running = [
+                    tasks.create_task(group.tend()),
+                    tasks.create_task(self._messages.run()),
+                    tasks.create_task(self._mailboxes.run()),
+                    tasks.create_task(self._watchdog()),
+                    *(
+                        tasks.create_task(
+                            heartbeat.watch(
+                                link, group, self._composer.node_status, config.heartbeat
+                            )
+                        )
+                        for link in group.links.values()
+                    ),
+                ]
+                notify("READY=1")
+                log.info(
+                    "%s of group %s runs: %s, epoch %d",
+                    config.node,
+                    config.group,
+                    group.state.phase,
+                    group.epoch,
+                )
+                await stop.wait()
+                notify("STOPPING=1")
+                for task in running:
+                    task.cancel()
+            await group.stop()
+
+    async def _watchdog(self) -> None:
+        """Tell systemd that the loop turns, and what state it is in."""
+        interval = watchdog_interval() or 5.0
+        while True:
+            report = self._composer.report()
+            word = "protected" if report.protected else f"degraded: {'; '.join(report.reasons)}"
+            notify(f"WATCHDOG=1\nSTATUS={self._group.state.phase}, {word}")
+            await asyncio.sleep(interval)
+
+    async def _catch_up(self, peer: str, protect: Protect) -> None:
+        async def all_there() -> None:
+            # What came meanwhile went to the peer directly; this proves it.
+            await self._messages.catch_up(peer)
+            await protect()
+
+        await self._messages.catch_up(peer)
+        await self._mailboxes.catch_up(peer, all_there)
+
+    def _notes(self) -> Any:
+        return [*self._messages.checks(), *self._mailboxes.checks()]
+
+    # -- operations of the API
+
+    async def _post_switchover(self, body: dict[str, Any]) -> dict[str, Any]:
+        to, dry_run, timeout_s = (
+            body.get("to"),
+            body.get("dry_run", False),
+            body.get("timeout_s", 60.0),
+        )
+        if not isinstance(to, str) or not isinstance(dry_run, bool):
+            raise ValueError("to must be a node's name and dry_run true or false")
+        if not isinstance(timeout_s, (int, float)) or not 0 < timeout_s <= MAX_SWITCHOVER_S:
+            raise ValueError(f"timeout_s must be from 0 to {MAX_SWITCHOVER_S:g} seconds")
+        if self._group.is_primary():
+            return await self._switchover.run(to, dry_run=dry_run, timeout_s=timeout_s)
+        primary = self._composer.report().primary
+        if primary is None or primary == self._config.node:
+            raise Refused(
+                f"no node serves as primary now: {'; '.join(self._composer.report().reasons)}."
+            )
+        try:
+            return await self._group.links[primary].request(
+                "switchover", body, timeout=timeout_s + 30
+            )
+        except PeerError as error:
+            raise Refused(error.text) from None
+
+    async def _handle_switchover(
+        self, peer: PeerIdentity, args: Any, exchange: Exchange
+    ) -> dict[str, Any]:
+        if not self._group.is_primary():
+            raise PeerError("refused", f"{self._config.node} is not the primary any more.")
+        try:
+            return await self._post_switchover(dict(args))
+        except (Refused, ValueError) as error:
+            raise PeerError("refused", str(error)) from None
+
+    async def _post_failover(self, body: dict[str, Any]) -> dict[str, Any]:
+        return await self._switchover.failover(accept_loss=body.get("accept_loss") is True)
+
+    async def _post_open(self, body: dict[str, Any]) -> dict[str, Any]:
+        return await self._switchover.open_by_force()
+
+
+def main() -> int:
+    """Entry point of ``umbra-agent``."""
+    parser = argparse.ArgumentParser(
+        prog="umbra-agent", description="The replication agent of umbra.mail."
+    )
+    parser.add_argument("--config", type=Path, default=Paths.config)
+    parser.add_argument(
+        "--check-config", type=Path, metavar="FILE", help="say what is wrong with FILE and end"
+    )
+    options = parser.parse_args()
+    try:
+        config = load(options.check_config or options.config)
+    except ConfigError as error:
+        for finding in error.findings:
+            print(finding, file=sys.stderr)
+        return 1
+    if options.check_config:
+        return 0
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        uvloop.run(Agent(config, Paths(config=options.config)).run())
+    except (StateError, OSError, ExceptionGroup) as error:
+        log.error("umbra-agent ends: %s", error, exc_info=isinstance(error, ExceptionGroup))
+        return 1
+    return 0

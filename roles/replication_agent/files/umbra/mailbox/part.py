@@ -1,0 +1,231 @@
+"""The mirror as one part of the agent: makes its pieces and joins them to the cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import unquote
+
+from umbra.api.report import Check
+from umbra.cluster.group import Group
+from umbra.config import Config
+from umbra.mailbox.carrier import DsyncCarrier, DsyncHandler
+from umbra.mailbox.doveadm import Doveadm, DoveadmError
+from umbra.mailbox.ledger import Ledger
+from umbra.mailbox.mirror import CatchUpFailed, Mirror, PeerMirror
+from umbra.mailbox.notify import NotifyServer
+from umbra.peer.exchange import PeerError
+from umbra.peer.server import Handler
+
+log = logging.getLogger(__name__)
+
+NOTIFY_ADDRESS, NOTIFY_PORT = "127.0.0.1", 8688
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+MISSED_INTERVAL = 2.0
+
+Lag = tuple[int, float]
+
+
+class Paths(Protocol):
+    """The paths that this part uses."""
+
+    @property
+    def state(self) -> Path: ...  # noqa: D102
+    @property
+    def run(self) -> Path: ...  # noqa: D102
+    @property
+    def token(self) -> Path: ...  # noqa: D102
+    @property
+    def missed(self) -> Path: ...  # noqa: D102
+
+
+class _Face:
+    """The group as ``mirror.Group``."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+
+    def is_primary(self) -> bool:
+        return self._group.is_primary()
+
+    async def mirror_failed(self, peer: str, reason: str) -> None:
+        await self._group.mirror_failed(peer, reason)
+
+    def begin_work(self) -> AbstractContextManager[None]:
+        return self._group.changes.begin()
+
+
+class Mailboxes:
+    """Mailbox changes, on either side."""
+
+    def __init__(self, config: Config, group: Group, paths: Paths) -> None:
+        self._group = group
+        self._missed = paths.missed
+        self._dsync = paths.run / "dsync"
+        self._doveadm = Doveadm()
+        self._ledger = Ledger(paths.state / "mirror")
+        self._carriers = [
+            DsyncCarrier(self._dsync, link, self._doveadm) for link in group.links.values()
+        ]
+        face = _Face(group)
+        self._peers = {
+            name: PeerMirror(
+                name, face, self._ledger, self._doveadm, carrier,
+                workers=config.mailbox.workers, timeout=config.mailbox.mirror_timeout,
+            )
+            for name, carrier in zip(group.links, self._carriers, strict=True)
+        }  # fmt: skip
+        self._mirror = Mirror(
+            face, self._doveadm, self._peers, sweep_interval=config.mailbox.sweep_interval
+        )
+        token = paths.token.read_text(encoding="ascii").strip()
+        self._notify = NotifyServer(NOTIFY_ADDRESS, NOTIFY_PORT, token, self._mirror.changed)
+        self._dsync_handler = DsyncHandler(group.is_primary)
+        self._losing: set[asyncio.Task[None]] = set()
+        group.on_lost = self._lost
+        group.on_demotion = self._mirror.stop
+        self._compared: set[str] = set()
+
+    async def open(self) -> None:
+        """Open the ledger and the sockets of dsync."""
+        await self._ledger.open()
+        for carrier in self._carriers:
+            await carrier.start()
+
+    async def close(self) -> None:
+        """Stop listening; who still waits gets no OK."""
+        await self._notify.stop()
+        for carrier in self._carriers:
+            await carrier.stop()
+        await asyncio.gather(*self._losing, return_exceptions=True)
+        await self._ledger.close()
+
+    async def listen(self) -> None:
+        """Let Dovecot's notifications in."""
+        await self._notify.start()
+
+    def handlers(self) -> dict[str, Handler]:
+        """Return the operations of the peer link."""
+        return {"dsync": self._dsync_handler}
+
+    async def run(self) -> None:
+        """Mirror until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._mirror.run())
+            tasks.create_task(self._make_up_for_missed())
+
+    async def _make_up_for_missed(self) -> None:
+        """Sync the users whose changes Dovecot could not tell the agent.
+
+        Its script leaves a file of the user's name. The file goes before the sync: a change that
+        fails to be told meanwhile leaves a new one.
+        """
+        while True:
+            await asyncio.sleep(MISSED_INTERVAL)
+            if not self._group.is_primary():
+                continue
+            for name in await asyncio.to_thread(_take_names, self._missed):
+                for peer in self._peers.values():
+                    peer.recheck([name])
+
+    # -- the role
+
+    def _lost(self, peer: str, reason: str) -> None:
+        if self._group.is_primary():
+            task = asyncio.create_task(self._lose(peer, reason), name=f"mirror loses {peer}")
+            self._losing.add(task)
+            task.add_done_callback(self._losing.discard)
+
+    async def _lose(self, peer: str, reason: str) -> None:
+        try:
+            await self._peers[peer].lose(reason, cut=True)
+        except (OSError, PermissionError) as error:
+            log.error("the mirror to %s could not be given up: %s", peer, error)
+
+    def _binding(self, peer: str, epoch: int) -> str:
+        """Return what the sync states hold for: both stores, both boots, one term of office."""
+        own = self._group.state.durable
+        theirs = self._group.statuses.get(peer, {})
+        boot = BOOT_ID.read_text(encoding="ascii").strip()
+        return " ".join(
+            str(part)
+            for part in (
+                own.storage_id, boot, epoch, theirs.get("storage_id"), theirs.get("boot_id"),
+            )
+        )  # fmt: skip
+
+    async def catch_up(self, peer: str, protect: Callable[[], Awaitable[None]]) -> None:
+        """Give ``peer`` all changes that it lacks, then have ``protect`` write it down.
+
+        PeerError if it cannot be done now.
+        """
+        binding = self._binding(peer, self._group.epoch)
+        try:
+            await self._peers[peer].catch_up(
+                protect, everyone=binding not in self._compared, binding=binding
+            )
+        except CatchUpFailed as error:
+            raise PeerError("catch-up", str(error)) from None
+        self._compared.add(binding)
+
+    async def resume(self, peer: str, epoch: int) -> None:
+        """Wait for ``peer`` from now on: it hands over to us, so it has what we have.
+
+        :param epoch: the one under which this node is about to be primary.
+        """
+        binding = self._binding(peer, epoch)
+        await self._peers[peer].resume(binding)
+        self._compared.add(binding)
+
+    def stop(self) -> None:
+        """End all waiting: this node is not primary."""
+        self._mirror.stop()
+
+    # -- for others
+
+    async def delivered(self, recipient: str, shadow_id: str) -> bool:
+        """Return whether a mailbox of ``recipient`` has the message; OSError if nobody can tell."""
+        try:
+            found = await self._doveadm.has_message(recipient, shadow_id)
+        except DoveadmError as error:
+            raise OSError(str(error)) from None
+        return bool(found)
+
+    def lag(self) -> Mapping[str, Lag]:
+        """Return how far each peer is behind, in changes and seconds."""
+        return {name: peer.lag() for name, peer in self._peers.items()}
+
+    def progress(self) -> Sequence[str]:
+        """Return one sentence for each catch-up that runs."""
+        found = []
+        for name, peer in self._peers.items():
+            now = peer.progress()
+            if peer.phase.value in ("catching-up", "joining"):
+                found.append(f"{name}: {now['done']:.0f} of {now['total']:.0f} users compared")
+        return found
+
+    def checks(self) -> Sequence[Check]:
+        """Return the findings of this part."""
+        found = {user: why for peer in self._peers.values() for user, why in peer.findings.items()}
+        some = "; ".join(f"{user}: {why}" for user, why in list(found.items())[:5])
+        return [
+            Check(
+                "mirrorable users", not found, len(found), 0,
+                f"{len(found)} users cannot be mirrored{': ' + some if some else ''}.",
+            )
+        ]  # fmt: skip
+
+
+def _take_names(directory: Path) -> list[str]:
+    """Remove the files in ``directory`` and return the users they are named after."""
+    names = []
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            os.unlink(entry.path)
+            names.append(unquote(entry.name))
+    return names

@@ -1,0 +1,114 @@
+"""The helper takes nothing from its client that could become a path, a program or an option."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from umbra.node import helper
+from umbra.node.client import NodeHelper
+from umbra.node.helper import Helper, HelperError
+
+Ran = list[tuple[tuple[str, ...], str | None]]
+
+
+def make_queues(spool: Path) -> None:
+    for queue in helper.QUEUES:
+        (spool / queue).mkdir()
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
+    calls: Ran = []
+
+    async def run(*argv: str, stdin: str | None = None) -> str:
+        calls.append((argv, stdin))
+        return ""
+
+    monkeypatch.setattr(helper, "run", run)
+    return calls
+
+
+async def ask(request: object, spool: Path = Path("/nonexistent")) -> dict[str, Any]:
+    return await Helper(spool).answer(json.dumps(request).encode())
+
+
+async def test_ports_are_opened_in_one_transaction(ran: Ran) -> None:
+    assert await ask({"do": "ports-open", "ports": [25, 993], "hold": 10}) == {"ok": True}
+    [(argv, batch)] = ran
+    assert argv == ("nft", "-f", "-")
+    assert batch is not None
+    assert batch.splitlines() == [
+        "flush set inet umbra_fence open_ports",
+        "add element inet umbra_fence open_ports { 25 timeout 10000ms, 993 timeout 10000ms }",
+    ]
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"do": "ports-open", "ports": ["25; flush ruleset"], "hold": 10},
+        {"do": "ports-open", "ports": [25], "hold": 1e9},
+        {"do": "ports-open", "ports": [25], "hold": "10"},
+        {"do": "queue-delete", "ids": ["ALL"]},
+        {"do": "queue-delete", "ids": ["-d"]},
+        {"do": "queue-delete", "ids": ["4hK2\nALL"]},
+        {"do": "queue-hold", "ids": "4hK2pl0Zzz"},
+        {"do": "queue-hold", "ids": ["../../etc"]},
+        {"do": "__init__"},
+        {"do": "answer"},
+        {"do": 7},
+        ["ports-close"],
+        {},
+    ],
+)
+async def test_anything_else_is_refused(ran: Ran, request_: object) -> None:
+    answer = await ask(request_)
+    assert answer["ok"] is False
+    assert answer["error"]
+    assert ran == []
+
+
+async def test_the_queue_is_listed_with_the_place_of_each_file(tmp_path: Path) -> None:
+    make_queues(tmp_path)
+    for place in ("active/4hK2pl0Zzz", "deferred/A/A1B2C3D4E5", "incoming/4hK2pm0Zzz"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).touch(0o700 if "pm0" in place else 0o600)
+    (tmp_path / "incoming" / "4hK2pn0Zzz").touch(0o600)
+    assert (await ask({"do": "queue-list"}, tmp_path))["queue"] == {
+        "4hK2pl0Zzz": "active",
+        "A1B2C3D4E5": "deferred",
+        "4hK2pm0Zzz": "incoming",
+        "4hK2pn0Zzz": "arriving",
+    }
+
+
+async def test_a_queue_that_cannot_be_read_is_an_error_not_an_empty_queue(tmp_path: Path) -> None:
+    answer = await ask({"do": "queue-list"}, tmp_path)
+    assert answer["ok"] is False
+
+
+async def test_a_failing_program_is_quoted() -> None:
+    with pytest.raises(HelperError, match=r"ls .* failed \(2\): .*No such file"):
+        await helper.run("ls", "/nonexistent")
+
+
+async def test_client_and_helper_talk(tmp_path: Path) -> None:
+    socket = tmp_path / "helper.sock"
+    make_queues(tmp_path)
+    (tmp_path / "active" / "4hK2pl0Zzz").touch()
+    server = await asyncio.start_unix_server(Helper(tmp_path).serve, socket)
+    async with server:
+        client = NodeHelper(socket)
+        assert await client.queue() == {"4hK2pl0Zzz": "active"}
+        with pytest.raises(HelperError, match="hold must be"):
+            await client.ports_open([25], 0)
+
+
+async def test_a_missing_helper_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(HelperError, match=r"is umbra-helper\.service running"):
+        await NodeHelper(tmp_path / "none.sock").ports_close()

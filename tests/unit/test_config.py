@@ -1,0 +1,84 @@
+"""The agent's configuration: what is right is read, and all that is wrong is said at once."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from umbra import config
+from umbra.config import ConfigError, ShadowPolicy
+
+GOOD: dict[str, Any] = {
+    "group": "mail",
+    "node": "mail-a",
+    "site": "alpha",
+    "role": "primary",
+    "link": {"address": "10.86.0.1", "port": 8686},
+    "api": {"address": "10.86.0.1", "port": 8687},
+    "peers": [{"name": "mail-b", "site": "beta", "address": "10.86.0.2"}],
+    "transport": {"shadow_policy": "accept", "shadow_timeout": 3},
+}
+
+
+def test_a_right_configuration_is_read() -> None:
+    read = config.parse(GOOD)
+    assert read.transport.shadow_policy is ShadowPolicy.ACCEPT
+    assert read.transport.shadow_timeout == 3
+    assert read.peers[0].port == 8686
+    assert read.mailbox.workers > 0
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (("role",), "master", "role is 'master'; it must be primary or shadow."),
+        (("peers",), None, "peers must be a list, not nothing."),
+        (
+            ("peers", 0, "address"),
+            "mail-b",
+            "peers[0].address is 'mail-b'; it must be an IP address.",
+        ),
+        (("peers", 0, "name"), "mail-a", "the node name mail-a is used twice."),
+        (("peers", 0, "address"), "10.86.0.1", "the address 10.86.0.1 is used twice."),
+        (("link",), {"address": "10.86.0.1"}, "link.port is missing."),
+        (("link", "port"), 70000, "link.port is 70000; a port is from 1 to 65535."),
+        (("transport", "shadow_policy"), "drop", "it must be defer or accept."),
+        (("transport", "shadow_timeout"), 0, "transport.shadow_timeout must be over 0 seconds."),
+        (("transport", "shadow_timeout"), True, "must be a number from 0, not True."),
+        (("transport", "timeout"), 1, "transport has the unknown setting timeout; known are"),
+        (("heartbeat",), {"interval": 2, "timeout": 1}, "it must be over heartbeat.interval, 2 s."),
+        (("fence",), {"hold": 1}, "a busy agent would close its own ports."),
+        (("fence",), {"ports": [25, 0]}, "fence.ports is 0; a port is from 1 to 65535."),
+    ],
+)
+def test_what_is_wrong_is_named(path: tuple[str | int, ...], value: object, words: str) -> None:
+    raw = copy.deepcopy(GOOD)
+    place: Any = raw
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises(ConfigError) as caught:
+        config.parse(raw)
+    assert any(words in finding for finding in caught.value.findings), caught.value.findings
+
+
+def test_all_findings_come_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.parse({"role": "x", "colour": "red", "peers": [7]})
+    assert len(caught.value.findings) >= 6
+
+
+@pytest.mark.parametrize("text", ["", "- a list", "group: [", "\x00"])
+def test_what_is_no_configuration_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "agent.yml"
+    path.write_text(text)
+    with pytest.raises(ConfigError):
+        config.load(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read: No such file"):
+        config.load(tmp_path / "agent.yml")
