@@ -1,0 +1,225 @@
+"""The system under test, as clients, operators and hosts see it.
+
+Runs on the lab's controller (`tests/lab/lab --name NAME control -- pytest ...`). Clients'
+connections go out from the lab's host `client`, which has no part in the system.
+"""
+
+from __future__ import annotations
+
+import email.policy
+import imaplib
+import json
+import os
+import smtplib
+import socket
+import ssl
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from email.message import EmailMessage
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import testinfra
+import yaml
+from testinfra.host import Host
+
+ROOT = Path(__file__).resolve().parents[2]
+INVENTORY = ROOT / "inventories" / "lab"
+SERVICE_PORTS = (25, 465, 587, 143, 993, 110, 995, 4190)
+TIMEOUT = 30.0
+
+_hosts = yaml.safe_load((INVENTORY / "hosts.yml").read_text())
+_mail = yaml.safe_load((INVENTORY / "group_vars" / "all" / "mailboxes.yml").read_text())
+ADDRESSES: dict[str, str] = {
+    name: host["ansible_host"] for name, host in _hosts["umbra_nodes"]["hosts"].items()
+}
+NODES = tuple(ADDRESSES)
+MAILBOXES = tuple(item["address"] for item in _mail["mail_server_mailboxes"])
+PASSWORD: str = _mail["lab_password"]
+SERVICE_NAME = "mail.example.org"
+
+
+def ssh_config() -> str:
+    """The lab's SSH configuration, which `lab control` names."""
+    return os.environ["UMBRA_LAB_SSH_CONFIG"]
+
+
+def power(name: str, on: bool) -> None:
+    """Switch a host on, or off as a power cut does: all its processes at once, nothing is told."""
+    lab_name = Path(ssh_config()).parents[1].name
+    command = ["power-on" if on else "power-off", name]
+    subprocess.run([ROOT / "tests" / "lab" / "lab", "--name", lab_name, *command], check=True)
+
+
+@cache
+def host(name: str) -> Host:
+    """A lab host to look into."""
+    return testinfra.get_host(f"ssh://{name}?controlpersist=120", ssh_config=ssh_config())
+
+
+def run(name: str, command: str, *values: str) -> str:
+    """What a command prints on a host; it must succeed. Values are quoted into the command's %s."""
+    result = host(name).run(command, *values)
+    assert result.rc == 0, f"{name}: {result.command!r} gave {result.rc}: {result.stderr}"
+    return str(result.stdout)
+
+
+def status(name: str) -> dict[str, Any]:
+    """The group as a node's agent reports it."""
+    result = host(name).run("umbractl status --json")
+    assert result.rc in (0, 1), f"{name}: umbractl status gave {result.rc}: {result.stderr}"
+    return dict(json.loads(result.stdout))
+
+
+def metrics(name: str) -> dict[str, float]:
+    """A node's metrics by their full names, labels and all."""
+    text = run(name, "curl -sf --unix-socket /run/umbra/api.sock http://localhost/metrics")
+    lines = (line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#"))
+    return {key: float(value) for key, value in lines}
+
+
+def wait(what: str, condition: Callable[[], Any], seconds: float = TIMEOUT) -> Any:
+    """Wait until a condition holds and return its value; the test fails if it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        time.sleep(0.2)
+    return value
+
+
+@contextmanager
+def route(address: str, port: int) -> Iterator[socket.socket]:
+    """A TCP connection from the host `client` to an address."""
+    ours, theirs = socket.socketpair()
+    ours.settimeout(TIMEOUT)
+    command = ["ssh", "-F", ssh_config(), "-W", f"{address}:{port}", "client"]
+    end = theirs.fileno()
+    with subprocess.Popen(command, stdin=end, stdout=end, stderr=subprocess.DEVNULL) as process:
+        theirs.close()
+        try:
+            yield ours
+        finally:
+            ours.close()
+            process.terminate()
+
+
+@cache
+def _authority() -> str:
+    return run(NODES[0], "cat /etc/ssl/umbra/ca.crt")
+
+
+def tls() -> ssl.SSLContext:
+    """What a client trusts: the group's own authority, and the name that its users were given."""
+    return ssl.create_default_context(cadata=_authority())
+
+
+class _Smtp(smtplib.SMTP):
+    """A session over a connection that is there already."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        super().__init__(SERVICE_NAME, 1, local_hostname="client.example.org", timeout=TIMEOUT)
+
+    def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
+        return self._connection
+
+
+class Imap(imaplib.IMAP4):
+    """A session over a connection that is there already."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        super().__init__(SERVICE_NAME, 1, TIMEOUT)
+
+    def _create_socket(self, timeout: float | None) -> socket.socket:
+        return self._connection
+
+
+@contextmanager
+def smtp(node: str, port: int = 25) -> Iterator[smtplib.SMTP]:
+    """An SMTP session of the outside client with a node."""
+    with route(ADDRESSES[node], port) as connection:
+        session = _Smtp(connection)
+        yield session
+        session.close()
+
+
+@contextmanager
+def imap(node: str, user: str, port: int = 993) -> Iterator[imaplib.IMAP4]:
+    """A logged-in IMAP session over TLS of the outside client with a node."""
+    with route(ADDRESSES[node], port) as connection:
+        session = Imap(tls().wrap_socket(connection, server_hostname=SERVICE_NAME))
+        session.login(user, PASSWORD)
+        yield session
+        session.shutdown()
+
+
+@dataclass(frozen=True)
+class Mail:
+    """A message that the tests can find again."""
+
+    id: str
+    content: bytes
+
+
+def mail(subject: str = "integration test", body: str = "one line\n") -> Mail:
+    """A new message with an id of its own."""
+    message = EmailMessage()
+    message["From"] = "sender@example.com"
+    message["To"] = MAILBOXES[0]
+    message["Subject"] = subject
+    message["Message-ID"] = f"<{uuid.uuid4()}@client.example.org>"
+    message.set_content(body)
+    return Mail(message["Message-ID"], message.as_bytes(policy=email.policy.SMTP))
+
+
+def send(node: str, recipients: list[str], content: bytes) -> tuple[int, str]:
+    """Send a message from outside; the answer to its end."""
+    with smtp(node) as session:
+        session.starttls(context=tls())
+        session.ehlo()
+        code, answer = session.mail("sender@example.com")
+        assert code == 250, answer
+        for recipient in recipients:
+            code, answer = session.rcpt(recipient)
+            assert code == 250, answer
+        code, answer = session.data(content)
+        return code, answer.decode()
+
+
+def copies(node: str, user: str, message_id: str, mailbox: str = "*") -> list[str]:
+    """The copies of a message in a user's mailboxes on a node, each as `mailbox guid`."""
+    out = run(
+        node,
+        "doveadm -f tab fetch -u %s 'mailbox guid' mailbox %s HEADER Message-ID %s",
+        user,
+        mailbox,
+        message_id,
+    )
+    return [line.replace("\t", " ") for line in out.splitlines()[1:]]
+
+
+def contents(node: str) -> dict[str, list[str]]:
+    """All that a node's mailboxes hold: for each user each message's place, GUID and flags."""
+    found = {}
+    for user in MAILBOXES:
+        out = run(node, "doveadm -f tab fetch -u %s 'mailbox guid uid flags' ALL", user)
+        lines = (line.split("\t") for line in out.splitlines()[1:])
+        # \Recent belongs to a session, not to the message.
+        found[user] = sorted(
+            " ".join([*place, *sorted(set(flags.split()) - {r"\Recent"})])
+            for *place, flags in lines
+        )
+    return found
+
+
+def folders(node: str, user: str) -> tuple[set[str], set[str]]:
+    """A user's mailboxes and subscriptions on a node."""
+    every = run(node, "doveadm mailbox list -u %s", user)
+    subscribed = run(node, "doveadm mailbox list -s -u %s", user)
+    return set(every.splitlines()), set(subscribed.splitlines())

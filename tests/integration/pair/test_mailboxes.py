@@ -1,0 +1,119 @@
+"""Mailbox changes: on the shadow when the client is told OK, without any waiting."""
+
+from __future__ import annotations
+
+import imaplib
+import time
+import uuid
+from collections.abc import Iterator
+
+import pytest
+from tests.integration import lab
+
+pytestmark = pytest.mark.usefixtures("protected")
+USER = "user05@example.org"
+
+
+@pytest.fixture
+def session(primary: str) -> Iterator[imaplib.IMAP4]:
+    with lab.imap(primary, USER) as session:
+        session.select("INBOX")
+        yield session
+
+
+def ok(answer: tuple[str, list[bytes]]) -> bytes:
+    """The text of an answer that must be OK."""
+    assert answer[0] == "OK", answer
+    return answer[1][0] or b""
+
+
+def append(session: imaplib.IMAP4, mailbox: str = "INBOX") -> tuple[lab.Mail, str]:
+    """Append a message; it and its UID."""
+    mail = lab.mail()
+    ok(session.append(mailbox, "", imaplib.Time2Internaldate(time.time()), mail.content))
+    code, values = session.response("APPENDUID")
+    assert code == "APPENDUID"
+    return mail, values[0].split()[1].decode()
+
+
+def on(node: str, mail: lab.Mail) -> str:
+    """Where a node has a message and with which flags; empty if it has not."""
+    command = "doveadm -f tab fetch -u %s 'mailbox flags' mailbox '*' HEADER Message-ID %s"
+    lines = lab.run(node, command, USER, mail.id).splitlines()[1:]
+    return " ".join(" ".join(line.split()) for line in lines)
+
+
+def test_append(session: imaplib.IMAP4, shadow: str) -> None:
+    mail, _ = append(session)
+    assert on(shadow, mail).startswith("INBOX")
+
+
+def test_flags_and_keywords(session: imaplib.IMAP4, shadow: str) -> None:
+    mail, uid = append(session)
+    ok(session.uid("STORE", uid, "+FLAGS", r"(\Flagged $Label1)"))
+    assert r"\Flagged" in on(shadow, mail)
+    assert "$Label1" in on(shadow, mail)
+    ok(session.uid("STORE", uid, "-FLAGS", r"(\Flagged)"))
+    assert r"\Flagged" not in on(shadow, mail)
+
+
+def test_reading_marks_as_seen(session: imaplib.IMAP4, shadow: str) -> None:
+    mail, uid = append(session)
+    assert r"\Seen" not in on(shadow, mail)
+    assert session.uid("FETCH", uid, "(BODY[])")[0] == "OK"
+    # The mark is a side effect, not a change that the client was told of: soon is enough.
+    lab.wait("the shadow has the mark", lambda: r"\Seen" in on(shadow, mail), 5)
+
+
+def test_copy_and_expunge(session: imaplib.IMAP4, shadow: str) -> None:
+    mail, uid = append(session)
+    ok(session.uid("COPY", uid, "Drafts"))
+    assert sorted(on(shadow, mail).split()) == ["Drafts", "INBOX"]
+    ok(session.uid("STORE", uid, "+FLAGS", r"(\Deleted)"))
+    ok(session.expunge())
+    assert on(shadow, mail) == "Drafts"
+
+
+def test_move(session: imaplib.IMAP4, shadow: str) -> None:
+    mail, uid = append(session)
+    ok(session.uid("MOVE", uid, "Trash"))
+    assert on(shadow, mail) == "Trash"
+
+
+def test_mailboxes(session: imaplib.IMAP4, shadow: str) -> None:
+    first, second = (f"box-{uuid.uuid4().hex[:8]}" for _ in range(2))
+    ok(session.create(first))
+    assert first in lab.folders(shadow, USER)[0]
+    mail, _ = append(session, first)
+    assert on(shadow, mail) == first
+    ok(session.subscribe(first))
+    lab.wait("the shadow is subscribed", lambda: first in lab.folders(shadow, USER)[1], 5)
+    ok(session.rename(first, second))
+    every = lab.folders(shadow, USER)[0]
+    assert second in every
+    assert first not in every
+    assert on(shadow, mail) == second
+    ok(session.delete(second))
+    assert second not in lab.folders(shadow, USER)[0]
+    assert on(shadow, mail) == ""
+
+
+def test_many_changes_at_once_end_equal(primary: str, shadow: str) -> None:
+    """Two sessions change one mailbox in turn; each OK is kept, and the nodes end equal."""
+    with lab.imap(primary, USER) as one, lab.imap(primary, USER) as two:
+        one.select("INBOX")
+        two.select("INBOX")
+        mails = []
+        for _ in range(10):
+            mail, uid = append(one)
+            mails.append(mail)
+            two.noop()
+            ok(two.uid("STORE", uid, "+FLAGS", r"(\Answered)"))
+    for mail in mails:
+        assert on(shadow, mail) == r"INBOX \Answered"
+
+
+def test_everything_is_equal_on_both_nodes(primary: str, shadow: str) -> None:
+    assert lab.contents(shadow) == lab.contents(primary)
+    for user in lab.MAILBOXES:
+        assert lab.folders(shadow, user)[0] == lab.folders(primary, user)[0]

@@ -1,0 +1,44 @@
+"""The shadow's power returns: protected again without a person, and nothing is missing there."""
+
+from __future__ import annotations
+
+import pytest
+from tests.integration import lab
+
+BACK = "mail-b"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def powered() -> None:
+    lab.power(BACK, on=True)
+
+
+def test_it_starts_fenced(primary: str) -> None:
+    """From its first moment on, no client reaches a mail service of the node that returns."""
+    lab.wait("the host answers", lambda: lab.host(BACK).run("true").rc == 0, 60)
+    assert lab.run(BACK, "systemctl is-active umbra-fence.service").strip() == "active"
+    elements = lab.run(BACK, "nft list set inet umbra_fence open_ports")
+    assert "elements" not in elements
+    assert primary != BACK
+
+
+def test_protected_again_without_a_person(primary: str) -> None:
+    lab.wait("the group is protected again", lambda: lab.status(primary)["protected"], 100)
+    assert lab.status(primary)["primary"] == primary
+    assert lab.status(BACK)["protected"] is True
+
+
+def test_nothing_is_missing(primary: str) -> None:
+    there = lab.contents(primary)
+    assert len(there["user07@example.org"]) > 5, "what changed while the shadow was off"
+    assert len(there["user08@example.org"]) >= 5, "what was accepted while the shadow was off"
+    assert lab.contents(BACK) == there
+    for user in lab.MAILBOXES:
+        assert lab.folders(BACK, user) == lab.folders(primary, user)
+
+
+def test_a_new_message_is_on_both(primary: str) -> None:
+    mail = lab.mail()
+    assert lab.send(primary, ["user08@example.org"], mail.content)[0] == 250
+    here = lab.wait("delivered", lambda: lab.copies(primary, "user08@example.org", mail.id))
+    assert lab.copies(BACK, "user08@example.org", mail.id) == here
