@@ -82,7 +82,7 @@ def test_up_again_changes_nothing() -> None:
     before = on("mail-a", *init_started)
     started = time.monotonic()
     call("up")
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 20
     assert on("mail-a", *init_started) == before
 
 
@@ -107,7 +107,7 @@ def test_exit_statuses_are_passed() -> None:
 def test_an_unknown_name_is_refused_at_once() -> None:
     started = time.monotonic()
     on("mail-a", "getent", "hosts", "unknown.example.net", status=2)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 8
 
 
 def test_there_is_no_way_out() -> None:

@@ -29,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LabError as error:
         print(f"lab: {error}", file=sys.stderr)
         return error.status
+    except OSError as error:  # a full disk, a file system that is read-only, ...
+        print(f"lab: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("lab: interrupted: `lab up` goes on, `lab down` removes all.", file=sys.stderr)
         return 130

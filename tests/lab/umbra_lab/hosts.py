@@ -120,7 +120,7 @@ def boot(lab: Lab, member: Member) -> None:
         time.sleep(0.001)
 
 
-def wait(lab: Lab, member: Member, timeout: float = 90) -> None:
+def wait(lab: Lab, member: Member, timeout: float = 180) -> None:
     """Wait until systemd has booted with no failed unit and SSH answers with the right key."""
     deadline = time.monotonic() + timeout
     init = None
@@ -137,7 +137,7 @@ def wait(lab: Lab, member: Member, timeout: float = 90) -> None:
         failed = run(command).stdout.splitlines()
         units = ", ".join(line.split()[0] for line in failed if line) or "no failed unit"
         raise LabError(f"{member.name} booted, but systemd says {answer!r}: {units}.")
-    ssh = control_command(lab, ["ssh", "-o", "ConnectTimeout=2", member.name, "true"])
+    ssh = control_command(lab, ["ssh", "-o", "ConnectTimeout=5", member.name, "true"])
     while (done := run(ssh, check=False)).returncode:
         if time.monotonic() > deadline:
             raise LabError(f"{member.name} booted, but SSH does not answer: {done.stderr.strip()}")

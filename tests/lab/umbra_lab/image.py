@@ -19,6 +19,7 @@ BASE = (
     *("systemd", "systemd-sysv", "dbus", "openssh-server", "sudo", "python3", "python3-apt"),
     *("iproute2", "iputils-ping", "nftables", "procps", "less"),
 )
+_OPTIONS = ("--variant=minbase", "--format=directory", "--skip=cleanup/apt")
 _HERE = Path(__file__).parent
 _HOOK = _HERE / "image_hook.sh"
 _PACKAGES = _HERE.parent / "packages.txt"
@@ -37,7 +38,8 @@ def package_names(text: str) -> list[str]:
 
 def image_name(base: Iterable[str], cached: Iterable[str], hook: str, architecture: str) -> str:
     """A name that changes when, and only when, something that goes into the image changes."""
-    parts = [SUITE, architecture, " ".join(sorted(base)), " ".join(sorted(cached)), hook]
+    parts = [SUITE, architecture, *_OPTIONS]
+    parts += [" ".join(sorted(base)), " ".join(sorted(cached)), hook]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     return f"{SUITE}-{digest[:16]}"
 
@@ -93,8 +95,7 @@ def _build(name: str) -> None:
     # If we are killed the build dies with us (PID namespace), and its mounts (mount namespace).
     command = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork"]
     command += ["--kill-child=KILL", "--mount-proc", "nice", "mmdebstrap", "--mode=root"]
-    command += ["--variant=minbase", "--format=directory", f"--include={','.join(BASE)}"]
-    command += ["--skip=cleanup/apt", f'--customize-hook=sh {_HOOK} "$1"']
+    command += [*_OPTIONS, f"--include={','.join(BASE)}", f'--customize-hook=sh {_HOOK} "$1"']
     command += [SUITE, str(temporary / "root"), *mirror]
     log = cache_dir() / "build.log"
     with log.open("w") as file:

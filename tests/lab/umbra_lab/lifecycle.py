@@ -8,7 +8,6 @@ import signal
 import socket
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,8 @@ def up(lab: Lab, members: Sequence[Member], changes: dict[str, Any]) -> None:
         hosts.boot(lab, member)
     if off:
         say(f"Booting {', '.join(member.name for member in off)}.")
-    wait([(lab, member) for member in members])
+    for member in members:  # they boot side by side; only the waiting is in turn
+        hosts.wait(lab, member)
 
 
 def power_on(lab: Lab, member: Member) -> None:
@@ -60,13 +60,6 @@ def power_on(lab: Lab, member: Member) -> None:
         cgroups.enter(f"{lab.cgroup}/setup")
         hosts.boot(lab, member)
     hosts.wait(lab, member)
-
-
-def wait(pairs: list[tuple[Lab, Member]]) -> None:
-    """Wait for hosts side by side."""
-    with ThreadPoolExecutor(max_workers=len(pairs) or 1) as pool:
-        for future in [pool.submit(hosts.wait, lab, member) for lab, member in pairs]:
-            future.result()
 
 
 def down(lab: Lab) -> None:

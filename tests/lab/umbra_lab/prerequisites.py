@@ -26,6 +26,7 @@ _COMMANDS = {
     "systemd-nspawn": "systemd-container",
     "unshare": "util-linux",
 }
+_CAP_NET_ADMIN, _CAP_SYS_ADMIN = 12, 21
 _FILES = {"/usr/share/keyrings/debian-archive-keyring.gpg": "debian-archive-keyring"}
 
 
@@ -43,6 +44,13 @@ def check_root() -> None:
         raise PrerequisiteError("umbra.mail's lab needs Linux.")
     if os.geteuid() != 0:
         raise PrerequisiteError("umbra.mail's lab needs root: run it with sudo.")
+    status = Path("/proc/self/status").read_text()
+    effective = int(status.partition("CapEff:")[2].split()[0], 16)
+    if not all(effective >> number & 1 for number in (_CAP_NET_ADMIN, _CAP_SYS_ADMIN)):
+        raise PrerequisiteError(
+            "umbra.mail's lab needs a root with CAP_SYS_ADMIN and CAP_NET_ADMIN: "
+            "run it on a machine of its own, or in a privileged container."
+        )
 
 
 def check() -> None:
