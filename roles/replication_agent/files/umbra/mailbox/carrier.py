@@ -1,0 +1,343 @@
+r"""Carries dsync over the peer link.
+
+So that the epoch guards it and nobody reaches a node's mailboxes past its agent.
+
+Primary: ``doveadm sync`` connects to the socket of the peer (destination
+``tcp:/run/umbra/dsync/PEER.sock``) as it would to the other Dovecot.
+With that client the handshake is (2.4.1, checked by experiment)::
+
+    client  VERSION\tdoveadm-server\t1\t3
+    server  VERSION\tdoveadm-client\t1\t3
+    server  +
+    client  \t\tOPTION\tlog-passthrough
+    client  x\tproxy-ttl=1\tUSER\tdsync-server\t-uUSER
+
+and after that the dsync stream both ways, multiplexed with the remote log. The carrier plays the
+server of this handshake itself and opens an exchange ``dsync {user}``. The shadow's agent plays the
+client's side towards its own Dovecot and writes the command itself, from the user's name. So the
+link carries the bare stream, one round trip is saved, and no peer can run another command than
+this one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from umbra.mailbox import metrics
+from umbra.mailbox.doveadm import SOCKET, Doveadm, Outcome, SyncResult, escape, unescape
+from umbra.peer.exchange import PeerError
+from umbra.peer.identity import PeerIdentity
+
+log = logging.getLogger(__name__)
+
+SERVER_HELLO = b"VERSION\tdoveadm-client\t1\t3\n+\n"
+CLIENT_HELLO = b"VERSION\tdoveadm-server\t1\t3\n"
+CLIENT_OPTION = b"\t\tOPTION\tlog-passthrough\n"
+HANDSHAKE_LIMIT = 4096
+HANDSHAKE_TIMEOUT = 5.0
+# When one side has ended, the other gets this long to end too (seconds).
+LINGER = 10.0
+CHUNK = 64 * 1024
+# Bounds for one sync and its stream (seconds). They are for the first copy of a huge mailbox; a
+# sync that stalls ends long before.
+SYNC_LIMIT = 6 * 3600.0
+STREAM_LIMIT = SYNC_LIMIT + 60
+MAX_STREAMS = 256
+
+
+class Exchange(Protocol):
+    """The part of a peer link's exchange that is used here."""
+
+    async def send(self, data: bytes) -> None:
+        """Send data."""
+
+    async def end(self) -> None:
+        """Nothing more from this side."""
+
+    async def receive(self) -> bytes | None:
+        """Next data, None after the other side's end."""
+
+    async def result(self) -> dict[str, Any]:
+        """The server's answer."""
+
+
+class Link(Protocol):
+    """The part of ``PeerLink`` that is used here."""
+
+    name: str
+
+    def exchange(
+        self, op: str, args: Mapping[str, Any], *, timeout: float
+    ) -> AbstractAsyncContextManager[Any]:
+        """Run an exchange."""
+
+
+class Refused(Exception):
+    """A connection or request that is not what it must be."""
+
+
+def parse_command(lines: list[bytes]) -> str | None:
+    """Read the lines that follow the version and return the user once the command is there.
+
+    None if it is not yet.
+
+    :raises Refused: for anything but options and then ``dsync-server`` for one user.
+    """
+    for line in lines:
+        try:
+            fields = [unescape(field) for field in line.decode().split("\t")]
+        except UnicodeDecodeError:
+            raise Refused("not UTF-8") from None
+        flags = fields.pop(0)
+        if "x" in flags and fields:
+            fields.pop(0)
+        if set(flags) - set("xvD") or len(fields) < 2:
+            raise Refused(f"not a command: {line[:80]!r}")
+        user, command, *arguments = fields
+        if command == "OPTION":
+            continue
+        if (
+            command != "dsync-server"
+            or not valid_user(user)
+            or arguments not in ([f"-u{user}"], ["-u", user])
+        ):
+            raise Refused(f"only dsync-server for one user passes here, not {line[:80]!r}")
+        return user
+    return None
+
+
+def valid_user(user: object) -> bool:
+    """Return whether ``user`` can be a user's name.
+
+    Printable, not empty, not an option, of bounded length.
+    """
+    return (
+        isinstance(user, str)
+        and 0 < len(user) <= 320
+        and user.isprintable()
+        and not user.startswith("-")
+    )
+
+
+async def copy(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    exchange: Exchange,
+    rest: bytes = b"",
+) -> tuple[int, int]:
+    """Copy both ways until both sides have ended.
+
+    Returns the bytes sent and received over the exchange.
+
+    Back pressure: each direction holds at most one chunk beside the transports' buffers. When one
+    side has ended, the other gets ``LINGER``
+    seconds. Raises PeerError or OSError of the side that broke.
+    """
+    sent = received = 0
+
+    async def upstream() -> None:
+        nonlocal sent
+        data = rest or await reader.read(CHUNK)
+        while data:
+            await exchange.send(data)
+            sent += len(data)
+            data = await reader.read(CHUNK)
+        await exchange.end()
+
+    async def downstream() -> None:
+        nonlocal received
+        gone = False
+        while (data := await exchange.receive()) is not None:
+            received += len(data)
+            try:
+                if not gone:
+                    writer.write(data)
+                    await writer.drain()
+            except OSError:
+                # The local side has all it wants. What still comes is dropped, so that the
+                # exchange ends in order and its connection can carry the next one.
+                gone = True
+        with suppress(OSError, RuntimeError):
+            writer.write_eof()
+
+    tasks = [asyncio.create_task(upstream()), asyncio.create_task(downstream())]
+    try:
+        done, left = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if left and not any(task.exception() for task in done):
+            await asyncio.wait(left, timeout=LINGER)
+        for task in tasks:
+            if task.done():
+                task.result()
+        if not all(task.done() for task in tasks):
+            raise OSError(f"one side ended, the other did not within {LINGER:g} s")
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return sent, received
+
+
+class DsyncCarrier:
+    """Primary side: the socket of one peer, and the syncs that go through it.
+
+    :param directory: ``/run/umbra/dsync``.
+    """
+
+    def __init__(self, directory: Path, link: Link, doveadm: Doveadm) -> None:
+        self._path = directory / f"{link.name}.sock"
+        self._link = link
+        self._doveadm = doveadm
+        self._expected: set[str] = set()
+        self._broken: dict[str, PeerError] = {}
+        self._streams: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> None:
+        """Listen. OSError if the directory is not there."""
+        self._path.unlink(missing_ok=True)
+        self._server = await asyncio.start_unix_server(self._accept, self._path, limit=CHUNK)
+        # The directory says who may connect; the socket itself is open, because Dovecot's user is
+        # not this one.
+        os.chmod(self._path, 0o666)
+
+    async def stop(self) -> None:
+        """Stop listening and break what runs."""
+        if self._server is not None:
+            self._server.close()
+        self.cut()
+        await asyncio.gather(*self._streams, return_exceptions=True)
+        self._path.unlink(missing_ok=True)
+
+    def cut(self) -> None:
+        """Break all streams: their syncs fail at once instead of hanging on a dead peer."""
+        for task in self._streams:
+            task.cancel()
+
+    async def sync(self, user: str, state: str) -> SyncResult:
+        """Sync ``user`` to the peer; never two at once for one user.
+
+        LOST if the link is why it failed.
+        """
+        self._expected.add(user)
+        self._broken.pop(user, None)
+        try:
+            result = await self._doveadm.sync(user, f"tcp:{self._path}", state, SYNC_LIMIT)
+        finally:
+            self._expected.discard(user)
+            broken = self._broken.pop(user, None)
+        if broken is not None and result.outcome is not Outcome.SYNCED:
+            return SyncResult(Outcome.LOST, reason=broken.text)
+        return result
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._streams.add(task)
+        try:
+            if len(self._streams) > MAX_STREAMS:
+                raise Refused("too many streams")
+            await self._carry(reader, writer)
+        except Refused as error:
+            metrics.REFUSED.labels("primary").inc()
+            log.warning("dsync connection refused: %s", error)
+        except (OSError, EOFError, TimeoutError) as error:
+            log.info("dsync stream to %s ended: %s", self._link.name, error or type(error).__name__)
+        except asyncio.CancelledError:
+            pass  # only cut() cancels; the stream protocol's callback would log it as an error
+        finally:
+            self._streams.discard(task)
+            writer.transport.abort()
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async with asyncio.timeout(HANDSHAKE_TIMEOUT):
+            user, rest = await self._handshake(reader, writer)
+        if user not in self._expected:
+            raise Refused(f"no sync of {user} was asked for")
+        try:
+            async with self._link.exchange(
+                "dsync", {"user": user}, timeout=STREAM_LIMIT
+            ) as exchange:
+                sent, received = await copy(reader, writer, exchange, rest)
+                metrics.CARRIED.labels(self._link.name, "sent").inc(sent)
+                metrics.CARRIED.labels(self._link.name, "received").inc(received)
+                await exchange.result()
+        except PeerError as error:
+            self._broken[user] = error
+            log.warning("dsync of %s to %s: %s", user, self._link.name, error)
+
+    async def _handshake(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> tuple[str, bytes]:
+        version = (await reader.readline()).rstrip(b"\n").split(b"\t")
+        if (
+            version[:3] != [b"VERSION", b"doveadm-server", b"1"]
+            or not version[3:][0].isdigit()
+            or int(version[3]) < 3
+        ):
+            raise Refused(f"not a doveadm client of version 1.3: {version}")
+        writer.write(SERVER_HELLO)
+        data = b""
+        lines: list[bytes] = []
+        while (user := parse_command(lines)) is None:
+            data += await reader.readuntil(b"\n")
+            if len(data) > HANDSHAKE_LIMIT:
+                raise Refused("the command is too long")
+            lines = data.split(b"\n")[:-1]
+        return user, b""
+
+
+class DsyncHandler:
+    """Shadow side: the handler of the operation ``dsync``."""
+
+    def __init__(self, is_primary: Callable[[], bool], socket: Path = SOCKET) -> None:
+        self._is_primary = is_primary
+        self._socket = socket
+        self._running = 0
+
+    async def __call__(
+        self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+    ) -> dict[str, Any]:
+        """Connect the exchange to a ``dsync-server`` of the local Dovecot.
+
+        PeerError ``refused`` if that must not be.
+        """
+        user = args.get("user")
+        if self._is_primary():
+            metrics.REFUSED.labels("shadow").inc()
+            raise PeerError(
+                "refused", "this node is primary; its mailboxes take no changes from others"
+            )
+        if not valid_user(user) or self._running >= MAX_STREAMS:
+            metrics.REFUSED.labels("shadow").inc()
+            raise PeerError(
+                "refused", "no such user" if not valid_user(user) else "too many streams"
+            )
+        self._running += 1
+        try:
+            sent, received = await self._serve(str(user), exchange)
+        except (OSError, EOFError, TimeoutError) as error:
+            raise PeerError(
+                "dovecot", f"the local Dovecot broke off: {error or type(error).__name__}"
+            ) from None
+        finally:
+            self._running -= 1
+        return {"sent": sent, "received": received}
+
+    async def _serve(self, user: str, exchange: Exchange) -> tuple[int, int]:
+        reader, writer = await asyncio.open_unix_connection(self._socket, limit=CHUNK)
+        try:
+            command = f"\t{escape(user)}\tdsync-server\t-u{escape(user)}\n".encode()
+            writer.write(CLIENT_HELLO + CLIENT_OPTION + b"x\tproxy-ttl=1" + command)
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT):
+                answer = await reader.readuntil(b"\n") + await reader.readuntil(b"\n")
+            if answer != SERVER_HELLO:
+                raise OSError(f"unexpected handshake {answer!r}; is the socket's mode 0600?")
+            return await copy(reader, writer, exchange)
+        finally:
+            writer.transport.abort()

@@ -1,0 +1,218 @@
+r"""Client of Dovecot's doveadm-server protocol on its unix socket.
+
+The wire format, as Dovecot 2.4.1 speaks it (its documentation: "Doveadm Protocol"; checked by
+experiment):
+
+* The client says ``VERSION\tdoveadm-server\t1\t0\n``. With minor version 0 the answers are plain;
+  from 1 on they are multiplexed.
+  The server says ``+\n`` at once if the socket's mode is exactly 0600 (it trusts the file's owner),
+  else ``-\n`` and wants a password.
+* A command is ``FLAGS\tUSER\tCOMMAND\tARGUMENT...\n``, each field with NUL, 1, tab, CR and LF
+  escaped by the byte 1.
+* The answer is one line of output, escaped in the same way, then ``+\n`` or ``-CODE\n``.
+
+Each command has a connection of its own: Dovecot keeps the processes waiting, so a new connection
+costs nothing that can be measured,
+while a kept one would hold on to a process with an old configuration after a reload.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+SOCKET = Path("/run/dovecot/doveadm-server")
+HELLO = b"VERSION\tdoveadm-server\t1\t0\n"
+# One line holds the list of all users: 32 MiB is about half a million of them.
+MAX_LINE = 32 * 1024 * 1024
+TIMEOUT = 30.0
+# How long dsync waits for the lock of a user's mailboxes (seconds); without it two crossing syncs
+# wait for each other.
+LOCK_SECONDS = 10
+# dsync gives up when the other side says nothing for this long (seconds).
+STALL_SECONDS = 60
+# `doveadm who` prints user, count, service, process ids and addresses.
+WHO_COLUMNS = 5
+
+_ESCAPES = {"\0": "\x010", "\x01": "\x011", "\t": "\x01t", "\r": "\x01r", "\n": "\x01n"}
+_UNESCAPES = {"0": "\0", "1": "\x01", "t": "\t", "r": "\r", "n": "\n"}
+
+
+class DoveadmError(Exception):
+    """Dovecot could not be asked, or did not answer as the protocol says."""
+
+
+class Outcome(Enum):
+    """How a sync ended."""
+
+    SYNCED = "synced"
+    CHANGED = "changed"  # something changed while it ran: run it again
+    NO_USER = "no-user"  # unknown here or there
+    FAILED = "failed"
+    LOST = "lost"  # the peer cannot be reached, or refuses this node
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The answer to a command: its output and the code, empty for success."""
+
+    fields: list[str]
+    code: str
+
+
+@dataclass(frozen=True)
+class SyncResult:
+    """What a sync said.
+
+    ``state`` is for the next one, None if there is none to keep; ``reason`` is for people.
+    """
+
+    outcome: Outcome
+    state: str | None = None
+    reason: str = ""
+
+
+def escape(field: str) -> str:
+    """Escape one field of a command."""
+    return "".join(_ESCAPES.get(char, char) for char in field)
+
+
+def unescape(field: str) -> str:
+    """The reverse of ``escape``.
+
+    An unknown escape stands for the character itself, as Dovecot has it.
+    """
+    if "\x01" not in field:
+        return field
+    chars = iter(field)
+    return "".join(
+        _UNESCAPES.get(after, after) if char == "\x01" and (after := next(chars, "")) else char
+        for char in chars
+    )
+
+
+class Doveadm:
+    """Runs commands of the local Dovecot.
+
+    :param socket: the doveadm-server socket; the agent must own it and its mode must be 0600.
+    """
+
+    def __init__(self, socket: Path = SOCKET) -> None:
+        self._socket = socket
+
+    async def run(self, user: str, *command: str, limit: float = TIMEOUT) -> Reply:
+        """Run one command for ``user`` ("" for none).
+
+        DoveadmError if Dovecot does not answer within ``limit`` seconds.
+        """
+        line = "\t".join(map(escape, ("", user, *command))).encode() + b"\n"
+        try:
+            async with asyncio.timeout(limit):
+                return await self._run(line)
+        except TimeoutError:
+            raise DoveadmError(f"doveadm {command[0]} took over {limit:g} s") from None
+        except (OSError, EOFError, ValueError) as error:
+            raise DoveadmError(f"doveadm {command[0]}: {error or type(error).__name__}") from None
+
+    async def _run(self, line: bytes) -> Reply:
+        reader, writer = await asyncio.open_unix_connection(self._socket, limit=MAX_LINE)
+        try:
+            writer.write(HELLO + line)
+            if (hello := await reader.readline()) != b"+\n":
+                raise DoveadmError(
+                    f"doveadm-server wants a password ({hello!r}): "
+                    "its socket must have mode 0600 and belong to the agent"
+                )
+            output = (await reader.readuntil(b"\n"))[:-1].decode()
+            status = (await reader.readuntil(b"\n"))[:-1].decode()
+        finally:
+            # A command that is cut off here goes on in Dovecot until it notices; a second one for
+            # the same user waits for its lock.
+            writer.transport.abort()
+        if status[:1] not in ("+", "-"):
+            raise DoveadmError(f"doveadm-server sent {status[:40]!r} where a result was expected")
+        fields = [unescape(field) for field in output.split("\t")]
+        return Reply(
+            fields[:-1] if fields[-1] == "" else fields,
+            "" if status == "+" else status[1:] or "UNKNOWN",
+        )
+
+    async def sync(self, user: str, destination: str, state: str, limit: float) -> SyncResult:
+        """Sync all mailboxes of ``user`` to ``destination`` (``tcp:/path`` or ``tcp:host:port``).
+
+        :param state: of the last sync to the same place; "" compares everything.
+        :param limit: seconds, after which the outcome is FAILED.
+        """
+        try:
+            reply = await self.run(
+                user,
+                "sync",
+                "-u",
+                user,
+                "-l",
+                str(LOCK_SECONDS),
+                "-T",
+                str(STALL_SECONDS),
+                "-s",
+                state,
+                destination,
+                limit=limit,
+            )
+        except DoveadmError as error:
+            return SyncResult(Outcome.FAILED, reason=str(error))
+        new = reply.fields[0] if reply.fields and reply.fields[0] else None
+        match reply.code:
+            case "":
+                return SyncResult(Outcome.SYNCED, new)
+            case "CHANGED":
+                return SyncResult(Outcome.CHANGED, new, "changed while it was synced")
+            case "NOUSER":
+                return SyncResult(Outcome.NO_USER, reason="the user is unknown")
+        return SyncResult(
+            Outcome.FAILED, reason=f"doveadm sync ended with {reply.code}; Dovecot's log says why"
+        )
+
+    async def users(self) -> list[str]:
+        """Return all users that the user database lists."""
+        reply = await self.run("", "user", "*")
+        if reply.code or len(reply.fields) != 1:
+            raise DoveadmError(f"doveadm user ended with {reply.code or 'no output'}")
+        return [str(user) for user in json.loads(reply.fields[0])["userList"]]
+
+    async def exists(self, user: str) -> bool:
+        """Return whether the user database knows ``user``."""
+        reply = await self.run(user, "user", user)
+        if reply.code not in ("", "NOUSER"):
+            raise DoveadmError(f"doveadm user ended with {reply.code}")
+        return not reply.code
+
+    async def has_message(self, user: str, shadow_id: str) -> bool | None:
+        """Return whether a mailbox of ``user`` has a message with this ``X-Umbra-Id``.
+
+        None if there is no such user.
+        """
+        reply = await self.run(user, "search", "-u", user, "HEADER", "X-Umbra-Id", shadow_id)
+        if reply.code == "NOUSER":
+            return None
+        if reply.code:
+            raise DoveadmError(f"doveadm search ended with {reply.code}")
+        return bool(reply.fields)
+
+    async def kick(self, users: Sequence[str] = ("*",)) -> None:
+        """Disconnect the sessions of the users that match the patterns."""
+        for pattern in users:
+            reply = await self.run("", "kick", pattern)
+            if reply.code not in ("", "NOTFOUND"):
+                raise DoveadmError(f"doveadm kick ended with {reply.code}")
+
+    async def connected(self) -> set[str]:
+        """Return the users who have a session now."""
+        # Not `who -1`: in 2.4.1 its result comes before the end of its output.
+        reply = await self.run("", "who")
+        if reply.code:
+            raise DoveadmError(f"doveadm who ended with {reply.code}")
+        return set(reply.fields[::WHO_COLUMNS])

@@ -1,0 +1,583 @@
+"""Mirror before OK: a change waits here until the peers have it, or are on record as lacking it.
+
+Each peer has a phase:
+
+* ``RECORDING``: the group does not wait for this peer. A change is noted on disk, then answered.
+  Nothing is synced.
+* ``CATCHING_UP``: the same, and the noted users are synced.
+* ``JOINING``: new changes wait for their sync, while the last noted ones are synced. So the noted
+  ones can only become fewer.
+* ``PROTECTED``: entered when nothing is noted, and after that was written down by the cluster. All
+  changes wait.
+
+From anywhere back to ``RECORDING``: as soon as one change has waited for ``timeout`` seconds, or
+the peer is lost. First the cluster makes the group alone, durably; then the users of all changes
+that wait are noted on disk; then these are answered, all at once. Nobody waits again until the
+peer has caught up.
+
+What happens if the agent dies: in ``RECORDING`` and ``CATCHING_UP`` nothing was answered that is
+not on disk as noted. In ``JOINING`` and ``PROTECTED`` nothing was answered that the peer does not
+have. What was not answered was not acknowledged; it is found when all users are compared after
+the start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from contextlib import AbstractContextManager
+from enum import Enum
+from time import monotonic
+from typing import Protocol
+
+from umbra.mailbox import metrics
+from umbra.mailbox.doveadm import DoveadmError, Outcome, SyncResult
+from umbra.mailbox.ledger import Ledger
+from umbra.mailbox.mirror_queue import MirrorQueue
+
+log = logging.getLogger(__name__)
+
+# A sync that failed for another reason than a lost peer is tried again after this long (seconds),
+# doubled each time up to the second value.
+RETRY_DELAY = (0.05, 1.0)
+# A user for whom nobody waits is put aside as unmirrorable after so many failures,
+ATTEMPTS = 5
+# or after so many syncs in a row that were overtaken by further changes.
+CHANGED_ATTEMPTS = 50
+# Each user's mailboxes are compared without a state once in this time (seconds), spread evenly.
+DEEP_PERIOD = 24 * 3600.0
+
+
+class NotPrimary(Exception):
+    """The node may not acknowledge changes."""
+
+
+class CatchUpFailed(Exception):
+    """The peer could not catch up. ``findings`` names users that cannot be mirrored, and why."""
+
+    def __init__(self, reason: str, findings: Mapping[str, str]) -> None:
+        super().__init__(reason)
+        self.findings = dict(findings)
+
+
+class Group(Protocol):
+    """What the mirror asks of the cluster."""
+
+    def is_primary(self) -> bool:
+        """Return whether this node may acknowledge changes now."""
+
+    async def mirror_failed(self, peer: str, reason: str) -> None:
+        """Make the group alone durably; harmless if it is.
+
+        An exception means that nothing may be acknowledged.
+        """
+
+    def begin_work(self) -> AbstractContextManager[None]:
+        """Hold back a change of role for as long as the context lasts."""
+
+
+class Users(Protocol):
+    """What the mirror asks of the local Dovecot."""
+
+    async def users(self) -> list[str]:
+        """Return all users. DoveadmError if Dovecot does not answer."""
+
+    async def exists(self, user: str) -> bool:
+        """Return whether there is such a user. DoveadmError if Dovecot does not answer."""
+
+    async def connected(self) -> set[str]:
+        """Return the users who have a session. DoveadmError if Dovecot does not answer."""
+
+
+class Carrier(Protocol):
+    """Runs syncs to one peer."""
+
+    async def sync(self, user: str, state: str) -> SyncResult:
+        """Sync ``user`` to the peer."""
+
+    def cut(self) -> None:
+        """Break all syncs that run."""
+
+
+class Phase(Enum):
+    """See the module."""
+
+    RECORDING = "recording"
+    CATCHING_UP = "catching-up"
+    JOINING = "joining"
+    PROTECTED = "protected"
+
+    @property
+    def waits(self) -> bool:
+        """Whether a change waits for this peer."""
+        return self in (Phase.JOINING, Phase.PROTECTED)
+
+
+class Verdict(Enum):
+    """Why a change may be acknowledged."""
+
+    MIRRORED = "mirrored"
+    RECORDED = "recorded"
+
+
+def next_phase(phase: Phase, noted: int, few: int, first_round: bool) -> Phase:
+    """The rule of the hand-over from "note it" to "wait for it".
+
+    :param noted: users with changes that the peer lacks and that nobody waits for.
+    :param few: how many of them may be left when waiting begins.
+    :param first_round: whether users of the first round are left. Without the second condition
+        steady traffic could put off the end for ever.
+    """
+    if phase is Phase.CATCHING_UP and (noted <= few or not first_round):
+        phase = Phase.JOINING
+    if phase is Phase.JOINING and noted == 0:
+        phase = Phase.PROTECTED
+    return phase
+
+
+class PeerMirror:
+    """The mirror to one peer.
+
+    :param timeout: how long a change waits (seconds) before the group is made alone.
+    """
+
+    def __init__(
+        self,
+        peer: str,
+        group: Group,
+        ledger: Ledger,
+        users: Users,
+        carrier: Carrier,
+        *,
+        workers: int,
+        timeout: float,
+    ) -> None:
+        self.peer = peer
+        self.phase = Phase.RECORDING
+        self.findings: dict[str, str] = {}
+        self.done = 0
+        self.total = 0
+        self._group = group
+        self._ledger = ledger
+        self._users = users
+        self._carrier = carrier
+        self._few = 4 * workers
+        self._timeout = timeout
+        self._queue: MirrorQueue[int] = MirrorQueue(workers)
+        self._tickets: dict[int, asyncio.Future[Verdict]] = {}
+        self._arrived: dict[int, float] = {}
+        self._number = 0
+        self._behind_since: float | None = None
+        self._attempts: dict[str, int] = {}
+        self._progress = asyncio.Event()
+        self._reason = "the agent has just started"
+        self._commit = (
+            asyncio.Lock()
+        )  # the order of "alone" and "protected" on disk is that of the decisions
+        self._alone: asyncio.Task[None] | None = None  # done without error: "alone" is on disk
+        self._works: set[asyncio.Task[None]] = set()
+        self._tasks: asyncio.TaskGroup | None = None
+        self._started = 0.0
+        metrics.watch(self)
+
+    async def run(self) -> None:
+        """Run syncs until cancelled."""
+        self._queue.note(self._ledger.changed(self.peer))
+        try:
+            async with asyncio.TaskGroup() as self._tasks:
+                self._pump()
+                await asyncio.get_running_loop().create_future()
+        finally:
+            self._tasks = None
+            await asyncio.gather(*self._works, return_exceptions=True)
+
+    # changes
+
+    async def changed(self, user: str) -> Verdict:
+        """A change of ``user`` was committed: return when it may be acknowledged.
+
+        Whatever ``Group.mirror_failed`` raises comes through: then it may not.
+        """
+        if not self.phase.waits:
+            # Noted before the first await, so that the hand-over cannot miss it.
+            self._note([user])
+            self._pump()
+            await self._be_alone()
+            await self._ledger.flag(self.peer, [user])
+            return Verdict.RECORDED
+        self._number += 1
+        number = self._number
+        self._tickets[number] = future = asyncio.get_running_loop().create_future()
+        self._arrived[number] = monotonic()
+        self._queue.wait(user, number)
+        self._pump()
+        # Not wait_for: if the caller goes away, the change must still be mirrored.
+        await asyncio.wait({future}, timeout=self._timeout)
+        if not future.done():
+            await self.lose(
+                f"{self.peer} did not have a change of {user} within {self._timeout:g} s"
+            )
+        verdict: Verdict = await future
+        return verdict
+
+    async def lose(self, reason: str, *, cut: bool = False) -> None:
+        """The peer is lost or too slow: stop waiting for it.
+
+        Returns when all who waited are answered.
+
+        :param cut: also break the syncs that run, because they would hang.
+        """
+        if self.phase is not Phase.RECORDING:
+            log.warning("mirror to %s: %s", self.peer, reason)
+        users, tickets = self._stop_waiting(reason, cut=cut)
+        await asyncio.shield(self._background(self._release(users, tickets)))
+
+    def stop(self, *, cut: bool = True) -> None:
+        """End of this node's time as primary: whoever waits gets NotPrimary."""
+        _, tickets = self._stop_waiting("this node is not primary", cut=cut)
+        self._alone = None
+        for future in tickets:
+            future.set_exception(NotPrimary())
+
+    def _stop_waiting(
+        self, reason: str, *, cut: bool
+    ) -> tuple[list[str], list[asyncio.Future[Verdict]]]:
+        if self.phase.waits:
+            self._alone = None
+        if self.phase is not Phase.RECORDING:
+            self._reason = reason
+        self.phase = Phase.RECORDING
+        self._progress.set()
+        if cut:
+            self._carrier.cut()
+        given = self._queue.withdraw()
+        self._note(given)
+        numbers = [number for of_user in given.values() for number in of_user]
+        for number in numbers:
+            del self._arrived[number]
+        return list(given), [self._tickets.pop(number) for number in numbers]
+
+    async def _release(self, users: list[str], tickets: list[asyncio.Future[Verdict]]) -> None:
+        try:
+            await self._be_alone()
+            await self._ledger.flag(self.peer, users)
+        except Exception as error:
+            for future in tickets:
+                future.set_exception(error)
+        else:
+            for future in tickets:
+                future.set_result(Verdict.RECORDED)
+
+    async def _be_alone(self) -> None:
+        """Return when the group is alone on disk; tried again by each change until it works."""
+        if self._alone is None or (
+            self._alone.done() and (self._alone.cancelled() or self._alone.exception())
+        ):
+            self._alone = self._background(self._commit_alone())
+        await asyncio.shield(self._alone)
+
+    def _background(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """Run ``work`` to its end even if the change that began it goes away."""
+        task = asyncio.create_task(work)
+        self._works.add(task)
+        task.add_done_callback(self._works.discard)
+        return task
+
+    async def _commit_alone(self) -> None:
+        async with self._commit:
+            await self._group.mirror_failed(self.peer, self._reason)
+
+    def _note(self, users: Iterable[str]) -> None:
+        self._queue.note(users)
+        if self._queue.noted and self._behind_since is None:
+            self._behind_since = monotonic()
+
+    # syncs
+
+    def _pump(self) -> None:
+        if self._tasks is None or self.phase is Phase.RECORDING:
+            return
+        while (user := self._queue.start()) is not None:
+            self._tasks.create_task(self._sync(user), name=f"sync {user} to {self.peer}")
+
+    async def _sync(self, user: str) -> None:
+        started = monotonic()
+        result = await self._one_sync(user)
+        metrics.SYNC_SECONDS.labels(self.peer).observe(monotonic() - started)
+        metrics.SYNCS.labels(self.peer, result.outcome.value).inc()
+        match result.outcome:
+            case Outcome.SYNCED:
+                self._settle(user)
+            case Outcome.CHANGED if self._attempts.get(
+                user, 0
+            ) < CHANGED_ATTEMPTS or self._queue.awaited(user):
+                self._attempts[user] = self._attempts.get(user, 0) + 1
+                self._queue.again(user)
+            case Outcome.LOST:
+                self._queue.again(user)
+                await self.lose(result.reason)
+            case _:
+                await self._failed(user, result)
+        self._progress.set()
+        self._pump()
+
+    async def _one_sync(self, user: str) -> SyncResult:
+        state = await self._ledger.state(self.peer, user)
+        if not state:
+            # First contact: if both have an INBOX made independently, the first sync only makes
+            # them the same mailbox.
+            result = await self._carrier.sync(user, "")
+            if result.outcome is not Outcome.SYNCED:
+                return result
+        result = await self._carrier.sync(user, state)
+        if result.outcome in (Outcome.SYNCED, Outcome.CHANGED):
+            self._ledger.keep(self.peer, user, result.state)
+        return result
+
+    def _settle(self, user: str) -> None:
+        self._attempts.pop(user, None)
+        self.findings.pop(user, None)
+        tickets, settled = self._queue.done(user)
+        self.done += 1
+        metrics.COALESCED.labels(self.peer).inc(max(0, len(tickets) - 1))
+        for number in tickets:
+            metrics.WAIT_SECONDS.labels(self.peer).observe(monotonic() - self._arrived.pop(number))
+            self._tickets.pop(number).set_result(Verdict.MIRRORED)
+        if settled:
+            self._ledger.unflag(self.peer, user)
+            if not self._queue.noted:
+                self._behind_since = None
+
+    async def _failed(self, user: str, result: SyncResult) -> None:
+        attempt = self._attempts[user] = self._attempts.get(user, 0) + 1
+        log.warning(
+            "sync of %s to %s failed (attempt %d): %s", user, self.peer, attempt, result.reason
+        )
+        if result.outcome is Outcome.NO_USER:
+            try:
+                if not await self._users.exists(user):
+                    # Gone here too: there is nothing left to mirror.
+                    self._ledger.keep(self.peer, user, None)
+                    self._settle(user)
+                    return
+            except DoveadmError as error:
+                log.warning("%s", error)
+            result = SyncResult(
+                Outcome.NO_USER, reason=f"{self.peer} does not know the user {user}"
+            )
+        elif attempt < ATTEMPTS or self._queue.awaited(user):
+            # Whoever waits is answered by the time-out at the latest.
+            await asyncio.sleep(min(RETRY_DELAY[0] * 2 ** min(attempt - 1, 9), RETRY_DELAY[1]))
+            self._queue.again(user)
+            return
+        self.findings[user] = result.reason
+        self._attempts.pop(user, None)
+        if self._queue.awaited(user):
+            self._queue.again(user)
+            await self.lose(result.reason)
+        else:
+            self._queue.hold(user)
+
+    # the way back to protected
+
+    async def catch_up(
+        self, protect: Callable[[], Awaitable[None]], *, everyone: bool, binding: str
+    ) -> None:
+        """Sync what the peer lacks, then have ``protect`` write down that the group is protected.
+
+        :param protect: durable when it returns. It is called when nothing is noted and every new
+            change waits.
+        :param everyone: compare all users, because it is not known what changed (the agent has just
+            started, the role is new).
+        :param binding: what the states hold for, see the ledger.
+        :raises CatchUpFailed: the peer was lost meanwhile, or some users cannot be mirrored. Asking
+            again later is up to the caller.
+        """
+        if self.phase is not Phase.RECORDING:
+            raise CatchUpFailed(f"{self.peer} is {self.phase.value} already", {})
+        self.findings.clear()
+        self._attempts.clear()
+        bound = await self._ledger.bind(self.peer, binding)
+        try:
+            if everyone or not bound:
+                self._note(await self._users.users())
+        except DoveadmError as error:
+            raise CatchUpFailed(str(error), {}) from None
+        self._note(list(self._queue.held))
+        self.done, self.total, self._started = 0, self._queue.noted, monotonic()
+        self.phase = Phase.CATCHING_UP
+        log.info("catch-up of %s: %d users", self.peer, self.total)
+        self._pump()
+        while True:
+            self._progress.clear()
+            phase = next_phase(self.phase, self._queue.noted, self._few, self.done < self.total)
+            if phase is Phase.PROTECTED:
+                await self._protect(protect)
+                return
+            self.phase = phase
+            if self._queue.held and len(self._queue.held) == self._queue.noted:
+                await self.lose(
+                    f"{len(self.findings)} users cannot be mirrored: "
+                    + "; ".join(list(self.findings.values())[:3])
+                )
+            await self._progress.wait()
+            if self.phase is Phase.RECORDING:
+                raise CatchUpFailed(self._reason, self.findings)
+
+    async def _protect(self, protect: Callable[[], Awaitable[None]]) -> None:
+        self.phase = Phase.JOINING
+        try:
+            async with self._commit:
+                self._alone = None
+                await protect()
+        except BaseException as error:
+            # Whether it was written is unknown: say "alone" again, which is safe.
+            await self.lose(
+                f"the group could not be made protected: {error or type(error).__name__}"
+            )
+            raise
+        if self.phase is not Phase.JOINING:
+            # Lost while it was written: the lock makes "alone" the later of the two.
+            await self._be_alone()
+            raise CatchUpFailed(self._reason, self.findings)
+        self.phase = Phase.PROTECTED
+        log.info(
+            "%s has all changes; %d users in %.1f s",
+            self.peer,
+            self.done,
+            monotonic() - self._started,
+        )
+
+    async def resume(self, binding: str) -> None:
+        """Wait for this peer from now on, without catch-up.
+
+        Only for a switchover: both nodes are known to hold the same, and the cluster has written
+        down that the group is protected.
+        """
+        await self._ledger.bind(self.peer, binding)
+        self._alone = None
+        self.phase = Phase.PROTECTED
+
+    def recheck(self, users: Iterable[str], *, deep: bool = False) -> None:
+        """Sync ``users`` when there is room, though no change is known.
+
+        ``deep`` compares without a state.
+        """
+        users = list(users)
+        if deep:
+            for user in users:
+                self._ledger.keep(self.peer, user, None)
+        self._queue.note(users)
+        self._pump()
+
+    # for people
+
+    def lag(self) -> tuple[int, float]:
+        """Return how many changes (users.
+
+        While nobody waits) the peer lacks, and for how long at most (seconds).
+        """
+        since = list(self._arrived.values())[:1]
+        since += [self._behind_since] if self._behind_since is not None else []
+        behind = self._queue.noted if self._behind_since is not None else 0
+        return len(self._arrived) + behind, monotonic() - min(since) if since else 0.0
+
+    @property
+    def waiting(self) -> int:
+        """How many changes wait for this peer now."""
+        return len(self._tickets)
+
+    @property
+    def behind(self) -> int:
+        """How many users have changes that the peer lacks and nobody waits for."""
+        return self._queue.noted
+
+    @property
+    def running(self) -> int:
+        """How many syncs run."""
+        return self._queue.running
+
+    def progress(self) -> dict[str, float]:
+        """Return the catch-up's progress: users done and in all, and users per second."""
+        elapsed = monotonic() - self._started
+        return {
+            "done": self.done,
+            "total": self.total,
+            "rate": self.done / elapsed if elapsed > 0 else 0.0,
+        }
+
+
+class Mirror:
+    """The mirrors to all peers."""
+
+    def __init__(
+        self, group: Group, users: Users, peers: Mapping[str, PeerMirror], *, sweep_interval: float
+    ) -> None:
+        self.peers = dict(peers)
+        self._group = group
+        self._users = users
+        self._sweep_interval = sweep_interval
+
+    async def run(self) -> None:
+        """Run until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for peer in self.peers.values():
+                tasks.create_task(peer.run(), name=f"mirror to {peer.peer}")
+            tasks.create_task(self._sweep(), name="mirror sweep")
+
+    async def changed(self, user: str) -> Verdict:
+        """A change of ``user`` was committed: return when it may be acknowledged.
+
+        NotPrimary, or what the cluster raises, if it may not.
+        """
+        if not self._group.is_primary():
+            raise NotPrimary
+        with self._group.begin_work():
+            if len(self.peers) == 1:
+                return await next(iter(self.peers.values())).changed(user)
+            async with asyncio.TaskGroup() as tasks:
+                verdicts = [tasks.create_task(peer.changed(user)) for peer in self.peers.values()]
+        recorded = any(task.result() is Verdict.RECORDED for task in verdicts)
+        return Verdict.RECORDED if recorded or not verdicts else Verdict.MIRRORED
+
+    def stop(self) -> None:
+        """End of this node's time as primary: end all waiting and all syncs."""
+        for peer in self.peers.values():
+            peer.stop()
+
+    def lag(self) -> tuple[int, float]:
+        """Return the largest lag of the peers, in changes and seconds."""
+        lags = [peer.lag() for peer in self.peers.values()]
+        return max((lag[0] for lag in lags), default=0), max((lag[1] for lag in lags), default=0.0)
+
+    async def _sweep(self) -> None:
+        """What Dovecot 2.4.1 notifies nobody of (SUBSCRIBE.
+
+        Sieve scripts) is mirrored within ``sweep_interval``.
+
+        It syncs the users who have a session now or had one at the last look. Beside that all users
+        take turns at a comparison without a
+        state: a sync with one never notices what only the other side has.
+        """
+        before: set[str] = set()
+        turns: list[str] = []
+        while True:
+            await asyncio.sleep(self._sweep_interval)
+            protected = [peer for peer in self.peers.values() if peer.phase is Phase.PROTECTED]
+            if not protected or not self._group.is_primary():
+                continue
+            try:
+                now = await self._users.connected()
+                everybody = await self._users.users()
+            except DoveadmError as error:
+                log.warning("sweep: %s", error)
+                continue
+            turns = turns or sorted(everybody)
+            share = math.ceil(len(everybody) * self._sweep_interval / DEEP_PERIOD)
+            deep, turns = turns[:share], turns[share:]
+            for peer in protected:
+                peer.recheck(now | before)
+                peer.recheck(deep, deep=True)
+            before = now

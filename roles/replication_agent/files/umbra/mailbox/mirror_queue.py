@@ -1,0 +1,150 @@
+"""Which user is synced next, and which changes a sync covers. Pure; one instance for each peer.
+
+Rules:
+
+* A change joins the user's next sync, never the running one, which may have read past it.
+* A user has at most one running sync; at most ``workers`` run at once; users take turns in the
+  order in which they asked, so that a busy or
+  huge mailbox never holds up the others.
+* A change is *waited for* (someone gets no OK before a sync covers it) or *noted* (it was answered;
+  the flag is on disk). Both ask
+  for a sync. Changes of one user that come together share one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+Ticket = TypeVar("Ticket")
+
+
+@dataclass(slots=True)
+class _User(Generic[Ticket]):
+    waiting: list[Ticket] = field(default_factory=list)  # for the next sync
+    covered: list[Ticket] = field(default_factory=list)  # by the running one
+    noted: bool = False
+    noted_covered: bool = False
+    running: bool = False
+    queued: bool = False
+
+    @property
+    def wants(self) -> bool:
+        return bool(self.waiting) or self.noted
+
+
+class MirrorQueue(Generic[Ticket]):
+    """The syncs that one peer needs. A ticket stands for one change that is waited for."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._users: dict[str, _User[Ticket]] = {}
+        self._order: deque[str] = deque()
+        self.running = 0
+        self.noted = 0
+        self.held: set[str] = set()
+
+    def wait(self, user: str, ticket: Ticket) -> None:
+        """A change that is waited for."""
+        self._of(user).waiting.append(ticket)
+        self._enqueue(user)
+
+    def note(self, users: Iterable[str]) -> None:
+        """Changes that nobody waits for."""
+        for user in users:
+            entry = self._of(user)
+            if not entry.noted:
+                entry.noted = True
+                self.noted += not entry.noted_covered
+            self._enqueue(user)
+
+    def start(self) -> str | None:
+        """Return the user whose sync starts now, or None if there is none or no room."""
+        if self.running >= self._workers or not self._order:
+            return None
+        user = self._order.popleft()
+        entry = self._users[user]
+        entry.queued, entry.running = False, True
+        entry.covered, entry.waiting = entry.waiting, []
+        entry.noted_covered, entry.noted = entry.noted, False
+        self.running += 1
+        return user
+
+    def done(self, user: str) -> tuple[list[Ticket], bool]:
+        """The running sync ended well.
+
+        Returns the tickets that it covers, and whether a note is settled.
+        """
+        entry = self._end(user)
+        tickets, entry.covered = entry.covered, []
+        settled = entry.noted_covered and not entry.noted
+        entry.noted_covered = False
+        self.noted -= settled
+        self._requeue(user, entry)
+        return tickets, settled
+
+    def hold(self, user: str) -> None:
+        """The running sync covers nothing and cannot.
+
+        The user stays noted, with no turn before it is noted again.
+        """
+        assert not self.awaited(user)
+        self.again(user)
+        self._order.remove(user)
+        self._users[user].queued = False
+        self.held.add(user)
+
+    def again(self, user: str) -> None:
+        """The running sync covers nothing; what it would have covered joins the next one."""
+        entry = self._end(user)
+        entry.waiting = entry.covered + entry.waiting
+        entry.covered = []
+        entry.noted |= entry.noted_covered
+        entry.noted_covered = False
+        self._requeue(user, entry)
+
+    def withdraw(self) -> dict[str, list[Ticket]]:
+        """Nobody waits any more: return all tickets by user, and note the users instead.
+
+        Running syncs go on.
+        """
+        given = {}
+        for user, entry in self._users.items():
+            if tickets := entry.covered + entry.waiting:
+                given[user] = tickets
+                entry.covered, entry.waiting = [], []
+        self.note(given)
+        return given
+
+    def awaited(self, user: str) -> bool:
+        """Return whether somebody waits for the running sync of ``user`` or the one after it."""
+        entry = self._users[user]
+        return bool(entry.covered or entry.waiting)
+
+    def _of(self, user: str) -> _User[Ticket]:
+        entry = self._users.get(user)
+        if entry is None:
+            entry = self._users[user] = _User()
+        return entry
+
+    def _enqueue(self, user: str) -> None:
+        entry = self._users[user]
+        if not entry.queued and not entry.running:
+            entry.queued = True
+            self.held.discard(user)
+            self._order.append(user)
+
+    def _end(self, user: str) -> _User[Ticket]:
+        entry = self._users[user]
+        assert entry.running
+        entry.running = False
+        self.running -= 1
+        return entry
+
+    def _requeue(self, user: str, entry: _User[Ticket]) -> None:
+        if entry.wants:
+            self._enqueue(user)
+        else:
+            del self._users[user]

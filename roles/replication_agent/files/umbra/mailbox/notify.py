@@ -1,0 +1,97 @@
+"""Entrance of Dovecot's notifications: HTTP on the loopback address.
+
+``POST /notify`` with ``Authorization: Bearer TOKEN`` and ``{"user": "..."}``; Dovecot's process
+waits for the answer before its client sees OK:
+
+====  =====================================================================
+200   the change may be acknowledged (``mirrored``, or ``recorded`` while the group is alone)
+400   not a notification
+401   wrong token
+503   this node may not acknowledge changes; nothing is known of the change
+====  =====================================================================
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from umbra.mailbox import metrics
+from umbra.mailbox.carrier import valid_user
+from umbra.mailbox.mirror import Verdict
+
+log = logging.getLogger(__name__)
+
+MAX_BODY = 64 * 1024
+
+
+class NotifyServer:
+    """Listens for notifications.
+
+    :param changed: returns when the change may be acknowledged; whatever it raises is answered with
+        503.
+    """
+
+    def __init__(
+        self, address: str, port: int, token: str, changed: Callable[[str], Awaitable[Verdict]]
+    ) -> None:
+        self._address = address
+        self._port = port
+        self._bearer = f"Bearer {token}".encode()
+        self._changed = changed
+        self._runner: web.ServerRunner | None = None
+
+    async def start(self) -> None:
+        """Listen. OSError if the port is taken."""
+        # The low-level server: one path needs no router, and each of its layers is paid for by
+        # every change.
+        self._runner = web.ServerRunner(web.Server(self._handle, access_log=None))
+        await self._runner.setup()
+        await web.TCPSite(self._runner, self._address, self._port, backlog=1024).start()
+
+    async def stop(self) -> None:
+        """Stop listening; who still waits gets no answer, and so no OK."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    async def _handle(self, request: web.BaseRequest) -> web.Response:
+        answer = await self._answer(request)
+        metrics.NOTIFICATIONS.labels(answer.reason).inc()
+        return answer
+
+    async def _answer(self, request: web.BaseRequest) -> web.Response:
+        if request.method != "POST" or request.path != "/notify":
+            return web.Response(status=404)
+        given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
+        if not hmac.compare_digest(given, self._bearer):
+            return web.Response(status=401)
+        user = await _user(request)
+        if user is None:
+            return web.Response(status=400)
+        try:
+            verdict = await self._changed(user)
+        except Exception as error:
+            log.warning(
+                "a change of %s cannot be acknowledged: %s", user, error or type(error).__name__
+            )
+            return web.Response(status=503)
+        return web.Response(text=verdict.value)
+
+
+async def _user(request: web.BaseRequest) -> str | None:
+    if (request.content_length or 0) > MAX_BODY:
+        return None
+    body = bytearray()
+    async for chunk in request.content.iter_any():
+        body += chunk
+        if len(body) > MAX_BODY:
+            return None
+    try:
+        user = json.loads(body)["user"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return user if valid_user(user) else None

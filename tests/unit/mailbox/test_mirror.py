@@ -1,0 +1,414 @@
+"""The mirror itself, with a carrier that is a model of the peer's mailboxes."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from umbra.mailbox import mirror as module
+from umbra.mailbox.doveadm import Outcome, SyncResult
+from umbra.mailbox.ledger import Ledger
+from umbra.mailbox.mirror import (
+    CatchUpFailed,
+    Mirror,
+    NotPrimary,
+    PeerMirror,
+    Phase,
+    Verdict,
+    next_phase,
+)
+
+
+class World:
+    """Cluster, Dovecot and carrier: mailboxes are counters of changes here and there."""
+
+    def __init__(self) -> None:
+        self.local: Counter[str] = Counter()
+        self.remote: Counter[str] = Counter()
+        self.primary = True
+        self.mode = "alone"
+        self.commit_delay = 0.0
+        self.commit_error: Exception | None = None
+        self.delay: Callable[[str], float] = lambda user: 0.0
+        self.outcome: Callable[[str], Outcome] = lambda user: Outcome.SYNCED
+        self.known: set[str] = {f"u{number}" for number in range(5)}
+        self.running: set[str] = set()
+        self.most = 0
+        self.syncs: list[tuple[str, str]] = []
+        self.cuts = 0
+
+    # cluster
+
+    def is_primary(self) -> bool:
+        return self.primary
+
+    async def mirror_failed(self, peer: str, reason: str) -> None:
+        await asyncio.sleep(self.commit_delay)
+        if self.commit_error is not None:
+            raise self.commit_error
+        self.mode = "alone"
+
+    async def protect(self) -> None:
+        await asyncio.sleep(self.commit_delay)
+        self.mode = "protected"
+
+    def begin_work(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    # Dovecot
+
+    async def users(self) -> list[str]:
+        return sorted(self.known)
+
+    async def exists(self, user: str) -> bool:
+        return user in self.known
+
+    async def connected(self) -> set[str]:
+        return {"u0"}
+
+    # carrier
+
+    async def sync(self, user: str, state: str) -> SyncResult:
+        assert user not in self.running, "two syncs of one user"
+        self.running.add(user)
+        self.most = max(self.most, len(self.running))
+        self.syncs.append((user, state))
+        seen = self.local[user]
+        try:
+            await asyncio.sleep(self.delay(user))
+        finally:
+            self.running.discard(user)
+        outcome = self.outcome(user)
+        if outcome is Outcome.SYNCED:
+            self.remote[user] = max(self.remote[user], seen)
+        return SyncResult(outcome, "state", outcome.value)
+
+    def cut(self) -> None:
+        self.cuts += 1
+
+
+@asynccontextmanager
+async def mirror(
+    world: World, path: Path, *, workers: int = 2, patience: float = 5.0, protected: bool = True
+) -> AsyncIterator[PeerMirror]:
+    ledger = Ledger(path)
+    await ledger.open()
+    peer = PeerMirror("mail-b", world, ledger, world, world, workers=workers, timeout=patience)
+    task = asyncio.create_task(peer.run())
+    await asyncio.sleep(0)
+    try:
+        if protected:
+            await peer.catch_up(world.protect, everyone=True, binding="one")
+        yield peer
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await ledger.close()
+
+
+async def change(world: World, peer: PeerMirror, user: str) -> Verdict:
+    """Commit a change and check what the answer promises."""
+    world.local[user] += 1
+    mine = world.local[user]
+    verdict = await peer.changed(user)
+    if verdict is Verdict.MIRRORED:
+        assert world.remote[user] >= mine, "acknowledged as mirrored, and it is not there"
+    else:
+        assert user in peer._ledger.changed("mail-b") or world.remote[user] >= mine
+    return verdict
+
+
+async def test_mirrored_before_ok(tmp_path: Path) -> None:
+    world = World()
+    async with mirror(world, tmp_path) as peer:
+        world.delay = lambda user: 0.01
+        assert await change(world, peer, "u1") is Verdict.MIRRORED
+        assert peer.lag() == (0, 0.0)
+
+
+async def test_changes_share_syncs(tmp_path: Path) -> None:
+    world = World()
+    async with mirror(world, tmp_path) as peer:
+        world.delay = lambda user: 0.02
+        world.syncs.clear()
+        verdicts = await asyncio.gather(*(change(world, peer, "u1") for _ in range(50)))
+        assert set(verdicts) == {Verdict.MIRRORED}
+        assert len(world.syncs) == 2, "the first starts at once, the others share the next"
+
+
+async def test_a_slow_user_holds_up_nobody(tmp_path: Path) -> None:
+    world = World()
+    async with mirror(world, tmp_path, workers=2) as peer:
+        world.delay = lambda user: 0.5 if user == "u0" else 0.001
+        slow = asyncio.create_task(change(world, peer, "u0"))
+        await asyncio.sleep(0)
+        await asyncio.wait_for(
+            asyncio.gather(*(change(world, peer, f"u{n}") for n in (1, 2, 3, 4))), 0.4
+        )
+        assert not slow.done()
+        await slow
+        assert world.most == 2
+
+
+async def test_first_contact_takes_two_syncs(tmp_path: Path) -> None:
+    world = World()
+    async with mirror(world, tmp_path) as peer:
+        assert sorted(world.syncs) == sorted([(user, "") for user in world.known] * 2)
+        world.syncs.clear()
+        await change(world, peer, "u1")
+        assert world.syncs == [("u1", "state")]
+
+
+async def test_a_slow_peer_makes_the_group_alone_once(tmp_path: Path) -> None:
+    world = World()
+    async with mirror(world, tmp_path, patience=0.1) as peer:
+        world.delay = lambda user: 1.0
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        waiting = [asyncio.create_task(change(world, peer, f"u{n}")) for n in range(5)]
+        await asyncio.sleep(0.05)
+        waiting += [asyncio.create_task(change(world, peer, f"u{n}")) for n in range(5)]
+        assert {await task for task in waiting} == {Verdict.RECORDED}
+        assert loop.time() - started < 0.5
+        assert world.mode == "alone"
+        started = loop.time()
+        assert await change(world, peer, "u1") is Verdict.RECORDED
+        assert loop.time() - started < 0.1, "nobody waits again"
+        changes, seconds = peer.lag()
+        assert changes >= 3
+        assert seconds > 0
+
+
+async def test_alone_is_on_disk_before_an_answer(tmp_path: Path) -> None:
+    world = World()
+    async with mirror(world, tmp_path, patience=0.05) as peer:
+        world.delay = lambda user: 1.0
+        world.commit_delay = 0.2
+        first = asyncio.create_task(change(world, peer, "u1"))
+        await asyncio.sleep(0.1)
+        second = asyncio.create_task(change(world, peer, "u2"))
+        await asyncio.sleep(0.05)
+        assert world.mode == "protected"
+        assert not first.done()
+        assert not second.done(), "the phase is RECORDING, but that is not on disk yet"
+        await asyncio.gather(first, second)
+        assert world.mode == "alone"
+
+
+async def test_nothing_is_acknowledged_if_alone_cannot_be_written(tmp_path: Path) -> None:
+    world = World()
+    async with mirror(world, tmp_path, patience=0.05) as peer:
+        world.delay = lambda user: 0.3
+        world.commit_error = OSError("disk full")
+        with pytest.raises(OSError, match="disk full"):
+            await change(world, peer, "u1")
+        with pytest.raises(OSError, match="disk full"):
+            await change(world, peer, "u2")
+        world.commit_error = None
+        assert await change(world, peer, "u2") is Verdict.RECORDED
+
+
+async def test_a_lost_peer_is_noticed_at_once(tmp_path: Path) -> None:
+    world = World()
+    async with mirror(world, tmp_path, patience=5) as peer:
+        world.outcome = lambda user: Outcome.LOST
+        assert await asyncio.wait_for(change(world, peer, "u1"), 1) is Verdict.RECORDED
+        assert peer.phase is Phase.RECORDING
+
+
+async def test_changed_meanwhile_runs_again(tmp_path: Path) -> None:
+    world = World()
+    async with mirror(world, tmp_path) as peer:
+        answers = iter([Outcome.CHANGED] * 3 + [Outcome.SYNCED])
+        world.outcome = lambda user: next(answers)
+        assert await change(world, peer, "u1") is Verdict.MIRRORED
+        assert next(answers, None) is None
+
+
+async def test_a_caller_that_goes_away_leaves_its_change(tmp_path: Path) -> None:
+    world = World()
+    async with mirror(world, tmp_path) as peer:
+        world.delay = lambda user: 0.05
+        task = asyncio.create_task(change(world, peer, "u1"))
+        await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.sleep(0.1)
+        assert world.remote["u1"] == 1
+        assert peer.waiting == 0
+
+
+async def test_a_user_that_the_peer_lacks_is_a_finding(tmp_path: Path) -> None:
+    world = World()
+    world.outcome = lambda user: Outcome.NO_USER if user == "u3" else Outcome.SYNCED
+    async with mirror(world, tmp_path, protected=False) as peer:
+        with pytest.raises(CatchUpFailed) as caught:
+            await peer.catch_up(world.protect, everyone=True, binding="one")
+        assert caught.value.findings == {"u3": "mail-b does not know the user u3"}
+        assert world.mode == "alone"
+        assert {user for user, _ in world.syncs} == world.known, "the others are in order"
+        world.outcome = lambda user: Outcome.SYNCED
+        await peer.catch_up(world.protect, everyone=False, binding="one")
+        assert world.mode == "protected"
+        assert not peer.findings
+
+
+async def test_a_user_that_is_gone_on_both_sides_is_no_finding(tmp_path: Path) -> None:
+    world = World()
+    world.outcome = lambda user: Outcome.NO_USER if user == "gone" else Outcome.SYNCED
+    async with mirror(world, tmp_path, protected=False) as peer:
+        await change(world, peer, "gone")
+        await peer.catch_up(world.protect, everyone=True, binding="one")
+        assert world.mode == "protected"
+        assert peer._ledger.changed("mail-b") == []
+
+
+async def test_a_user_whose_sync_keeps_failing_is_a_finding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RETRY_DELAY", (0.001, 0.001))
+    world = World()
+    world.outcome = lambda user: Outcome.FAILED if user == "u3" else Outcome.SYNCED
+    async with mirror(world, tmp_path, protected=False) as peer:
+        with pytest.raises(CatchUpFailed) as caught:
+            await asyncio.wait_for(peer.catch_up(world.protect, everyone=True, binding="one"), 10)
+        assert list(caught.value.findings) == ["u3"]
+
+
+async def test_flags_of_an_earlier_run_are_synced(tmp_path: Path) -> None:
+    world = World()
+    async with mirror(world, tmp_path, protected=False) as peer:
+        assert await change(world, peer, "u2") is Verdict.RECORDED
+    world.remote.clear()
+    async with mirror(world, tmp_path, protected=False) as peer:
+        await peer.catch_up(world.protect, everyone=False, binding="one")
+        assert world.remote["u2"] == 1
+        assert peer._ledger.changed("mail-b") == []
+
+
+async def test_failing_protect_leaves_it_alone(tmp_path: Path) -> None:
+    world = World()
+
+    async def refuse() -> None:
+        raise OSError("disk full")
+
+    async with mirror(world, tmp_path, protected=False) as peer:
+        with pytest.raises(OSError, match="disk full"):
+            await peer.catch_up(refuse, everyone=True, binding="one")
+        assert peer.phase is Phase.RECORDING
+        assert world.mode == "alone"
+
+
+async def test_lost_while_protected_is_written(tmp_path: Path) -> None:
+    world = World()
+    async with mirror(world, tmp_path, protected=False) as peer:
+        world.commit_delay = 0.1
+        task = asyncio.create_task(peer.catch_up(world.protect, everyone=True, binding="one"))
+        await asyncio.sleep(0.05)
+        assert peer.phase is Phase.JOINING
+        await peer.lose("gone")
+        with pytest.raises(CatchUpFailed):
+            await task
+        assert world.mode == "alone", "of the two decisions, the later one is on disk"
+
+
+async def test_stop_ends_all_waiting(tmp_path: Path) -> None:
+    world = World()
+    async with mirror(world, tmp_path) as peer:
+        whole = Mirror(world, world, {"mail-b": peer}, sweep_interval=60)
+        world.delay = lambda user: 1.0
+        waiting = asyncio.create_task(whole.changed("u1"))
+        await asyncio.sleep(0.01)
+        world.primary = False
+        whole.stop()
+        with pytest.raises(NotPrimary):
+            await waiting
+        with pytest.raises(NotPrimary):
+            await whole.changed("u1")
+        assert world.cuts == 1
+
+
+async def test_sweep_syncs_who_has_a_session(tmp_path: Path) -> None:
+    world = World()
+    async with mirror(world, tmp_path) as peer:
+        world.syncs.clear()
+        whole = Mirror(world, world, {"mail-b": peer}, sweep_interval=0.05)
+        task = asyncio.create_task(whole._sweep())
+        await asyncio.sleep(0.3)
+        task.cancel()
+        assert ("u0", "state") in world.syncs
+        deep = {user for user, state in world.syncs if not state}
+        assert deep, "all users take turns without a state"
+        assert peer.lag() == (0, 0.0), "a sweep is not a lag"
+
+
+def test_next_phase() -> None:
+    assert next_phase(Phase.CATCHING_UP, 100, 8, True) is Phase.CATCHING_UP
+    assert next_phase(Phase.CATCHING_UP, 8, 8, True) is Phase.JOINING
+    assert next_phase(Phase.CATCHING_UP, 100, 8, False) is Phase.JOINING
+    assert next_phase(Phase.CATCHING_UP, 0, 8, True) is Phase.PROTECTED
+    assert next_phase(Phase.JOINING, 1, 8, False) is Phase.JOINING
+    assert next_phase(Phase.JOINING, 0, 8, False) is Phase.PROTECTED
+    assert next_phase(Phase.RECORDING, 0, 8, False) is Phase.RECORDING
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_hand_over_leaves_no_gap(seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Random traffic and faults: when the disk says protected, all that was acknowledged is there."""
+    path = tmp_path_factory.mktemp("ledger")
+    dice = random.Random(seed)
+    world = World()
+    acknowledged: Counter[str] = Counter()
+
+    async def client(peer: PeerMirror, user: str) -> None:
+        for _ in range(15):
+            world.local[user] += 1
+            mine = world.local[user]
+            await peer.changed(user)
+            acknowledged[user] = max(acknowledged[user], mine)
+            assert world.mode != "protected" or world.remote[user] >= acknowledged[user]
+            await asyncio.sleep(dice.choice([0, 0.001, 0.004]))
+
+    async def protect() -> None:
+        await asyncio.sleep(dice.choice([0, 0.002]))
+        missing = {user for user in acknowledged if world.remote[user] < acknowledged[user]}
+        assert not missing
+        world.mode = "protected"
+
+    async def cluster(peer: PeerMirror) -> None:
+        while True:
+            try:
+                await peer.catch_up(protect, everyone=False, binding="one")
+            except CatchUpFailed:
+                await asyncio.sleep(0.002)
+            while peer.phase is Phase.PROTECTED:  # noqa: ASYNC110
+                await asyncio.sleep(0.002)
+
+    async def scenario() -> None:
+        world.delay = lambda user: dice.choice([0, 0.001, 0.003])
+        world.outcome = lambda user: dice.choices(
+            [Outcome.SYNCED, Outcome.CHANGED, Outcome.LOST], [10, 2, 1]
+        )[0]
+        async with mirror(world, path, patience=0.02, protected=False) as peer:
+            task = asyncio.create_task(cluster(peer))
+            users = [dice.choice(sorted(world.known)) for _ in range(6)]
+            await asyncio.wait_for(asyncio.gather(*(client(peer, user) for user in users)), 20)
+            world.outcome = lambda user: Outcome.SYNCED
+            async with asyncio.timeout(10):
+                while peer.phase is not Phase.PROTECTED:  # noqa: ASYNC110
+                    await asyncio.sleep(0.002)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            assert all(world.remote[user] >= count for user, count in acknowledged.items())
+            assert peer.waiting == 0
+            assert world.most <= 2
+
+    asyncio.run(scenario())

@@ -1,0 +1,140 @@
+"""The rules of the mirror queue, checked on random sequences of events."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from umbra.mailbox.mirror_queue import MirrorQueue
+
+USERS = st.sampled_from([f"user{number}@example.org" for number in range(6)])
+WORKERS = 3
+
+
+class Model(RuleBasedStateMachine):
+    """Holds for each ticket which syncs started after it, and compares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue: MirrorQueue[int] = MirrorQueue(WORKERS)
+        self.clock = 0
+        self.open: dict[int, str] = {}  # ticket: user
+        self.noted: dict[str, int] = {}  # user: when it was last noted
+        self.running: dict[str, int] = {}  # user: when its sync started
+
+    def tick(self) -> int:
+        self.clock += 1
+        return self.clock
+
+    @rule(user=USERS)
+    def wait(self, user: str) -> None:
+        ticket = self.tick()
+        self.open[ticket] = user
+        self.queue.wait(user, ticket)
+
+    @rule(users=st.lists(USERS, max_size=3))
+    def note(self, users: list[str]) -> None:
+        now = self.tick()
+        self.queue.note(users)
+        self.noted.update(dict.fromkeys(users, now))
+
+    @rule()
+    def start(self) -> None:
+        user = self.queue.start()
+        if user is None:
+            wanting = (set(self.open.values()) | set(self.noted)) - self.queue.held
+            assert len(self.running) == WORKERS or not wanting - set(self.running)
+            return
+        assert user not in self.running, "two syncs of one user"
+        self.running[user] = self.tick()
+        assert len(self.running) <= WORKERS
+
+    @precondition(lambda self: bool(self.running))
+    @rule(data=st.data())
+    def done(self, data: st.DataObject) -> None:
+        user = data.draw(st.sampled_from(sorted(self.running)))
+        started = self.running.pop(user)
+        tickets, settled = self.queue.done(user)
+        covered = [
+            ticket for ticket, name in self.open.items() if name == user and ticket < started
+        ]
+        assert sorted(tickets) == covered, "only what was there at the start, and all of it"
+        for ticket in tickets:
+            del self.open[ticket]
+        if user in self.noted and self.noted[user] < started:
+            assert settled
+            del self.noted[user]
+        else:
+            assert not settled
+
+    @precondition(lambda self: bool(self.running))
+    @rule(data=st.data())
+    def again(self, data: st.DataObject) -> None:
+        user = data.draw(st.sampled_from(sorted(self.running)))
+        del self.running[user]
+        self.queue.again(user)
+
+    @precondition(lambda self: bool(set(self.running) & set(self.noted) - set(self.open.values())))
+    @rule(data=st.data())
+    def hold(self, data: st.DataObject) -> None:
+        candidates = set(self.running) & set(self.noted) - set(self.open.values())
+        user = data.draw(st.sampled_from(sorted(candidates)))
+        del self.running[user]
+        self.queue.hold(user)
+        assert user in self.queue.held
+
+    @rule()
+    def withdraw(self) -> None:
+        now = self.tick()
+        given = self.queue.withdraw()
+        assert {t: user for user, tickets in given.items() for t in tickets} == self.open
+        self.noted.update(dict.fromkeys(given, now))
+        self.open.clear()
+
+    @invariant()
+    def counts(self) -> None:
+        assert self.queue.running == len(self.running)
+        assert self.queue.noted == len(self.noted)
+        assert self.queue.held <= set(self.noted)
+
+    def teardown(self) -> None:
+        """Nothing is lost: when all syncs end well, everybody is released."""
+        self.queue.note(list(self.queue.held))
+        released: list[int] = []
+        for user in list(self.running):
+            released += self.queue.done(user)[0]
+        while (started := self.queue.start()) is not None:
+            released += self.queue.done(started)[0]
+        assert sorted(released) == sorted(self.open)
+        assert self.queue.noted == 0
+
+
+Model.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestMirrorQueue = Model.TestCase
+
+
+def test_users_take_turns() -> None:
+    queue: MirrorQueue[int] = MirrorQueue(1)
+    queue.wait("busy", 1)
+    assert queue.start() == "busy"
+    queue.wait("busy", 2)
+    queue.wait("other", 3)
+    queue.wait("busy", 4)
+    assert queue.start() is None
+    assert queue.done("busy") == ([1], False)
+    assert queue.start() == "other"
+    queue.done("other")
+    assert queue.start() == "busy"
+    assert queue.done("busy") == ([2, 4], False)
+
+
+def test_a_change_during_a_sync_waits_for_the_next() -> None:
+    queue: MirrorQueue[int] = MirrorQueue(4)
+    queue.wait("user", 1)
+    queue.start()
+    queue.wait("user", 2)
+    assert queue.start() is None, "never two syncs of one user"
+    assert queue.done("user")[0] == [1]
+    assert queue.start() == "user"
+    assert queue.done("user")[0] == [2]
