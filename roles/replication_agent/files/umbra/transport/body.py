@@ -31,6 +31,7 @@ class Body:
         self._dropped = 0
         self._held = 0
         self._ended = False
+        self._flowing = False
         self._paused = False
         self._readers: set[Reader] = set()
 
@@ -60,10 +61,15 @@ class Body:
         self._wake()
 
     def reader(self) -> Reader:
-        """Return a reader from the start; of a large content only before it has been written on."""
+        """Return a reader from the start; of a large content only before it flows."""
         reader = Reader(self)
         self._readers.add(reader)
         return reader
+
+    def flow(self) -> None:
+        """All readers are there, if any: what they have taken of a large content may be dropped."""
+        self._flowing = True
+        self._trim()
 
     def _join(self) -> None:
         self._chunks = deque([b"".join(self._chunks)])
@@ -73,7 +79,7 @@ class Body:
             reader.wake.set()
 
     def _trim(self) -> None:
-        if not self.large:
+        if not (self.large and self._flowing):
             return
         # With no reader left, because all have failed, nothing is kept: the milter shall not stall.
         taken = min(

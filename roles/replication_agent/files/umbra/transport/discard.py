@@ -26,6 +26,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+from umbra.node.helper import HelperError
 from umbra.peer.exchange import PeerError
 from umbra.peer.link import PeerLink
 from umbra.transport import metrics
@@ -216,6 +217,10 @@ class Discarder:
         """Return how many copies ``holder`` has to keep."""
         return len(self._copies[holder])
 
+    def covered(self, holder: str) -> set[str]:
+        """Return the queue ids of the messages that ``holder`` has a copy of."""
+        return set(self._copies[holder].known())
+
     async def run(self) -> None:
         """Discard once an interval and reconcile now and then, until cancelled."""
         loop = asyncio.get_running_loop()
@@ -242,7 +247,7 @@ class Discarder:
             copies.begin_listing()
         try:
             present = await self._queue_ids()
-        except OSError as error:
+        except HelperError as error:
             log.warning("the queue cannot be listed, nothing is discarded: %s", error)
             return
         for name, copies in self._copies.items():

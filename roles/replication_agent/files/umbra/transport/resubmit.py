@@ -27,6 +27,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from umbra.node.helper import HelperError
 from umbra.transport import ids, metrics
 from umbra.transport.discard import Discarder, QueueIds
 from umbra.transport.envelope import Envelope, Recipient
@@ -128,7 +129,7 @@ class Resubmitter:
         while True:
             try:
                 report = await self.step()
-            except (SmtpUnreachable, StoreError, OSError) as error:
+            except (SmtpUnreachable, StoreError, HelperError) as error:
                 log.warning("resubmission waits: %s", error)
             else:
                 total.resubmitted += report.resubmitted
@@ -147,7 +148,7 @@ class Resubmitter:
             pause = min(2 * pause, LONGEST_PAUSE)
 
     async def step(self) -> Report:
-        """Try each message once. SmtpUnreachable, StoreError or OSError if it makes no sense to go
+        """Try each message once. SmtpUnreachable, StoreError or HelperError if it makes no sense to go
         on now.
         """
         report = Report()

@@ -22,7 +22,7 @@ from umbra.config import ShadowPolicy
 from umbra.peer.exchange import PeerError
 from umbra.peer.link import PeerLink
 from umbra.transport import ids, metrics, milter, wire
-from umbra.transport.body import Body
+from umbra.transport.body import Body, Reader
 from umbra.transport.discard import Discarder
 from umbra.transport.envelope import Envelope, Recipient, address, clean
 from umbra.transport.milter import Flow, Transaction
@@ -219,6 +219,13 @@ class _Message:
 
     async def _deliver(self) -> None:
         """Bring the message where it has to be, or raise _Refused."""
+        try:
+            await self._bring()
+        finally:
+            # Whoever failed before reading must not leave the milter's connection braked.
+            self._body.flow()
+
+    async def _bring(self) -> None:
         self._epoch = self._group.epoch
         self._shadow_id = self._shadow_id or ids.new()
         if self._resubmission is not None:
@@ -320,7 +327,9 @@ class _Message:
             async with asyncio.timeout(LIMIT):
                 if writer is None:
                     writer = self._writer(envelope)
-                    await self._write(writer)
+                    reader = self._body.reader()
+                    self._body.flow()
+                    await self._write(writer, reader)
                 await writer.commit()
         except StoreError as error:
             raise _Refused(FULL, str(error)) from None
@@ -353,21 +362,26 @@ class _Message:
         self, peers: Sequence[PeerLink], writer: ShadowWriter | None, envelope: Envelope
     ) -> dict[str, PeerError]:
         """Send to all at once; return who failed and why."""
+        readers = [self._body.reader() for _ in peers]
+        spare = self._body.reader() if writer is not None else None
+        self._body.flow()
         if len(peers) == 1 and writer is None:
-            errors = [await self._to_peer(peers[0], envelope)]
+            errors = [await self._to_peer(peers[0], readers[0], envelope)]
         else:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._to_peer(peer, envelope)) for peer in peers]
-                if writer is not None:
-                    group.create_task(self._spare(writer))
+                tasks = [
+                    group.create_task(self._to_peer(peer, reader, envelope))
+                    for peer, reader in zip(peers, readers, strict=True)
+                ]
+                if writer is not None and spare is not None:
+                    group.create_task(self._spare(writer, spare))
             errors = [task.result() for task in tasks]
         return {
             peer.name: error for peer, error in zip(peers, errors, strict=True) if error is not None
         }
 
-    async def _to_peer(self, peer: PeerLink, envelope: Envelope) -> PeerError | None:
+    async def _to_peer(self, peer: PeerLink, reader: Reader, envelope: Envelope) -> PeerError | None:
         args, head = wire.arguments(self._shadow_id, self._queue_id, envelope)
-        reader = self._body.reader()
         try:
             async with (
                 asyncio.timeout(self._shadowing.timeout) as limit,
@@ -389,16 +403,15 @@ class _Message:
             reader.close()
         return None
 
-    async def _spare(self, writer: ShadowWriter) -> None:
+    async def _spare(self, writer: ShadowWriter, reader: Reader) -> None:
         try:
-            await self._write(writer)
+            await self._write(writer, reader)
         except StoreError as error:
             # Matters only if the shadow fails too; then the commit fails as well and the message is
             # refused.
             log.warning("no spare copy of %s: %s", self._queue_id, error)
 
-    async def _write(self, writer: ShadowWriter) -> None:
-        reader = self._body.reader()
+    async def _write(self, writer: ShadowWriter, reader: Reader) -> None:
         try:
             while (data := await reader.read()) is not None:
                 await writer.write(data)

@@ -63,7 +63,8 @@ CREATE TABLE message (
   file TEXT NOT NULL,
   envelope TEXT NOT NULL,
   content BLOB
-) STRICT
+) STRICT;
+CREATE INDEX holding ON message (origin, state, stored, size);
 """
 
 _INSERT = """
@@ -409,7 +410,8 @@ class ShadowStore:
         version = database.execute("PRAGMA user_version").fetchone()[0]
         if version == 0:
             database.execute("BEGIN IMMEDIATE")
-            database.execute(_SCHEMA)
+            for statement in _SCHEMA.split(";"):
+                database.execute(statement)
             database.execute(f"PRAGMA user_version = {VERSION}")
             database.execute("COMMIT")
         elif version != VERSION:

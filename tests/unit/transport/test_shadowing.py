@@ -1,0 +1,375 @@
+"""Shadow before 250, through the real milter socket, store and shadow service; only the link and the group are stand-ins."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.unit.transport.support import (
+    FakeGroup,
+    FakeLink,
+    MilterClient,
+    content,
+    shadow_id_of,
+)
+from umbra.config import ShadowPolicy
+from umbra.peer.exchange import PeerError
+from umbra.transport.discard import Discarder, LocalHolder, PeerHolder
+from umbra.transport.milter_server import MilterServer
+from umbra.transport.ports import NotPrimary, Refusal
+from umbra.transport.resubmit import Resubmission
+from umbra.transport.service import ShadowService
+from umbra.transport.shadowing import RESUBMISSION, Shadowing
+from umbra.transport.store import ShadowStore, State, StoreFull
+
+HEADERS = ((b"Message-ID", b" <1@example.org>"), (b"Subject", b" hello"))
+WHOLE = b"Message-ID: <1@example.org>\r\nSubject: hello\r\n\r\n"
+LARGE = os.urandom(1_500_000)
+
+
+@dataclass
+class Bench:
+    path: Path
+    group: FakeGroup
+    link: FakeLink
+    own: ShadowStore
+    shadow: ShadowStore
+    shadowing: Shadowing
+    discarder: Discarder
+    epoch: int = 7
+    resubmissions: dict[str, Resubmission] = field(default_factory=dict)
+
+    async def deliver(self, body: bytes = b"text\r\n", **options: bytes) -> list[tuple[bytes, bytes]]:
+        client = await MilterClient.connect(self.path, **options)
+        try:
+            return await client.message(HEADERS, body)
+        finally:
+            await client.close()
+
+    async def at_shadow(self, shadow_id: str) -> bytes:
+        meta = await self.shadow.find(shadow_id)
+        assert meta is not None
+        return await content(self.shadow.content(meta))
+
+
+@pytest.fixture
+def policy() -> ShadowPolicy:
+    return ShadowPolicy.ACCEPT
+
+
+@pytest.fixture
+async def bench(tmp_path: Path, policy: ShadowPolicy) -> AsyncIterator[Bench]:
+    own, shadow = ShadowStore(tmp_path / "own"), ShadowStore(tmp_path / "shadow")
+    await own.open()
+    await shadow.open()
+    bench: Bench
+    link = FakeLink("b", ShadowService(shadow, lambda: bench.epoch).handlers())
+    group = FakeGroup(link)
+
+    async def queue_ids() -> set[str]:
+        return {"4abcDEF"}
+
+    discarder = Discarder([LocalHolder(own, "a"), PeerHolder(link)], queue_ids)  # type: ignore[arg-type]
+    resubmissions: dict[str, Resubmission] = {}
+    shadowing = Shadowing(
+        "a", group, own, discarder, resubmissions, policy=policy, timeout=0.5
+    )
+    server = MilterServer(tmp_path / "milter.sock", shadowing)
+    await server.start()
+    bench = Bench(
+        tmp_path / "milter.sock", group, link, own, shadow, shadowing, discarder, 7, resubmissions
+    )
+    yield bench
+    await server.stop()
+    assert group.in_flight == 0
+    assert shadowing.storing_alone == 0
+    await own.close()
+    await shadow.close()
+
+
+DEFER = pytest.mark.parametrize("policy", [ShadowPolicy.DEFER])
+BOTH = pytest.mark.parametrize("policy", list(ShadowPolicy))
+SIZES = pytest.mark.parametrize("body", [b"text\r\n", LARGE], ids=["small", "large"])
+
+
+@BOTH
+@SIZES
+async def test_accepted_means_on_the_shadow(bench: Bench, body: bytes) -> None:
+    shadow_id = shadow_id_of(await bench.deliver(body))
+    meta = await bench.shadow.find(shadow_id)
+    assert meta is not None
+    assert (meta.origin, meta.queue_id, meta.state) == ("a", "4abcDEF", State.HELD)
+    assert meta.envelope.sender == "ann@example.org"
+    assert meta.envelope.message_id == "<1@example.org>"
+    assert meta.envelope.client_address == "192.0.2.7"
+    assert await bench.at_shadow(shadow_id) == WHOLE + body
+    assert await bench.own.stats() == []
+    assert os.listdir(bench.own._spool) == []
+    assert bench.discarder.outstanding("b") == 1
+    assert bench.group.failures == []
+
+
+@DEFER
+@SIZES
+async def test_defer_answers_451_when_the_shadow_fails(bench: Bench, body: bytes) -> None:
+    bench.link.fail = lambda op: PeerError("unreachable", "b cannot be reached")
+    [(kind, text)] = await bench.deliver(body)
+    assert kind == b"y"
+    assert text.startswith(b"451 4.7.1 ")
+    assert await bench.own.stats() == []
+    assert bench.group.failures == []
+
+
+@DEFER
+async def test_defer_answers_451_at_mail_while_alone(bench: Bench) -> None:
+    bench.group.peers = []
+    client = await MilterClient.connect(bench.path)
+    kind, text = await client.mail()
+    assert kind == b"y"
+    assert text.startswith(b"451 4.7.1 ")
+    await client.close()
+
+
+@SIZES
+@pytest.mark.parametrize("how", ["unreachable", "hang"])
+async def test_accept_makes_the_group_alone_first_and_keeps_the_message(
+    bench: Bench, body: bytes, how: str
+) -> None:
+    if how == "hang":
+        bench.link.hold = True
+    else:
+        bench.link.fail = lambda op: PeerError("unreachable", "b cannot be reached")
+    real = bench.own._write
+
+    async def note(*args: object, **named: object) -> object:
+        bench.group.steps.append("stored")
+        return await real(*args, **named)  # type: ignore[arg-type]
+
+    bench.own._write = note  # type: ignore[method-assign, assignment]
+    shadow_id = shadow_id_of(await bench.deliver(body))
+    assert bench.group.steps == ["alone", "stored"]
+    meta = await bench.own.find(shadow_id)
+    assert meta is not None
+    assert (meta.state, meta.origin) == (State.UNSHADOWED, "a")
+    assert await content(bench.own.content(meta)) == WHOLE + body
+    # What may have arrived after all is discarded when the message leaves the queue.
+    assert bench.discarder.outstanding("b") == 1
+    assert bench.discarder.outstanding("a") == 1
+
+
+async def test_accept_survives_a_shadow_that_dies_in_the_middle_of_a_large_message(bench: Bench) -> None:
+    """What had streamed past cannot be read again from the milter; the spare copy has it."""
+    inner = bench.link.handlers["shadow-store"]
+
+    async def die(peer: object, args: object, exchange: object) -> dict[str, object]:
+        for _ in range(5):
+            await exchange.receive()  # type: ignore[attr-defined]
+        await asyncio.sleep(3600)
+        return await inner(peer, args, exchange)  # type: ignore[arg-type]
+
+    bench.link.handlers = {"shadow-store": die}  # type: ignore[dict-item]
+    shadow_id = shadow_id_of(await bench.deliver(LARGE))
+    meta = await bench.own.find(shadow_id)
+    assert meta is not None
+    assert await content(bench.own.content(meta)) == WHOLE + LARGE
+
+
+@SIZES
+async def test_accept_while_alone_stores_here(bench: Bench, body: bytes) -> None:
+    bench.group.peers = []
+    shadow_id = shadow_id_of(await bench.deliver(body))
+    meta = await bench.own.find(shadow_id)
+    assert meta is not None
+    assert meta.state is State.UNSHADOWED
+    assert bench.link.ops == []
+
+
+async def test_alone_without_room_is_451(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.group.peers = []
+
+    async def full(*args: object, **named: object) -> None:
+        raise StoreFull("no room")
+
+    monkeypatch.setattr(bench.own, "_write", full)
+    [(kind, text)] = await bench.deliver()
+    assert (kind, text[:9]) == (b"y", b"451 4.3.1")
+
+
+async def test_who_may_not_be_alone_accepts_nothing(bench: Bench) -> None:
+    bench.link.fail = lambda op: PeerError("unreachable", "gone")
+    bench.group.demoted = NotPrimary("another node is primary")
+    [(kind, text)] = await bench.deliver()
+    assert (kind, text[:3]) == (b"y", b"451")
+    assert await bench.own.stats() == []
+
+
+@BOTH
+async def test_a_stale_epoch_is_never_answered_with_acceptance(bench: Bench) -> None:
+    bench.link.fail = lambda op: PeerError("stale-epoch", "epoch 8 was seen")
+    [(kind, _)] = await bench.deliver()
+    assert kind == b"y"
+    assert bench.group.failures == []
+    assert await bench.own.stats() == []
+
+
+@BOTH
+@pytest.mark.parametrize("change", ["epoch", "role"])
+async def test_an_answer_that_comes_too_late_acknowledges_nothing(bench: Bench, change: str) -> None:
+    inner = bench.link.handlers["shadow-store"]
+
+    async def late(peer: object, args: object, exchange: object) -> dict[str, object]:
+        answer = await inner(peer, args, exchange)  # type: ignore[arg-type]
+        if change == "epoch":
+            bench.group.epoch += 1
+        else:
+            bench.group.refusal = Refusal(451, "4.3.2", "not primary")
+        return answer
+
+    bench.link.handlers = {"shadow-store": late}  # type: ignore[dict-item]
+    [(kind, text)] = await bench.deliver()
+    assert (kind, text[:3]) == (b"y", b"451")
+
+
+async def test_a_drain_lets_what_has_begun_finish_and_refuses_what_comes(bench: Bench) -> None:
+    inner = bench.link.handlers["shadow-store"]
+    draining = Refusal(421, "4.3.2", "handing over")
+
+    async def drain(peer: object, args: object, exchange: object) -> dict[str, object]:
+        bench.group.refusal = draining
+        assert bench.group.in_flight == 1
+        return await inner(peer, args, exchange)  # type: ignore[arg-type]
+
+    bench.link.handlers = {"shadow-store": drain}  # type: ignore[dict-item]
+    shadow_id_of(await bench.deliver())
+    [(kind, text)] = await bench.deliver()
+    assert (kind, text) == (b"y", b"421 4.3.2 handing over\0")
+
+
+async def test_promoted_while_it_stored_the_shadow_does_not_acknowledge(bench: Bench) -> None:
+    real = bench.shadow._write
+
+    async def promoted(*args: object, **named: object) -> object:
+        bench.epoch += 1
+        return await real(*args, **named)  # type: ignore[arg-type]
+
+    bench.shadow._write = promoted  # type: ignore[method-assign, assignment]
+    [(kind, _)] = await bench.deliver()
+    assert kind == b"y"
+    assert await bench.shadow.stats() == []
+
+
+async def test_every_shadow_must_have_it(bench: Bench, tmp_path: Path) -> None:
+    third = ShadowStore(tmp_path / "third")
+    await third.open()
+    other = FakeLink("c", ShadowService(third, lambda: 7).handlers())
+    bench.discarder = bench.shadowing.discarder = Discarder(
+        [LocalHolder(bench.own, "a"), PeerHolder(bench.link), PeerHolder(other)],  # type: ignore[arg-type]
+        bench.discarder._queue_ids,
+    )
+    bench.group.peers = [bench.link, other]
+    shadow_id = shadow_id_of(await bench.deliver())
+    assert await bench.shadow.find(shadow_id)
+    assert await third.find(shadow_id)
+    other.fail = lambda op: PeerError("unreachable", "gone")
+    shadow_id = shadow_id_of(await bench.deliver())
+    assert bench.group.failures == [("c", "gone")]
+    assert await bench.shadow.find(shadow_id)
+    assert await bench.own.find(shadow_id) is None
+    await third.close()
+
+
+# -- resubmission
+
+
+@BOTH
+async def test_a_resubmitted_message_keeps_its_id(bench: Bench) -> None:
+    shadow_id = "0" * 31 + "1"
+    progress = bench.resubmissions[shadow_id] = Resubmission()
+    bench.shadowing.resubmissions = bench.resubmissions
+    client = await MilterClient.connect(bench.path, RESUBMISSION)
+    headers = ((b"X-Umbra-Id", b" " + shadow_id.encode()), *HEADERS)
+    assert await client.message(headers) == [(b"a", b"")]
+    await client.close()
+    assert await bench.at_shadow(shadow_id) == WHOLE + b"text\r\n"
+    assert progress == Resubmission("4abcDEF", True)
+
+
+@BOTH
+@pytest.mark.parametrize("alone", [True, False])
+async def test_a_resubmitted_message_goes_on_without_a_shadow(bench: Bench, alone: bool) -> None:
+    shadow_id = "0" * 31 + "1"
+    progress = bench.resubmissions[shadow_id] = Resubmission()
+    bench.shadowing.resubmissions = bench.resubmissions
+    if alone:
+        bench.group.peers = []
+    bench.link.fail = lambda op: PeerError("unreachable", "gone")
+    client = await MilterClient.connect(bench.path, RESUBMISSION)
+    headers = ((b"X-Umbra-Id", b" " + shadow_id.encode()), *HEADERS)
+    assert await client.message(headers) == [(b"a", b"")]
+    await client.close()
+    assert progress == Resubmission("4abcDEF", False)
+    assert bench.group.peers == []
+
+
+@pytest.mark.parametrize(
+    ("daemon", "known"), [(b"mx.example.com", True), (RESUBMISSION, False)], ids=["port 25", "unknown"]
+)
+async def test_an_id_from_outside_is_content(bench: Bench, daemon: bytes, known: bool) -> None:
+    shadow_id = "0" * 31 + "1"
+    if known:
+        bench.shadowing.resubmissions[shadow_id] = Resubmission()
+    client = await MilterClient.connect(bench.path, daemon)
+    own = shadow_id_of(await client.message(((b"X-Umbra-Id", b" " + shadow_id.encode()), *HEADERS)))
+    await client.close()
+    assert own != shadow_id
+    assert (await bench.at_shadow(own)).startswith(b"X-Umbra-Id: " + shadow_id.encode())
+
+
+async def test_many_recipients_do_not_fit_a_request_and_still_arrive(bench: Bench) -> None:
+    client = await MilterClient.connect(bench.path)
+    await client.mail()
+    for number in range(3000):
+        await client.rcpt(b"<somebody%d@example.com>" % number, b"NOTIFY=NEVER")
+    shadow_id = shadow_id_of(await client.content(HEADERS, b"text\r\n", b"4abcDEF"))
+    await client.close()
+    meta = await bench.shadow.find(shadow_id)
+    assert meta is not None
+    assert len(meta.envelope.recipients) == 3000
+    assert await bench.at_shadow(shadow_id) == WHOLE + b"text\r\n"
+
+
+async def test_no_message_waits_behind_another(bench: Bench) -> None:
+    inner = bench.link.handlers["shadow-store"]
+
+    async def slow(peer: object, args: object, exchange: object) -> dict[str, object]:
+        await asyncio.sleep(0.2)
+        return await inner(peer, args, exchange)  # type: ignore[arg-type]
+
+    bench.link.handlers = {"shadow-store": slow}  # type: ignore[dict-item]
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    answers = await asyncio.gather(*(bench.deliver() for _ in range(50)))
+    assert len({shadow_id_of(answer) for answer in answers}) == 50
+    assert loop.time() - started < 2.0
+
+
+async def test_ten_large_messages_at_once_need_little_memory(bench: Bench) -> None:
+    """Both sides in this one process, with spare copies, 10 times 20 MB."""
+    bench.shadowing.timeout = 30.0
+    body = b"x" * 78 + b"\r\n"
+    whole = body * (20_000_000 // len(body))
+    shadow_id_of(await bench.deliver(LARGE))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    answers = await asyncio.gather(*(bench.deliver(whole) for _ in range(10)))
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for answer in answers:
+        meta = await bench.shadow.find(shadow_id_of(answer))
+        assert meta is not None
+        assert meta.size == len(WHOLE) + len(whole)
+    assert after - before < 64 * 1024  # KiB
