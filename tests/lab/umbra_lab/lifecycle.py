@@ -96,7 +96,7 @@ def leftovers(lab: Lab) -> list[str]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with suppress(OSError):
-                if f" {lab.dir}/" in f"{(entry / 'mountinfo').read_text()} ":
+                if f"{lab.dir}/" in (entry / "mountinfo").read_text():
                     left.append(f"mount seen by process {entry.name}: {_command(int(entry.name))}")
     return left
 
