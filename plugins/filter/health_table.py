@@ -41,7 +41,8 @@ from ansible_collections.umbra.mail.plugins.module_utils._tables import health_l
 def health_table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Show the group as the first node that answered sees it, then every check of every node."""
     status = next((health["status"] for health in results.values() if health.get("status")), None)
-    return ([*status_lines(status), ""] if status else []) + health_lines(results)
+    lines: list[str] = [*status_lines(status), ""] if status else []
+    return lines + health_lines(results)
 
 
 class FilterModule:

@@ -307,7 +307,8 @@ def judge_changes(
         }
         for view, users in views.items():
             actual = {name: box for name, box in users.get(user, {}).items() if name in names}
-            findings += min((judge_state(state, view, user, actual) for state in states), key=len)
+            accounts = [judge_state(state, view, user, actual) for state in states]
+            findings += sorted(accounts, key=len)[0]
     return findings
 
 

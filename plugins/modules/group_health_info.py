@@ -194,11 +194,12 @@ class Host:
         if code != 0:
             return None
         try:
-            return checks.days_left(
+            left = checks.days_left(
                 out.strip().partition("=")[2], datetime.datetime.now(datetime.UTC)
             )
         except ValueError:
             return None
+        return float(left)
 
     def ports_open(self, address: str, ports: t.Sequence[int]) -> dict[int, bool]:
         """Whether each port accepts a TCP connection; all at once, as a fence answers nothing."""

@@ -1,9 +1,9 @@
 """What is compared of a message, and nothing less: the one place that says so.
 
 SMTP carries lines that end in CRLF. Postfix 3.10 takes a bare LF as a line end
-(``smtpd_forbid_bare_newline = normalize``), drops CRs before a line end and replaces any other CR
-by a space (``cleanup_replace_stray_cr_lf = yes``). So line ends are compared as one LF, and a stray
-CR as a space. All other bytes are compared as they are.
+(``smtpd_forbid_bare_newline = normalize``) and replaces a CR that ends no line by a space
+(``cleanup_replace_stray_cr_lf = yes``). So line ends are compared as one LF, and a stray CR as a
+space. All other bytes are compared as they are.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TRACE_FIELDS = frozenset(
     }
 )
 
-_LINE_END = re.compile(rb"\r*\n")
+_LINE_END = re.compile(rb"\r?\n")
 _FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:")
 
 

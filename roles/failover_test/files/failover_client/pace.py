@@ -32,10 +32,12 @@ class Pace:
 
     def wait(self) -> bool:
         """Sleep until the next turn; False when the run is over."""
-        now = time.monotonic()
-        if self._next > now:
-            time.sleep(self._next - now)
-        self._next = max(self._next + self._interval, time.monotonic())
+        early = self._next - time.monotonic()
+        if early > 0:
+            time.sleep(early)
+        elif -early > self._interval:
+            self._next -= early
+        self._next += self._interval
         return not self._stop()
 
     def pause(self) -> bool:

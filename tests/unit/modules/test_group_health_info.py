@@ -1,0 +1,164 @@
+"""The module group_health_info with a host and an agent that are played."""
+
+from typing import Any
+
+import pytest
+from ansible_collections.umbra.mail.plugins.module_utils._agent import AgentUnavailable
+from ansible_collections.umbra.mail.plugins.modules import group_health_info as module
+
+PARAMS: dict[str, Any] = {
+    "lag_threshold": 5.0,
+    "shadow_age_threshold": 60.0,
+    "disk_paths": ["/var/vmail"],
+    "disk_free_percent": 10.0,
+    "certificates": ["/etc/umbra/tls/node.crt"],
+    "certificate_days": 14.0,
+    "clock_threshold": 2.0,
+    "service_addresses": {"mail-a": "192.0.2.10", "mail-b": "198.51.100.10"},
+    "api_addresses": {"mail-a": "10.86.0.1", "mail-b": "10.86.0.2", "witness": "10.86.0.3"},
+    "service_ports": [25, 993],
+    "api_port": 8687,
+}
+
+
+class Host:
+    """A healthy primary whose peer is a closed shadow."""
+
+    name = "mail-a"
+
+    def __init__(self, **other: Any) -> None:
+        self.values: dict[str, Any] = {
+            "postfix": True,
+            "shadow": None,
+            "free": 50.0,
+            "days": 90.0,
+            "ports": {25: False, 993: False},
+            "clock": 0.0,
+            **other,
+        }
+        self.probed: list[str] = []
+
+    def postfix_active(self) -> bool:
+        return bool(self.values["postfix"])
+
+    def oldest_shadow_s(self) -> float | None:
+        age: float | None = self.values["shadow"]
+        return age
+
+    def free_percent(self, path: str) -> float | None:
+        free: float | None = self.values["free"]
+        return free
+
+    def certificate_days(self, path: str) -> float | None:
+        days: float | None = self.values["days"]
+        return days
+
+    def ports_open(self, address: str, ports: list[int]) -> dict[int, bool]:
+        self.probed.append(address)
+        return dict(self.values["ports"])
+
+    def clock_difference_s(self, address: str, port: int) -> float | None:
+        self.probed.append(f"{address}:{port}")
+        difference: float | None = self.values["clock"]
+        return difference
+
+
+class Agent:
+    def __init__(self, **other: Any) -> None:
+        self.answer: dict[str, Any] = {
+            "node": "mail-a",
+            "protected": True,
+            "reasons": [],
+            "inventory_role": "primary",
+            "nodes": [
+                {"node": "mail-a", "role": "primary", "reachable": True, "lag_s": 0.0},
+                {"node": "mail-b", "role": "shadow", "reachable": True, "lag_s": 0.0},
+            ],
+            "checks": [
+                {"name": "fence", "passed": True, "value": 1, "threshold": 1, "message": ""}
+            ],
+            **other,
+        }
+
+    def health(self) -> dict[str, Any]:
+        return {}
+
+    def status(self) -> dict[str, Any]:
+        return self.answer
+
+
+class DeadAgent(Agent):
+    def health(self) -> dict[str, Any]:
+        raise AgentUnavailable("the agent does not run on mail-a; start umbra-agent.service")
+
+
+def examine(agent: Agent, host: Host, **params: Any) -> dict[str, Any]:
+    result: dict[str, Any] = module.examine(agent, host, {**PARAMS, **params})
+    return result
+
+
+def test_healthy() -> None:
+    host = Host()
+    result = examine(Agent(), host)
+    assert result["failed_checks"] == []
+    assert result["healthy"] is True
+    assert [item["name"] for item in result["checks"]] == [
+        "agent_answers",
+        "one_primary",
+        "protected",
+        "peers_reachable",
+        "lag",
+        "postfix_on_primary_only",
+        "inventory_role",
+        "service_ports_mail-b",
+        "clock_mail-b",
+        "shadow_queue_age",
+        "disk_space_var_vmail",
+        "certificate_etc_umbra_tls_node.crt",
+        "fence",
+    ]
+    assert host.probed == ["198.51.100.10", "10.86.0.2:8687"], "never itself, never a stranger"
+
+
+@pytest.mark.parametrize(
+    ("host", "failed"),
+    [
+        ({"postfix": False}, "postfix_on_primary_only"),
+        ({"shadow": 61.0}, "shadow_queue_age"),
+        ({"free": 1.0}, "disk_space_var_vmail"),
+        ({"days": 1.0}, "certificate_etc_umbra_tls_node.crt"),
+        ({"ports": {25: True, 993: False}}, "service_ports_mail-b"),
+        ({"clock": 3.0}, "clock_mail-b"),
+        ({"clock": None}, "clock_mail-b"),
+    ],
+)
+def test_each_host_check_fails_alone(host: dict[str, Any], failed: str) -> None:
+    result = examine(Agent(), Host(**host))
+    assert (result["healthy"], result["failed_checks"]) == (False, [failed])
+
+
+def test_dead_agent_is_one_failed_check_and_the_host_is_still_examined() -> None:
+    result = examine(DeadAgent(), Host(free=1.0))
+    assert result["failed_checks"] == ["agent_answers", "disk_space_var_vmail"]
+    assert result["status"] == {}
+
+
+def test_unreachable_peer_is_reported_once_and_not_probed() -> None:
+    nodes = [
+        {"node": "mail-a", "role": "primary", "reachable": True},
+        {"node": "mail-b", "role": "shadow", "reachable": False},
+    ]
+    host = Host()
+    assert examine(Agent(nodes=nodes), host)["failed_checks"] == ["peers_reachable"]
+    assert host.probed == []
+
+
+def test_failed_check_of_the_agent_counts() -> None:
+    failing = [{"name": "x", "passed": False, "value": 0, "threshold": 1, "message": "x is off"}]
+    assert examine(Agent(checks=failing), Host())["failed_checks"] == ["x"]
+
+
+def test_address_left_empty_means_the_name() -> None:
+    host = Host()
+    examine(Agent(), host, service_addresses={"mail-b": ""}, api_addresses={})
+    assert host.probed == ["mail-b"]
