@@ -9,6 +9,7 @@ import socket
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
+from typing import cast
 
 from umbra.transport import metrics
 from umbra.transport.milter import (
@@ -82,8 +83,8 @@ class _Connection(asyncio.Protocol):
         self._transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        # uvloop's transports are no subclass of asyncio's.
+        self._transport = cast(asyncio.Transport, transport)
         self._connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
