@@ -362,7 +362,7 @@ def test_next_phase() -> None:
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_hand_over_leaves_no_gap(seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Random traffic and faults: when the disk says protected, all that was acknowledged is there."""
+    """Random traffic and faults: while the disk says protected, nothing acknowledged is missing."""
     path = tmp_path_factory.mktemp("ledger")
     dice = random.Random(seed)
     world = World()

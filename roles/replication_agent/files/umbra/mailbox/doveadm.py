@@ -38,7 +38,9 @@ STALL_SECONDS = 60
 # `doveadm who` prints user, count, service, process ids and addresses.
 WHO_COLUMNS = 5
 
-_ESCAPES = {"\0": "\x010", "\x01": "\x011", "\t": "\x01t", "\r": "\x01r", "\n": "\x01n"}
+_ESCAPES = str.maketrans(
+    {"\0": "\x010", "\x01": "\x011", "\t": "\x01t", "\r": "\x01r", "\n": "\x01n"}
+)
 _UNESCAPES = {"0": "\0", "1": "\x01", "t": "\t", "r": "\r", "n": "\n"}
 
 
@@ -78,7 +80,7 @@ class SyncResult:
 
 def escape(field: str) -> str:
     """Escape one field of a command."""
-    return "".join(_ESCAPES.get(char, char) for char in field)
+    return field.translate(_ESCAPES)
 
 
 def unescape(field: str) -> str:
@@ -93,6 +95,17 @@ def unescape(field: str) -> str:
         _UNESCAPES.get(after, after) if char == "\x01" and (after := next(chars, "")) else char
         for char in chars
     )
+
+
+async def read_line(reader: asyncio.StreamReader) -> bytes:
+    """Return the next line without its end.
+
+    EOFError if there is no whole one, ValueError if it is longer than the reader's limit.
+    """
+    line = await reader.readline()
+    if not line.endswith(b"\n"):
+        raise EOFError("the connection ended")
+    return line[:-1]
 
 
 class Doveadm:
@@ -122,13 +135,13 @@ class Doveadm:
         reader, writer = await asyncio.open_unix_connection(self._socket, limit=MAX_LINE)
         try:
             writer.write(HELLO + line)
-            if (hello := await reader.readline()) != b"+\n":
+            if (hello := await read_line(reader)) != b"+":
                 raise DoveadmError(
                     f"doveadm-server wants a password ({hello!r}): "
                     "its socket must have mode 0600 and belong to the agent"
                 )
-            output = (await reader.readuntil(b"\n"))[:-1].decode()
-            status = (await reader.readuntil(b"\n"))[:-1].decode()
+            output = (await read_line(reader)).decode()
+            status = (await read_line(reader)).decode()
         finally:
             # A command that is cut off here goes on in Dovecot until it notices; a second one for
             # the same user waits for its lock.

@@ -460,6 +460,16 @@ class PeerMirror:
         self._alone = None
         self.phase = Phase.PROTECTED
 
+    async def missed(self, users: Iterable[str]) -> None:
+        """Changes of ``users`` were acknowledged without us: that is not protected, so say so."""
+        users = list(users)
+        self._note(users)
+        if self.phase.waits:
+            await self.lose(f"changes of {', '.join(users[:3])} did not reach the agent")
+        else:
+            self._pump()
+        await self._ledger.flag(self.peer, users)
+
     def recheck(self, users: Iterable[str], *, deep: bool = False) -> None:
         """Sync ``users`` when there is room, though no change is known.
 

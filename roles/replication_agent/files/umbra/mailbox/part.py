@@ -129,9 +129,13 @@ class Mailboxes:
             await asyncio.sleep(MISSED_INTERVAL)
             if not self._group.is_primary():
                 continue
-            for name in await asyncio.to_thread(_take_names, self._missed):
-                for peer in self._peers.values():
-                    peer.recheck([name])
+            names = await asyncio.to_thread(_take_names, self._missed)
+            for peer in self._peers.values() if names else ():
+                # If the agent dies here, the one that starts compares all users.
+                try:
+                    await peer.missed(names)
+                except (OSError, PermissionError) as error:
+                    log.error("the mirror to %s could not be given up: %s", peer.peer, error)
 
     # -- the role
 
@@ -190,11 +194,16 @@ class Mailboxes:
 
     async def delivered(self, recipient: str, shadow_id: str) -> bool:
         """Return whether a mailbox of ``recipient`` has the message; OSError if nobody can tell."""
+        local, at, domain = recipient.rpartition("@")
+        plain = local.split("+", 1)[0] + at + domain
         try:
-            found = await self._doveadm.has_message(recipient, shadow_id)
+            for user in dict.fromkeys((recipient, plain)):
+                found = await self._doveadm.has_message(user, shadow_id)
+                if found is not None:
+                    return found
         except DoveadmError as error:
             raise OSError(str(error)) from None
-        return bool(found)
+        return False
 
     def lag(self) -> Mapping[str, Lag]:
         """Return how far each peer is behind, in changes and seconds."""

@@ -1,0 +1,296 @@
+"""The carrier: what passes and what does not, and that copying ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from umbra.mailbox import carrier as module
+from umbra.mailbox.carrier import (
+    CLIENT_HELLO,
+    SERVER_HELLO,
+    DsyncCarrier,
+    DsyncHandler,
+    Refused,
+    parse_command,
+    valid_user,
+)
+from umbra.mailbox.doveadm import Doveadm, Outcome, SyncResult
+from umbra.peer.exchange import PeerError
+from umbra.peer.identity import PeerIdentity
+
+Pipe = asyncio.Queue[bytes | PeerError | None]
+USER = "a@example.org"
+OPTION = b"\t\tOPTION\tlog-passthrough"
+COMMAND = b"x\tproxy-ttl=1\ta@example.org\tdsync-server\t-ua@example.org"
+Handler = Callable[[PeerIdentity, Mapping[str, Any], Any], Awaitable[dict[str, Any]]]
+
+
+class FakeExchange:
+    """One side of an exchange in memory."""
+
+    def __init__(self, out: Pipe, into: Pipe) -> None:
+        self.out, self.into = out, into
+        self.answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self.ended = False
+
+    async def send(self, data: bytes) -> None:
+        await self.out.put(data)
+
+    async def end(self) -> None:
+        if not self.ended:
+            self.ended = True
+            await self.out.put(None)
+
+    async def receive(self) -> bytes | None:
+        data = await self.into.get()
+        if isinstance(data, PeerError):
+            raise data
+        return data
+
+    async def result(self) -> dict[str, Any]:
+        return await self.answer
+
+
+class FakeLink:
+    """A link whose other end is ``handler``, with little room in each direction."""
+
+    name = "mail-b"
+
+    def __init__(self, handler: Handler) -> None:
+        self.handler = handler
+
+    @asynccontextmanager
+    async def exchange(
+        self,
+        op: str,
+        args: Mapping[str, Any],
+        *,
+        timeout: float,  # noqa: ASYNC109
+    ) -> AsyncIterator[FakeExchange]:
+        assert op == "dsync"
+        up: Pipe = asyncio.Queue(2)
+        down: Pipe = asyncio.Queue(2)
+        client, server = FakeExchange(up, down), FakeExchange(down, up)
+
+        async def serve() -> None:
+            try:
+                client.answer.set_result(
+                    await self.handler(PeerIdentity("mail-a", "storage"), args, server)
+                )
+            except PeerError as error:
+                client.answer.set_exception(error)
+                await down.put(error)
+
+        task = asyncio.create_task(serve())
+        try:
+            yield client
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            if client.answer.done() and not client.answer.cancelled():
+                client.answer.exception()
+
+
+class FakeDoveadm:
+    """Plays ``doveadm sync``: connects to the destination as dsync does and runs ``talk``."""
+
+    def __init__(self, talk: Callable[..., Awaitable[Outcome]], user: str = USER) -> None:
+        self.talk, self.user = talk, user
+
+    async def sync(self, user: str, destination: str, state: str, limit: float) -> SyncResult:
+        reader, writer = await asyncio.open_unix_connection(destination.removeprefix("tcp:"))
+        try:
+            writer.write(CLIENT_HELLO)
+            if await reader.read(len(SERVER_HELLO)) != SERVER_HELLO:
+                return SyncResult(Outcome.FAILED, reason="no hello")
+            writer.write(OPTION + b"\n" + COMMAND.replace(USER.encode(), self.user.encode()))
+            writer.write(b"\n")
+            return SyncResult(await self.talk(reader, writer), reason="talk")
+        finally:
+            writer.close()
+
+
+@asynccontextmanager
+async def server(path: Path, talk: Callable[..., Awaitable[None]]) -> AsyncIterator[Path]:
+    """Play the doveadm-server of the shadow."""
+    socket = path / "doveadm-server"
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        assert await reader.readline() == CLIENT_HELLO
+        writer.write(SERVER_HELLO)
+        assert await reader.readline() == OPTION + b"\n"
+        assert await reader.readline() == COMMAND + b"\n"
+        try:
+            await talk(reader, writer)
+        finally:
+            writer.close()
+
+    async with await asyncio.start_unix_server(serve, socket):
+        yield socket
+
+
+@asynccontextmanager
+async def pair(path: Path, doveadm: FakeDoveadm, handler: Handler) -> AsyncIterator[DsyncCarrier]:
+    carrier = DsyncCarrier(path, FakeLink(handler), cast(Doveadm, doveadm))
+    await carrier.start()
+    try:
+        yield carrier
+    finally:
+        await carrier.stop()
+
+
+@pytest.mark.parametrize(
+    ("lines", "user"),
+    [
+        ([], None),
+        ([OPTION], None),
+        ([OPTION, COMMAND], USER),
+        ([b"\ta@example.org\tdsync-server\t-u\ta@example.org"], USER),
+        ([b"D\ta@example.org\tdsync-server\t-ua@example.org"], USER),
+    ],
+)
+def test_parse_command(lines: list[bytes], user: str | None) -> None:
+    assert parse_command(lines) == user
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"GET / HTTP/1.1",
+        b"\t\tstop",
+        b"\ta@example.org\texpunge\t-ua@example.org",
+        b"\ta@example.org\tdsync-server\t-ub@example.org",
+        b"\ta@example.org\tdsync-server\t-ua@example.org\t-r/etc/passwd",
+        b"\ta@example.org\tdsync-server",
+        b"\t-A\tdsync-server\t-u-A",
+        b"\t\tdsync-server\t-u",
+        b"Z\ta@example.org\tdsync-server\t-ua@example.org",
+        b"\t\xff\tdsync-server\t-u\xff",
+    ],
+)
+def test_nothing_else_passes(line: bytes) -> None:
+    with pytest.raises(Refused):
+        parse_command([OPTION, line])
+
+
+def test_valid_user() -> None:
+    assert valid_user("Jürgen+x@example.org")
+    for bad in ("", "-A", "a\tb", "a\nb", "a" * 400, None, 7, "a\0"):
+        assert not valid_user(bad)
+
+
+async def test_both_ways_and_to_the_end(tmp_path: Path) -> None:
+    """Several megabytes each way through small buffers, then both ends close."""
+    blob = bytes(range(256)) * 8192
+
+    async def master(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Outcome:
+        writer.write(blob)
+        got = await reader.readexactly(len(blob))
+        return Outcome.SYNCED if got == blob else Outcome.FAILED
+
+    async def slave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        assert await reader.readexactly(len(blob)) == blob
+        writer.write(blob)
+        await writer.drain()
+
+    async with server(tmp_path, slave) as socket:
+        handler = DsyncHandler(lambda: False, socket)
+        async with pair(tmp_path, FakeDoveadm(master), handler) as carrier:
+            results = [
+                await carrier.sync(
+                    USER,
+                    "",
+                )
+                for _ in range(3)
+            ]
+    assert {result.outcome for result in results} == {Outcome.SYNCED}
+
+
+async def test_a_user_nobody_asked_for_is_refused(tmp_path: Path) -> None:
+    async def master(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Outcome:
+        return Outcome.SYNCED if await reader.read(1) else Outcome.FAILED
+
+    async def never(*_: object) -> dict[str, Any]:
+        raise AssertionError("it got through")
+
+    doveadm = FakeDoveadm(master, user="other@example.org")
+    async with pair(tmp_path, doveadm, never) as carrier:
+        result = await carrier.sync(USER, "")
+    assert result.outcome is Outcome.FAILED
+
+
+async def test_a_primary_refuses_and_that_is_a_lost_peer(tmp_path: Path) -> None:
+    async def master(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Outcome:
+        await reader.read()
+        return Outcome.FAILED
+
+    handler = DsyncHandler(lambda: True, tmp_path / "none")
+    async with pair(tmp_path, FakeDoveadm(master), handler) as carrier:
+        result = await asyncio.wait_for(carrier.sync(USER, ""), 5)
+    assert result.outcome is Outcome.LOST
+    assert "primary" in result.reason
+
+
+async def test_a_dead_dovecot_on_the_shadow_ends_the_sync(tmp_path: Path) -> None:
+    async def master(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Outcome:
+        await reader.read()
+        return Outcome.FAILED
+
+    handler = DsyncHandler(lambda: False, tmp_path / "none")
+    async with pair(tmp_path, FakeDoveadm(master), handler) as carrier:
+        result = await asyncio.wait_for(carrier.sync(USER, ""), 5)
+    assert result.outcome is Outcome.LOST
+
+
+async def test_cut_ends_what_hangs(tmp_path: Path) -> None:
+    async def master(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Outcome:
+        await reader.read()
+        return Outcome.FAILED
+
+    async def slave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+
+    async with server(tmp_path, slave) as socket:
+        handler = DsyncHandler(lambda: False, socket)
+        async with pair(tmp_path, FakeDoveadm(master), handler) as carrier:
+            task = asyncio.create_task(carrier.sync(USER, ""))
+            await asyncio.sleep(0.1)
+            assert not task.done()
+            carrier.cut()
+            result = await asyncio.wait_for(task, 5)
+    assert result.outcome is not Outcome.SYNCED
+
+
+async def test_a_side_that_does_not_end_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LINGER", 0.1)
+
+    async def master(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Outcome:
+        writer.write_eof()
+        await reader.read()
+        return Outcome.FAILED
+
+    async def slave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        await asyncio.sleep(2)
+
+    async with server(tmp_path, slave) as socket:
+        handler = DsyncHandler(lambda: False, socket)
+        async with pair(tmp_path, FakeDoveadm(master), handler) as carrier:
+            await asyncio.wait_for(carrier.sync(USER, ""), 1)
+
+
+@pytest.mark.parametrize("user", ["", "-A", None, 5, "a\nb"])
+async def test_the_shadow_checks_the_user_itself(tmp_path: Path, user: object) -> None:
+    handler = DsyncHandler(lambda: False, tmp_path / "none")
+    queue: Pipe = asyncio.Queue()
+    with pytest.raises(PeerError, match="no such user"):
+        await handler(PeerIdentity("mail-a", "x"), {"user": user}, FakeExchange(queue, queue))

@@ -1,0 +1,139 @@
+"""The doveadm-server protocol, against recorded answers of Dovecot 2.4.1."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from umbra.mailbox import doveadm as module
+from umbra.mailbox.doveadm import Doveadm, DoveadmError, Outcome, escape, unescape
+
+STATE = "AQAAAKAwhR0hwAJrcFkAABC/87ohwAJrAAAAAAEAAAAAAAAAAAAAAAAAAAAAAAAAIriDbQ=="
+
+
+class Server:
+    """Answers one command as Dovecot did; keeps what it was asked."""
+
+    def __init__(self, answer: bytes, hello: bytes = b"+\n") -> None:
+        self.answer, self.hello, self.asked = answer, hello, b""
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            assert await reader.readline() == b"VERSION\tdoveadm-server\t1\t0\n"
+            writer.write(self.hello)
+            self.asked = await reader.readline()
+            writer.write(self.answer)
+            if not self.answer:
+                await reader.read()
+        except ConnectionError:
+            pass
+        finally:
+            writer.close()
+
+
+@asynccontextmanager
+async def dovecot(path: Path, server: Server) -> AsyncIterator[Doveadm]:
+    async with await asyncio.start_unix_server(server, path / "doveadm-server"):
+        yield Doveadm(path / "doveadm-server")
+
+
+@given(st.text())
+def test_escape_is_reversible_and_safe(text: str) -> None:
+    escaped = escape(text)
+    assert unescape(escaped) == text
+    assert not set("\0\t\r\n") & set(escaped)
+
+
+def test_unescape_of_what_nobody_sends() -> None:
+    assert unescape("a\x01xb") == "axb"
+    assert unescape("a\x01") == "a\x01" or unescape("a\x01") == "a"
+
+
+@pytest.mark.parametrize(
+    ("answer", "outcome", "state"),
+    [
+        (f"{STATE}\t\n+\n".encode(), Outcome.SYNCED, STATE),
+        (f"{STATE}\t\n-CHANGED\n".encode(), Outcome.CHANGED, STATE),
+        (b"\n-NOUSER\n", Outcome.NO_USER, None),
+        (b"\n-TEMPFAIL\n", Outcome.FAILED, None),
+        (b"\n-\n", Outcome.FAILED, None),
+        (b"\n", Outcome.FAILED, None),
+        (b"what\nis this\n", Outcome.FAILED, None),
+    ],
+)
+async def test_sync(tmp_path: Path, answer: bytes, outcome: Outcome, state: str | None) -> None:
+    server = Server(answer)
+    async with dovecot(tmp_path, server) as doveadm:
+        result = await doveadm.sync("a@example.org", "tcp:/run/x.sock", "old", 5)
+    assert (result.outcome, result.state) == (outcome, state)
+    assert bool(result.reason) == (outcome is not Outcome.SYNCED)
+    fields = server.asked.decode().rstrip("\n").split("\t")
+    assert fields[:5] == ["", "a@example.org", "sync", "-u", "a@example.org"]
+    assert fields[-3:] == ["-s", "old", "tcp:/run/x.sock"]
+
+
+async def test_a_user_cannot_add_arguments(tmp_path: Path) -> None:
+    server = Server(b"\n-NOUSER\n")
+    async with dovecot(tmp_path, server) as doveadm:
+        assert not await doveadm.exists("a\t-A\nx")
+    assert server.asked == b"\ta\x01t-A\x01nx\tuser\ta\x01t-A\x01nx\n"
+
+
+async def test_users(tmp_path: Path) -> None:
+    answer = b'{"userList":["a@example.org","b@example.org"]}\n+\n'
+    async with dovecot(tmp_path, Server(answer)) as doveadm:
+        assert await doveadm.users() == ["a@example.org", "b@example.org"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        (b"\n+\n", False),
+        (b"a090290051c5026bdf4d000010bff3ba\t31\t\n+\n", True),
+        (b"\n-NOUSER\n", None),
+    ],
+)
+async def test_has_message(tmp_path: Path, answer: bytes, found: bool | None) -> None:
+    async with dovecot(tmp_path, Server(answer)) as doveadm:
+        assert await doveadm.has_message("a@example.org", "id") is found
+
+
+async def test_connected(tmp_path: Path) -> None:
+    answer = (
+        b"u4@example.org\t1\timap\t(28016)\t(127.0.0.1)\t"
+        b"u3@example.org\t3\timap\t(24209 28015 28014)\t(127.0.0.1)\t\n+\n"
+    )
+    async with dovecot(tmp_path, Server(answer)) as doveadm:
+        assert await doveadm.connected() == {"u3@example.org", "u4@example.org"}
+    async with dovecot(tmp_path, Server(b"\n+\n")) as doveadm:
+        assert await doveadm.connected() == set()
+
+
+async def test_no_socket(tmp_path: Path) -> None:
+    with pytest.raises(DoveadmError, match="No such file"):
+        await Doveadm(tmp_path / "none").users()
+
+
+async def test_wrong_mode_of_the_socket_is_said(tmp_path: Path) -> None:
+    async with dovecot(tmp_path, Server(b"", hello=b"-\n")) as doveadm:
+        with pytest.raises(DoveadmError, match="0600"):
+            await doveadm.users()
+
+
+async def test_silence_is_bounded(tmp_path: Path) -> None:
+    async with dovecot(tmp_path, Server(b"")) as doveadm:
+        with pytest.raises(DoveadmError, match=r"over 0\.1 s"):
+            await doveadm.run("", "user", "*", limit=0.1)
+
+
+async def test_an_endless_line_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_LINE", 1000)
+    async with dovecot(tmp_path, Server(b"x" * 5000)) as doveadm:
+        with pytest.raises(DoveadmError):
+            await doveadm.users()
