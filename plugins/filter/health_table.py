@@ -42,7 +42,8 @@ def health_table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Show the group as the first node that answered sees it, then every check of every node."""
     status = next((health["status"] for health in results.values() if health.get("status")), None)
     lines: list[str] = [*status_lines(status), ""] if status else []
-    return lines + health_lines(results)
+    lines += health_lines(results)
+    return lines
 
 
 class FilterModule:

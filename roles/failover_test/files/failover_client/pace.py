@@ -35,8 +35,8 @@ class Pace:
         early = self._next - time.monotonic()
         if early > 0:
             time.sleep(early)
-        elif -early > self._interval:
-            self._next -= early
+        else:
+            self._next += -early // self._interval * self._interval
         self._next += self._interval
         return not self._stop()
 
