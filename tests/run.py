@@ -17,6 +17,7 @@ import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 
 import yaml
@@ -115,7 +116,7 @@ def lint() -> Count:
     commands = [
         ["ruff", "check", "--output-format=concise", "."],
         ["ruff", "format", "--check", "."],
-        ["mypy", "roles/replication_agent/files/umbra", "plugins", "tests"],
+        ["mypy", *sorted(glob("roles/*/files/*/", root_dir=ROOT)), "plugins", "tests"],
         ["yamllint", "--strict", "."],
         ["ansible-lint", "-p"],
         ["antsibull-changelog", "lint"],
