@@ -8,7 +8,7 @@ DOCUMENTATION = r"""
 name: inventory_findings
 short_description: Says what is wrong with an inventory
 version_added: 0.1.0
-author: umbra.mail contributors
+author: umbra.mail contributors (@umbra-mail)
 description:
   - Looks at the groups C(umbra_nodes), C(umbra_witness) and C(umbra_outside) and at the
     variables of their hosts.

@@ -8,7 +8,7 @@ DOCUMENTATION = r"""
 name: overlay_plan
 short_description: Plans the addresses of the overlay
 version_added: 0.1.0
-author: umbra.mail contributors
+author: umbra.mail contributors (@umbra-mail)
 description:
   - Gives each host its address in the overlay, from the subnet and the host's C(vpn_number).
   - A host without C(vpn_number) gets its place in the list of hosts, counted from 1.
