@@ -28,20 +28,28 @@ def check(
 def agent_answers(error: str | None, host: str) -> Check:
     """The agent of this host answers its API."""
     if error is None:
-        return check("agent_answers", True, f"The agent on {host} answers.", True, True)
-    return check("agent_answers", False, error, False, True)
+        return check("agent answers", True, f"The agent on {host} answers.", True, True)
+    return check("agent answers", False, error, False, True)
 
 
 def one_primary(status: Status) -> Check:
-    """Exactly one node of the group says that it is primary."""
-    primaries = [node["node"] for node in nodes(status) if node.get("role") == "primary"]
+    """Exactly one reachable node of the group says that it is primary.
+
+    What an unreachable one was when it was last heard does not count.
+    """
+    primaries = [
+        node["node"]
+        for node in nodes(status)
+        if node.get("role") == "primary"
+        and (node.get("reachable") or node["node"] == status.get("node"))
+    ]
     if len(primaries) == 1:
         message = f"{primaries[0]} is the only primary."
     elif primaries:
         message = "{} all say that they are primary.".format(", ".join(primaries))
     else:
         message = "No node is primary, so no mail is taken; see umbractl status for the reason."
-    return check("one_primary", len(primaries) == 1, message, len(primaries), 1)
+    return check("one primary", len(primaries) == 1, message, len(primaries), 1)
 
 
 def protected(status: Status) -> Check:
@@ -70,7 +78,7 @@ def peers_reachable(status: Status) -> Check:
         if not lost
         else "Not reachable: {}.".format(", ".join(lost))
     )
-    return check("peers_reachable", not lost, message, len(lost), 0)
+    return check("peers reachable", not lost, message, len(lost), 0)
 
 
 def lag(status: Status, threshold_s: float) -> Check:
@@ -86,9 +94,9 @@ def lag(status: Status, threshold_s: float) -> Check:
 def shadow_queue_age(age_s: float | None, threshold_s: float) -> Check:
     """No shadow message on this node is older than the threshold; None means that there is none."""
     if age_s is None:
-        return check("shadow_queue_age", True, "No shadow message is held here.", 0, threshold_s)
+        return check("shadow queue age", True, "No shadow message is held here.", 0, threshold_s)
     message = f"The oldest shadow message held here is {age_s:.0f} s old."
-    return check("shadow_queue_age", age_s <= threshold_s, message, round(age_s, 1), threshold_s)
+    return check("shadow queue age", age_s <= threshold_s, message, round(age_s, 1), threshold_s)
 
 
 def postfix_on_primary_only(active: bool, role: str | None) -> Check:
@@ -98,7 +106,7 @@ def postfix_on_primary_only(active: bool, role: str | None) -> Check:
         "runs" if active else "is stopped",
         role or "in no known role",
     )
-    return check("postfix_on_primary_only", active == wanted, message, active, wanted)
+    return check("postfix on primary only", active == wanted, message, active, wanted)
 
 
 def service_ports(name: str, role: str | None, port_open: t.Mapping[int, bool]) -> Check:
@@ -115,13 +123,13 @@ def service_ports(name: str, role: str | None, port_open: t.Mapping[int, bool]) 
         passed = not opened
         message = f"{name} is not primary; open there: {shown}."
     return check(
-        f"service_ports_{name}", passed, message, opened, "open" if role == "primary" else []
+        f"service ports {name}", passed, message, opened, "open" if role == "primary" else []
     )
 
 
 def disk_space(path: str, free_percent: float | None, threshold: float) -> Check:
     """The file system of a path has enough room; None means that the path is not there."""
-    name = "disk_space_%s" % (path.strip("/").replace("/", "_") or "root")
+    name = f"disk space {path}"
     if free_percent is None:
         return check(name, False, f"{path} does not exist.", None, threshold)
     return check(
@@ -135,7 +143,7 @@ def disk_space(path: str, free_percent: float | None, threshold: float) -> Check
 
 def certificate_expiry(path: str, days: float | None, threshold: float) -> Check:
     """A certificate is valid for long enough; None means that it cannot be read."""
-    name = "certificate_{}".format(path.strip("/").replace("/", "_"))
+    name = f"certificate {path}"
     if days is None:
         return check(name, False, f"{path} is no readable certificate.", None, threshold)
     if days < 0:
@@ -147,7 +155,7 @@ def certificate_expiry(path: str, days: float | None, threshold: float) -> Check
 
 def clock(peer: str, difference_s: float | None, threshold_s: float) -> Check:
     """The clocks of this node and a peer agree; None means that the peer did not answer."""
-    name = f"clock_{peer}"
+    name = f"clock {peer}"
     if difference_s is None:
         return check(name, False, f"{peer} did not tell its time.", None, threshold_s)
     message = f"The clock of {peer} differs by {difference_s:.1f} s at most."
@@ -165,7 +173,7 @@ def inventory_role(status: Status) -> Check:
         message = "The role is the one in the inventory."
     else:
         message = f"Note: this node is {own}; the inventory's {listed} counts for a new group only."
-    return check("inventory_role", True, message, own, listed)
+    return check("inventory role", True, message, own, listed)
 
 
 def nodes(status: Status) -> list[dict[str, t.Any]]:

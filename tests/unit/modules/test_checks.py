@@ -40,6 +40,12 @@ def test_one_primary(roles: tuple[str, ...], passed: bool, message: str) -> None
     assert found["message"].startswith(message)
 
 
+def test_primary_that_is_gone_does_not_count() -> None:
+    gone = node("mail-b", "primary", reachable=False)
+    assert checks.one_primary(status(node("mail-a", "primary"), gone))["passed"]
+    assert not checks.one_primary(status(node("mail-a"), gone))["passed"]
+
+
 def test_protected() -> None:
     assert checks.protected(PAIR)["passed"]
     failed = checks.protected(status(protected=False, reasons=["mail-b is down", "lag"]))
@@ -103,7 +109,7 @@ def test_postfix(active: bool, role: str | None, passed: bool) -> None:
 def test_service_ports(role: str | None, ports: dict[int, bool], passed: bool) -> None:
     found = checks.service_ports("mail-b", role, ports)
     assert found["passed"] is passed
-    assert found["name"] == "service_ports_mail-b"
+    assert found["name"] == "service ports mail-b"
 
 
 @pytest.mark.parametrize(
@@ -111,11 +117,11 @@ def test_service_ports(role: str | None, ports: dict[int, bool], passed: bool) -
 )
 def test_disk_space(free: float | None, passed: bool) -> None:
     found = checks.disk_space("/var/lib/umbra", free, 10.0)
-    assert (found["passed"], found["name"]) == (passed, "disk_space_var_lib_umbra")
+    assert (found["passed"], found["name"]) == (passed, "disk space /var/lib/umbra")
 
 
 def test_disk_space_of_the_root() -> None:
-    assert checks.disk_space("/", 50.0, 10.0)["name"] == "disk_space_root"
+    assert checks.disk_space("/", 50.0, 10.0)["name"] == "disk space /"
 
 
 @pytest.mark.parametrize(

@@ -103,18 +103,18 @@ def test_healthy() -> None:
     assert result["failed_checks"] == []
     assert result["healthy"] is True
     assert [item["name"] for item in result["checks"]] == [
-        "agent_answers",
-        "one_primary",
+        "agent answers",
+        "one primary",
         "protected",
-        "peers_reachable",
+        "peers reachable",
         "lag",
-        "postfix_on_primary_only",
-        "inventory_role",
-        "service_ports_mail-b",
-        "clock_mail-b",
-        "shadow_queue_age",
-        "disk_space_var_vmail",
-        "certificate_etc_umbra_tls_node.crt",
+        "postfix on primary only",
+        "inventory role",
+        "service ports mail-b",
+        "clock mail-b",
+        "shadow queue age",
+        "disk space /var/vmail",
+        "certificate /etc/umbra/tls/node.crt",
         "fence",
     ]
     assert host.probed == ["198.51.100.10", "10.86.0.2:8687"], "never itself, never a stranger"
@@ -123,13 +123,13 @@ def test_healthy() -> None:
 @pytest.mark.parametrize(
     ("host", "failed"),
     [
-        ({"postfix": False}, "postfix_on_primary_only"),
-        ({"shadow": 61.0}, "shadow_queue_age"),
-        ({"free": 1.0}, "disk_space_var_vmail"),
-        ({"days": 1.0}, "certificate_etc_umbra_tls_node.crt"),
-        ({"ports": {25: True, 993: False}}, "service_ports_mail-b"),
-        ({"clock": 3.0}, "clock_mail-b"),
-        ({"clock": None}, "clock_mail-b"),
+        ({"postfix": False}, "postfix on primary only"),
+        ({"shadow": 61.0}, "shadow queue age"),
+        ({"free": 1.0}, "disk space /var/vmail"),
+        ({"days": 1.0}, "certificate /etc/umbra/tls/node.crt"),
+        ({"ports": {25: True, 993: False}}, "service ports mail-b"),
+        ({"clock": 3.0}, "clock mail-b"),
+        ({"clock": None}, "clock mail-b"),
     ],
 )
 def test_each_host_check_fails_alone(host: dict[str, Any], failed: str) -> None:
@@ -139,7 +139,7 @@ def test_each_host_check_fails_alone(host: dict[str, Any], failed: str) -> None:
 
 def test_dead_agent_is_one_failed_check_and_the_host_is_still_examined() -> None:
     result = examine(DeadAgent(), Host(free=1.0))
-    assert result["failed_checks"] == ["agent_answers", "disk_space_var_vmail"]
+    assert result["failed_checks"] == ["agent answers", "disk space /var/vmail"]
     assert result["status"] == {}
 
 
@@ -149,7 +149,7 @@ def test_unreachable_peer_is_reported_once_and_not_probed() -> None:
         {"node": "mail-b", "role": "shadow", "reachable": False},
     ]
     host = Host()
-    assert examine(Agent(nodes=nodes), host)["failed_checks"] == ["peers_reachable"]
+    assert examine(Agent(nodes=nodes), host)["failed_checks"] == ["peers reachable"]
     assert host.probed == []
 
 
