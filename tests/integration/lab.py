@@ -76,9 +76,40 @@ def status(name: str) -> dict[str, Any]:
     return dict(json.loads(result.stdout))
 
 
+# Runs on a host: one request to an agent's API, by its socket or at an address and port.
+_ASK = """
+import http.client, socket, sys
+method, where, path = sys.argv[1:]
+address, _, port = where.rpartition(" ")
+connection = http.client.HTTPConnection(address or "localhost", int(port) if address else 80)
+if not address:
+    connection.sock = socket.socket(socket.AF_UNIX)
+    connection.sock.connect(where)
+connection.request(method, path)
+answer = connection.getresponse()
+print(answer.status)
+print(answer.read().decode())
+"""
+
+
+def ask(
+    name: str, path: str, method: str = "GET", where: str = "/run/umbra/api.sock"
+) -> tuple[int, str]:
+    """Ask an agent from a host, by its socket or at `ADDRESS PORT`: HTTP status and body."""
+    out = run(name, "python3 -c %s %s %s %s", _ASK, method, where, path)
+    code, _, body = out.partition("\n")
+    return int(code), body.removesuffix("\n")
+
+
+def overlay_address(name: str) -> str:
+    """A host's address in the tunnel."""
+    (interface,) = json.loads(run(name, "ip -j addr show dev umbra0"))
+    return str(next(a["local"] for a in interface["addr_info"] if a["scope"] == "global"))
+
+
 def metrics(name: str) -> dict[str, float]:
     """A node's metrics by their full names, labels and all."""
-    text = run(name, "curl -sf --unix-socket /run/umbra/api.sock http://localhost/metrics")
+    _, text = ask(name, "/metrics")
     lines = (line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#"))
     return {key: float(value) for key, value in lines}
 

@@ -9,23 +9,14 @@ from tests.integration import lab
 
 pytestmark = pytest.mark.usefixtures("protected")
 everywhere = pytest.mark.parametrize("node", lab.NODES)
-SOCKET = (
-    "curl -s -o /dev/stdout -w '\\n%{http_code}' --unix-socket /run/umbra/api.sock http://localhost"
-)
-
-
-def get(node: str, path: str) -> tuple[int, str]:
-    """Ask a node's agent; the HTTP status and the body."""
-    body, _, code = lab.run(node, f"{SOCKET}{path}").rpartition("\n")
-    return int(code), body
 
 
 @everywhere
 def test_protected_in_the_same_words(node: str, primary: str, shadow: str) -> None:
-    code, body = get(node, "/health")
+    code, body = lab.ask(node, "/health")
     assert (code, json.loads(body)) == (200, {"status": "protected", "reasons": []})
 
-    code, body = get(node, "/status")
+    code, body = lab.ask(node, "/status")
     report = json.loads(body)
     assert code == 200
     assert report["protected"] is True
@@ -60,12 +51,11 @@ def test_status_table(node: str, primary: str, shadow: str) -> None:
 @everywhere
 def test_the_tunnel_reads_and_changes_nothing(node: str) -> None:
     (peer,) = set(lab.NODES) - {node}
-    address = lab.run(node, "ip -j addr show umbra0 | jq -r '.[0].addr_info[0].local'").strip()
-    ask = "curl -s -o /dev/null -w '%%{http_code}' -X %s http://%s:8687%s"
+    where = f"{lab.overlay_address(node)} 8687"
     for path in ("/health", "/status", "/metrics"):
-        assert lab.run(peer, ask, "GET", address, path) == "200"
+        assert lab.ask(peer, path, where=where)[0] == 200
     for path in ("/switchover", "/failover", "/open"):
-        assert lab.run(peer, ask, "POST", address, path) in ("404", "405")
+        assert lab.ask(peer, path, "POST", where)[0] in (404, 405)
 
 
 def test_switchover_to_the_primary_changes_nothing(primary: str) -> None:
