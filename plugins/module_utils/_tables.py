@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+WIDTH = 74  # what Ansible leaves of 80 columns
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
@@ -44,47 +47,45 @@ def shown(value: Any) -> str:
 
 
 def health_lines(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return every check of every node; a node without checks gave no answer and is shown so."""
+    """Return every check of every node, and after them in words those that failed.
+
+    A node without checks gave no answer and is shown so.
+    """
     rows = []
+    failed = []
     for name, health in results.items():
-        if "checks" not in health:
-            rows.append(
-                [
-                    name,
-                    "FAILED",
-                    "reachable",
-                    None,
-                    None,
-                    health.get("msg") or "The host cannot be reached.",
-                ]
-            )
-            continue
-        for item in health["checks"]:
+        missing = {
+            "name": "host reachable",
+            "passed": False,
+            "value": False,
+            "threshold": True,
+            "message": health.get("msg") or "The host cannot be reached.",
+        }
+        for item in health.get("checks", [missing]):
             verdict = "passed" if item["passed"] else "FAILED"
-            rows.append(
-                [
-                    name,
-                    verdict,
-                    item["name"],
-                    shown(item["value"]),
-                    shown(item["threshold"]),
-                    item["message"],
-                ]
-            )
-    return table(["node", "result", "check", "value", "threshold", "what it says"], rows)
+            values = [cut(shown(item[key])) for key in ("value", "threshold")]
+            rows.append([name, verdict, item["name"], *values])
+            if not item["passed"]:
+                failed += wrapped(f"FAILED {name}, {item['name']}: {item['message']}")
+    return [*table(["node", "result", "check", "value", "threshold"], rows), *failed]
 
 
 def status_lines(status: Mapping[str, Any]) -> list[str]:
     """Return one line for each node of the group, as one agent sees it."""
-    keys = ("node", "site", "role", "state", "reachable", "lag_changes", "lag_s")
-    rows = [
-        [node.get(key) for key in (*keys, "shadow_messages", "since")]
-        for node in status.get("nodes") or []
-    ]
-    return table(
-        ["node", "site", "role", "state", "reachable", "lag", "lag s", "shadow queue", "since"],
-        rows,
-    )
+    keys = ("node", "site", "role", "state", "reachable", "lag_changes", "lag_s", "shadow_messages")
+    rows = [[node.get(key) for key in keys] for node in status.get("nodes") or []]
+    head = ["node", "site", "role", "state", "reachable", "lag", "lag s", "shadow queue"]
+    return table(head, rows)
+
+
+def cut(text: str, width: int = 12) -> str:
+    """Shorten a text that would make a column too wide."""
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def wrapped(text: str) -> list[str]:
+    """Break a sentence into lines that fit a terminal."""
+    return textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def report_lines(report: Mapping[str, Any]) -> list[str]:
@@ -130,5 +131,6 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
         f"latency: p50 {shown(latency['p50'])} ms, p99 {shown(latency['p99'])} ms",
         f"{report['samples_sent']} different real messages; compared: {', '.join(report['views'])}",
     ]
-    lines += [f"{it['what']} ({it['view']}): {it['text']}" for it in report["findings"][:10]]
-    return [*lines, f"verdict: {report['verdict']}", *report["reasons"]]
+    for item in report["findings"][:10]:
+        lines += wrapped(f"{item['what']} ({item['view']}): {item['text']}")
+    return [*lines, "", f"verdict: {report['verdict']}", *report["reasons"]]

@@ -137,11 +137,13 @@ status:
 """
 
 import concurrent.futures
+import contextlib
 import datetime
 import email.utils
 import http.client
 import os
 import socket
+import sqlite3
 import time
 import typing as t
 
@@ -153,7 +155,7 @@ from ansible_collections.umbra.mail.plugins.module_utils._agent import (
     AgentError,
 )
 
-SHADOW_DIRECTORY = "/var/lib/umbra/shadow"
+SHADOW_STORE = "/var/lib/umbra/shadow/shadow.db"
 
 
 class Host:
@@ -170,14 +172,12 @@ class Host:
 
     def oldest_shadow_s(self) -> float | None:
         """Age in seconds of the oldest shadow message."""
-        oldest = None
-        for folder, _folders, files in os.walk(SHADOW_DIRECTORY):
-            for name in files:
-                try:
-                    written = os.stat(os.path.join(folder, name)).st_mtime
-                except FileNotFoundError:
-                    continue  # discarded while we look
-                oldest = written if oldest is None else min(oldest, written)
+        try:
+            store = sqlite3.connect(f"file:{SHADOW_STORE}?mode=ro", uri=True, timeout=self._timeout)
+            with contextlib.closing(store):
+                oldest = store.execute("SELECT MIN(stored) FROM message").fetchone()[0]
+        except sqlite3.Error:
+            return None  # no store yet, or no agent that has opened it
         return None if oldest is None else max(0.0, time.time() - oldest)
 
     def free_percent(self, path: str) -> float | None:

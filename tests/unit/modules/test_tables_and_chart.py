@@ -40,8 +40,9 @@ def test_health_of_a_pair_with_one_node_down() -> None:
         }
     )
     text = "\n".join(lines)
-    assert "mail-b  FAILED  reachable" in text
-    assert "no route to host" in text
+    assert "mail-b  FAILED  host reachable" in text
+    assert "FAILED mail-b, host reachable: no route to host" in text
+    assert max(map(len, lines)) <= 80
     assert "mail-a  passed  lag" in text
     assert lines[0].startswith("node")
     assert "primary" in lines[2]
@@ -49,7 +50,14 @@ def test_health_of_a_pair_with_one_node_down() -> None:
 
 def test_health_when_no_agent_answers() -> None:
     lines = health_table({"mail-a": {"checks": [CHECK], "status": {}}, "mail-b": {}})
-    assert "The host cannot be reached." in lines[-1]
+    assert lines[-1] == "FAILED mail-b, host reachable: The host cannot be reached."
+
+
+def test_sentence_of_a_failed_check_is_shown_and_wrapped() -> None:
+    failed = {**CHECK, "passed": False, "message": "word " * 40}
+    lines = health_table({"mail-a": {"checks": [failed], "status": {}}})
+    assert len(lines) == 3 + 4
+    assert max(map(len, lines)) <= 80
 
 
 def test_area_steps() -> None:
