@@ -412,3 +412,17 @@ def test_hand_over_leaves_no_gap(seed: int, tmp_path_factory: pytest.TempPathFac
             assert world.most <= 2
 
     asyncio.run(scenario())
+
+
+async def test_a_change_that_missed_the_agent_degrades_until_it_is_synced(tmp_path: Path) -> None:
+    world = World()
+    async with mirror(world, tmp_path) as peer:
+        world.local["u1"] += 1
+        await peer.missed(["u1"])
+        assert world.mode == "alone"
+        assert peer._ledger.changed("mail-b") == ["u1"]
+        assert peer.lag()[0] == 1
+        await peer.catch_up(world.protect, everyone=False, binding="one")
+        assert world.mode == "protected"
+        assert world.remote["u1"] == 1
+        assert peer.lag() == (0, 0.0)

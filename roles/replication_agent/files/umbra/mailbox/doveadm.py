@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -214,13 +213,6 @@ class Doveadm:
         if reply.code:
             raise DoveadmError(f"doveadm search ended with {reply.code}")
         return bool(reply.fields)
-
-    async def kick(self, users: Sequence[str] = ("*",)) -> None:
-        """Disconnect the sessions of the users that match the patterns."""
-        for pattern in users:
-            reply = await self.run("", "kick", pattern)
-            if reply.code not in ("", "NOTFOUND"):
-                raise DoveadmError(f"doveadm kick ended with {reply.code}")
 
     async def connected(self) -> set[str]:
         """Return the users who have a session now."""

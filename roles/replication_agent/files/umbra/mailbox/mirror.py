@@ -557,11 +557,6 @@ class Mirror:
         for peer in self.peers.values():
             peer.stop()
 
-    def lag(self) -> tuple[int, float]:
-        """Return the largest lag of the peers, in changes and seconds."""
-        lags = [peer.lag() for peer in self.peers.values()]
-        return max((lag[0] for lag in lags), default=0), max((lag[1] for lag in lags), default=0.0)
-
     async def _sweep(self) -> None:
         """What Dovecot 2.4.1 notifies nobody of (SUBSCRIBE.
 

@@ -27,6 +27,8 @@ from umbra.mailbox.mirror import Verdict
 log = logging.getLogger(__name__)
 
 MAX_BODY = 64 * 1024
+# Who still waits when the agent stops is cut off after this long (seconds).
+SHUTDOWN_TIMEOUT = 1.0
 
 
 class NotifyServer:
@@ -49,7 +51,9 @@ class NotifyServer:
         """Listen. OSError if the port is taken."""
         # The low-level server: one path needs no router, and each of its layers is paid for by
         # every change.
-        self._runner = web.ServerRunner(web.Server(self._handle, access_log=None))
+        self._runner = web.ServerRunner(
+            web.Server(self._handle, access_log=None), shutdown_timeout=SHUTDOWN_TIMEOUT
+        )
         await self._runner.setup()
         await web.TCPSite(self._runner, self._address, self._port, backlog=1024).start()
 
