@@ -10,9 +10,10 @@ import pytest
 
 def make_certificate(directory: Path, name: str) -> None:
     directory.mkdir(parents=True)
+    key, certificate = directory / "node.key", directory / "node.crt"
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
-         "-days", "2", "-subj", f"/CN={name}", "-keyout", directory / "node.key", "-out", directory / "node.crt"],
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
+         "-nodes", "-days", "2", "-subj", f"/CN={name}", "-keyout", key, "-out", certificate],
         check=True, capture_output=True,
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from umbra.peer import frames
-from umbra.peer.exchange import Exchange, PeerError
+from umbra.peer.exchange import Connection, Exchange, PeerError
 from umbra.peer.identity import Identity, PeerIdentity
 from umbra.peer.link import PeerLink
 from umbra.peer.server import Handler, PeerServer
@@ -37,9 +37,8 @@ async def linked(
     identities: Path, handlers: Mapping[str, Handler], *, caller: str = "a", **hello: Any
 ) -> AsyncIterator[PeerLink]:
     port = free_port()
-    server = PeerServer(
-        "127.0.0.1", port, Identity(identities / "b", {"a": None}), {**HELLO, "node": "b"}, any_epoch, handlers
-    )  # fmt: skip
+    identity = Identity(identities / "b", {"a": None})
+    server = PeerServer("127.0.0.1", port, identity, {**HELLO, "node": "b"}, any_epoch, handlers)
     await server.start()
     mine = {**HELLO, "node": caller, **hello}
     link = PeerLink(
@@ -50,6 +49,11 @@ async def linked(
     finally:
         link.reset()
         await server.stop()
+
+
+async def until_closed(connection: Connection) -> None:
+    while True:
+        await connection.read()
 
 
 async def echo(peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange) -> dict[str, Any]:
@@ -171,6 +175,5 @@ async def test_garbage_is_refused_and_others_are_served(identities: Path) -> Non
         connection = await link._connect()
         await connection.write(b"\xff" * 64)
         with pytest.raises(PeerError):
-            while True:
-                await connection.read()
+            await until_closed(connection)
         assert await link.request("echo", {}, timeout=5)

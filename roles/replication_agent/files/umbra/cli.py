@@ -6,6 +6,7 @@ Exit status: 0 done or protected, 1 refused or degraded, 2 wrong usage.
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any, NoReturn
 
 import click
@@ -124,13 +125,14 @@ def _confirm_loss(report: dict[str, Any]) -> None:
 
 
 def _print_status(report: dict[str, Any]) -> None:
-    console = Console(highlight=False)
+    # In a playbook's output there is no terminal whose width must be kept.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     table = Table(box=None, pad_edge=False)
     for name in ("node", "site", "role", "state"):
-        table.add_column(name)
+        table.add_column(name, no_wrap=True)
     for name in ("lag", "shadow queue"):
-        table.add_column(name, justify="right")
-    table.add_column("since")
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("since", no_wrap=True)
     for node in report["nodes"]:
         state = node["state"] if node["reachable"] else "unreachable"
         lag = f"{node['lag_changes']} / {node['lag_s']:.1f} s" if node["lag_changes"] else "0"
@@ -142,7 +144,7 @@ def _print_status(report: dict[str, Any]) -> None:
         table.add_row(
             node["node"], node["site"],
             Text(node["role"], style="bold" if node["role"] == "primary" else ""),
-            Text(state, style="" if node["reachable"] else "red"), lag, queue, node["since"],
+            Text(state, style="" if node["reachable"] else "red"), lag, queue, _time(node["since"]),
         )  # fmt: skip
     console.print(table)
     console.print()
@@ -160,7 +162,13 @@ def _print_status(report: dict[str, Any]) -> None:
     if change:
         outage = f", outage {change['outage_s']:.3f} s" if change["outage_s"] is not None else ""
         kind = "switchover" if change["planned"] else "failover"
-        console.print(f"last {kind}: {change['from']} to {change['to']}, {change['at']}{outage}")
+        at = _time(change["at"])
+        console.print(f"last {kind}: {change['from']} to {change['to']}, {at}{outage}")
+
+
+def _time(text: str) -> str:
+    """Return an ISO time to the second, in UTC."""
+    return f"{text[:10]} {text[11:19]} UTC" if text else ""
 
 
 def _size(count: float) -> str:

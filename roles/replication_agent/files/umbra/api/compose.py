@@ -73,6 +73,8 @@ class Composer:
         reasons = list(leading.get("reasons", ()))
         if primary is None:
             reasons.append("no node is primary")
+            gone = [name for name, status in statuses.items() if status.get("role") == Role.PRIMARY]
+            reasons += [f"{name} was primary and does not answer" for name in gone]
             reasons += [r for status in statuses.values() for r in status.get("reasons", ())]
         serving = leading.get("state") in ("primary", "draining")
         protected = serving and leading.get("mode") == "protected" and not reasons
@@ -88,7 +90,7 @@ class Composer:
             mode=str(leading.get("mode", "alone")),
             inventory_role=self._config.role,
             last_switchover=leading.get("last_change") or own["last_change"],
-            nodes=tuple(self._node(name, status, leading) for name, status in statuses.items()),
+            nodes=tuple(self._node(name, statuses[name], leading) for name in sorted(statuses)),
             checks=(*self._checks(statuses), *self._notes()),
         )
 

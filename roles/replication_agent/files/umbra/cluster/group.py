@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -82,8 +83,8 @@ class Work:
 class Group:
     """The node in its redundancy group.
 
-    Its maker sets ``links``; ``catch_up``, which copies to a peer what it lacks and calls its second
-    argument at a moment when nothing is missing there; ``on_lost`` (peer, reason) and
+    Its maker sets ``links``; ``catch_up``, which copies to a peer what it lacks and calls its
+    second argument at a moment when nothing is missing there; ``on_lost`` (peer, reason) and
     ``on_demotion``, called when a peer is no longer waited for and when this node stops to serve.
     """
 
@@ -97,6 +98,7 @@ class Group:
         self.on_demotion: Callable[[], None] = lambda: None
         self._lock = asyncio.Lock()
         self._changed = asyncio.Event()
+        self._moved = asyncio.Condition()
         self.messages = Work()
         self.changes = Work()
         self._prepared_until = 0.0
@@ -213,6 +215,8 @@ class Group:
         async with self._lock:
             old = self.state
             new = machine.step(old, event)
+            if new.durable.role is not old.durable.role:
+                new = replace(new, durable=replace(new.durable, since=now()))
             if old.serving and not new.serving:
                 self.state = new
             if new.durable != old.durable:
@@ -226,12 +230,23 @@ class Group:
                 )  # fmt: skip
             if new != old:
                 self._changed.set()
+                async with self._moved:
+                    self._moved.notify_all()
             if old.serving and not new.serving:
                 self.on_demotion()
             for name, view in old.peers.items():
                 if view.synchronous and not new.peers[name].synchronous:
                     self.on_lost(name, new.peers[name].reason or "this node is not primary")
             return new
+
+    async def leaves(self, phase: Phase, seconds: float) -> bool:
+        """Wait until this node is no longer in ``phase``; False if it still is after so long."""
+        try:
+            async with asyncio.timeout(seconds), self._moved:
+                await self._moved.wait_for(lambda: self.state.phase is not phase)
+        except TimeoutError:
+            return False
+        return True
 
     async def heard_from(self, peer: str, status: Mapping[str, Any], *, answered: bool) -> None:
         """Note what a peer says of itself. PeerError ``protocol`` if it makes no sense."""

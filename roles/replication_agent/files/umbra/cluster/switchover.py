@@ -275,9 +275,7 @@ class Switchover:
         """
         with contextlib.suppress(NotNow):  # its own word came first
             await self._group.apply(machine.Reclaim())
-        deadline = time.monotonic() + OUTCOME_TIMEOUT
-        while self._group.state.phase is Phase.HANDING_OVER and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)
+        await self._group.leaves(Phase.HANDING_OVER, OUTCOME_TIMEOUT)
         match self._group.state.phase:
             case Phase.PRIMARY:
                 raise Refused(
