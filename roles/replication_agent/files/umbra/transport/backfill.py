@@ -16,8 +16,9 @@ TIMEOUT = 240.0
 
 @dataclass(frozen=True, slots=True)
 class BackFilled:
-    """What one run has done. ``complete``: when it ended, nothing was left that only this node
-    had.
+    """What one run has done.
+
+    ``complete``: when it ended, nothing was left that only this node had.
     """
 
     copied: int
@@ -43,8 +44,9 @@ class BackFill:
         self._storing_alone = storing_alone
 
     async def run(self, peer: PeerLink, *, keep: bool = False) -> BackFilled:
-        """Copy all there is. PeerError or StoreError ends it; what was copied stays copied, and
-        another run goes on.
+        """Copy all there is.
+
+        PeerError or StoreError ends it; what was copied stays copied, and another run goes on.
 
         :param keep: leave the own copies, because another shadow needs them too.
         """

@@ -1,5 +1,6 @@
-"""A message's content between the milter and those who store it: kept while small, a bounded pipe
-when large.
+"""A message's content between the milter and those who store it.
+
+Kept while small, a bounded pipe when large.
 """
 
 from __future__ import annotations

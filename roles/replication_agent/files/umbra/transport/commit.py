@@ -1,5 +1,6 @@
-"""Group commit: one thread writes to the database; all that waits goes into one transaction and one
-fsync.
+"""Group commit: one thread writes to the database.
+
+All that waits goes into one transaction and one fsync.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ class _Job:
 
 
 class Committer:
-    """Owns the writing connection and its thread. Of one event loop; the loop never waits for the
-    disk.
+    """Owns the writing connection and its thread.
+
+    Of one event loop; the loop never waits for the disk.
     """
 
     def __init__(self, connect: Callable[[], sqlite3.Connection]) -> None:
@@ -64,8 +66,9 @@ class Committer:
         settled: Callable[[Result | None], None] | None = None,
         size: int = 0,
     ) -> Result:
-        """Run ``run`` in the writer's next transaction; return its result once that is on stable
-        storage.
+        """Run ``run`` in the writer's next transaction.
+
+        Return its result once that is on stable storage.
 
         ``run`` runs again, in a transaction of its own, when the common one failed.
 
@@ -156,8 +159,9 @@ def _settle(batch: list[_Job]) -> None:
 
 
 def translate(error: Exception) -> Exception:
-    """Return ``error`` as what callers of the store know; what is no failure of the disk or the
-    database stays as it is.
+    """Return ``error`` as what callers of the store know.
+
+    What is no failure of the disk or the database stays as it is.
     """
     if isinstance(error, StoreError):
         return error

@@ -1,5 +1,6 @@
-"""The primary's side of discard: which messages in the queue have a copy where, and when that copy
-has done its duty.
+"""The primary's side of discard.
+
+Which messages in the queue have a copy where, and when that copy has done its duty.
 
 A copy may go when its message has left the queue for good: its file is in none of Postfix's queue
 directories.
@@ -82,7 +83,7 @@ class PeerHolder:
 
 
 class LocalHolder:
-    """This node's own store, for messages that no shadow has yet."""
+    """The own store, for messages that no shadow has yet."""
 
     def __init__(self, store: ShadowStore, node: str) -> None:
         self.name = node
@@ -131,9 +132,7 @@ class Copies:
         return len(self._settled) + len(self._fresh)
 
     def add(self, queue_id: str, shadow_id: str, *, sure: bool) -> None:
-        """There is a copy of the message in the queue file ``queue_id``; or there may be one, if it
-        is not sure.
-        """
+        """There is (if not ``sure``, may be) a copy of the message in this queue file."""
         self._fresh[queue_id] = shadow_id
         if not sure:
             self._doubtful.add(queue_id)
@@ -144,9 +143,7 @@ class Copies:
         self._fresh = {}
 
     def judge(self, present: set[str]) -> dict[str, str]:
-        """Return the copies whose messages are absent in this listing and were in the one
-        before.
-        """
+        """Return the copies whose messages two listings in a row did not show."""
         absent = self._settled.keys() - present
         ripe = {queue_id: self._settled[queue_id] for queue_id in absent & self._absent}
         self._absent = absent
@@ -204,13 +201,14 @@ class Discarder:
         self._interval = interval
 
     def add(self, holder: str, queue_id: str, shadow_id: str, *, sure: bool = True) -> None:
-        """``holder`` has (if not ``sure``: may have) a copy of the message in the queue file
-        ``queue_id``, which exists.
+        """``holder`` has a copy of the message in the queue file ``queue_id``, which exists.
+
+        If not ``sure``, it may have one: a store that failed here may have been finished there.
         """
         self._copies[holder].add(queue_id, shadow_id, sure=sure)
 
     def forget(self) -> None:
-        """This node is primary no more: the copies are the new primary's."""
+        """Forget all copies: this node is primary no more, and they are the new primary's."""
         self._copies = {name: Copies() for name in self._holders}
 
     def outstanding(self, holder: str) -> int:
@@ -238,8 +236,9 @@ class Discarder:
                 reconcile_at = loop.time() + RECONCILE_INTERVAL
 
     async def discard(self) -> None:
-        """List the queue once and discard what two listings in a row did not show. Failures wait
-        for the next call.
+        """List the queue once and discard what two listings in a row did not show.
+
+        Failures wait for the next call.
         """
         if not any(map(len, self._copies.values())):
             return
@@ -265,8 +264,9 @@ class Discarder:
             metrics.OUTSTANDING.labels(name).set(len(copies))
 
     async def reconcile(self, holder: str) -> Reconciled:
-        """Compare what ``holder`` has with what it should have; to be called when it was
-        (re)connected and at the start.
+        """Compare what ``holder`` has with what it should have.
+
+        To be called when it was (re)connected and at the start.
 
         What it has and the queue has not goes by the next two listings. PeerError or StoreError if
         it cannot be asked.

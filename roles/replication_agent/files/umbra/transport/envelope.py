@@ -27,8 +27,9 @@ class EnvelopeError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Recipient:
-    """A recipient as it was in RCPT TO, without angle brackets, and its ESMTP arguments
-    (``NOTIFY=...``, ``ORCPT=...``).
+    """A recipient as it was in RCPT TO, without angle brackets.
+
+    With its ESMTP arguments (``NOTIFY=...``, ``ORCPT=...``).
     """
 
     address: str
@@ -37,8 +38,9 @@ class Recipient:
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """An envelope. ``sender`` is empty for the null sender; ``received`` is in seconds since
-    1970.
+    """An envelope.
+
+    ``sender`` is empty for the null sender; ``received`` is in seconds since 1970.
     """
 
     sender: str
@@ -112,8 +114,9 @@ class Envelope:
 
 
 def clean(data: bytes) -> str:
-    """Return an informational text (a host name, a message id) fit for an envelope: printable and
-    not too long.
+    """Return an informational text (a host name, a message id) fit for an envelope.
+
+    Printable and not too long.
     """
     return _CONTROL.sub("?", data.decode("utf-8", "replace"))[:MAX_TEXT]
 

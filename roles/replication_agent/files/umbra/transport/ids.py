@@ -13,8 +13,9 @@ _RANDOM_BITS = 76
 
 
 def new() -> str:
-    """Return a new id: 52 bits of microseconds since 1970 (until 2112), then 76 random bits, in
-    hex.
+    """Return a new id, ordered by time.
+
+    52 bits of microseconds since 1970 (until 2112), then 76 random bits, in hex.
 
     Nobody outside can know an id before its message is delivered, so no message from outside can
     pass for a duplicate of one that is in transit.

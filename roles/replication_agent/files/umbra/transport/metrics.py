@@ -1,6 +1,4 @@
-"""The transport's metrics. Counters have no high-cardinality labels: at most the peer's name or a
-short reason.
-"""
+"""The transport's metrics; labels are at most a peer's name or a short reason."""
 
 from __future__ import annotations
 

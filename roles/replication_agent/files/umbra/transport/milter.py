@@ -50,8 +50,9 @@ TEMPFAIL: Final = _HEADER.pack(1, ord("t"))
 
 
 class ProtocolError(Exception):
-    """The other side does not speak the milter protocol as it should; its connection is of no more
-    use.
+    """The other side does not speak the milter protocol as it should.
+
+    Its connection is of no more use.
     """
 
 
@@ -62,8 +63,9 @@ class Decoder:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[tuple[int, bytes]]:
-        """Return the packets (command, data) that ``data`` completes. ProtocolError for an
-        impossible length.
+        """Return the packets (command, data) that ``data`` completes.
+
+        ProtocolError for an impossible length.
         """
         buffer = self._buffer
         buffer += data
@@ -95,15 +97,17 @@ def negotiate(data: bytes) -> bytes:
     version, actions, protocol = _NEGOTIATION.unpack_from(data)
     if version < VERSION or ACTIONS & ~actions or PROTOCOL & ~protocol:
         raise ProtocolError(
-            f"the MTA offers too little (version {version}, actions {actions:#x}, protocol {protocol:#x})"
+            f"the MTA offers too little (version {version},"
+            f" actions {actions:#x}, protocol {protocol:#x})"
         )
     macros = b"".join(struct.pack(">I", stage) + names + b"\0" for stage, names in _MACROS.items())
     return packet(b"O", _NEGOTIATION.pack(VERSION, ACTIONS, PROTOCOL) + macros)
 
 
 def reply(code: int, enhanced: str, text: str) -> bytes:
-    """Answer the current SMTP command with ``code``; the MTA takes ``%`` for a format, so it is
-    doubled.
+    """Answer the current SMTP command with ``code``.
+
+    The MTA takes ``%`` for a format, so it is doubled.
     """
     line = f"{code} {enhanced} {text}".encode("ascii", "replace").replace(b"%", b"%%")
     return packet(b"y", line[:500] + b"\0")
@@ -125,8 +129,9 @@ def strings(data: bytes) -> list[bytes]:
 
 @dataclass(slots=True)
 class Client:
-    """The SMTP client; ``name`` is its address in brackets if it has none. Local submissions come
-    as ``localhost``.
+    """The SMTP client; ``name`` is its address in brackets if it has none.
+
+    Local submissions come as ``localhost``.
     """
 
     name: bytes = b""
@@ -136,8 +141,9 @@ class Client:
 
 @dataclass(slots=True)
 class Transaction:
-    """One mail transaction as far as it has come: MAIL, RCPT and their ESMTP arguments. Macro names
-    are without braces.
+    """One mail transaction as far as it has come: MAIL, RCPT and their ESMTP arguments.
+
+    Macro names are without braces.
     """
 
     client: Client
@@ -167,8 +173,9 @@ class Message(Protocol):
         ...
 
     def abort(self) -> None:
-        """The message will not be finished; drop it. May come at any time, also after
-        :meth:`finish`.
+        """The message will not be finished; drop it.
+
+        May come at any time, also after :meth:`finish`.
         """
         ...
 
@@ -207,8 +214,9 @@ class Step(Enum):
 
 
 class Conversation:
-    """The filter's side of one connection; no I/O. A connection carries any number of messages, one
-    after another.
+    """The filter's side of one connection; no I/O.
+
+    A connection carries any number of messages, one after another.
     """
 
     def __init__(self, application: Application, flow: Flow) -> None:
@@ -222,8 +230,9 @@ class Conversation:
         self.message: Message | None = None
 
     def receive(self, command: int, data: bytes) -> bytes | Step:
-        """Take a packet and return what to send, or the step to do. ProtocolError if it has no
-        place here.
+        """Take a packet and return what to send, or the step to do.
+
+        ProtocolError if it has no place here.
         """
         if not self._negotiated and command not in b"OQ":
             raise ProtocolError(f"command {command:#x} before the option negotiation")
@@ -272,8 +281,9 @@ class Conversation:
         self._macros = {}
 
     def abort(self) -> None:
-        """Drop the message that is under way, if any. Also to be called when the connection is
-        lost.
+        """Drop the message that is under way, if any.
+
+        Also to be called when the connection is lost.
         """
         if self.message is not None:
             self.message.abort()

@@ -60,8 +60,9 @@ class MilterServer:
             raise
 
     async def stop(self) -> None:
-        """Stop listening and cut all connections. A message that was not answered is not
-        acknowledged: Postfix tempfails it.
+        """Stop listening and cut all connections.
+
+        A message that was not answered is not acknowledged: Postfix tempfails it.
         """
         if self._server is None:
             return

@@ -16,8 +16,9 @@ class NotPrimary(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """An SMTP answer in place of an acceptance: ``code``, enhanced status and one plain
-    sentence.
+    """An SMTP answer in place of an acceptance.
+
+    ``code``, enhanced status and one plain sentence.
     """
 
     code: int
@@ -34,14 +35,16 @@ class Group(Protocol):
         ...
 
     def accepting(self) -> Refusal | None:
-        """None while mail may be accepted; 421 while draining, 451 when this node is not
-        primary.
+        """None while mail may be accepted.
+
+        421 while draining, 451 when this node is not primary.
         """
         ...
 
     def shadows(self) -> Sequence[PeerLink]:
-        """The peers each of which must have a message before it is acknowledged; empty while
-        alone.
+        """The peers each of which must have a message before it is acknowledged.
+
+        Empty while alone.
         """
         ...
 

@@ -100,8 +100,9 @@ class Resubmitter:
         self._concurrency = concurrency
 
     async def claim(self, origin: str, remaining: Mapping[str, Sequence[str]] | None = None) -> int:
-        """Make what is held for ``origin`` ours, durably; return how many messages had no recipient
-        left.
+        """Make what is held for ``origin`` ours, durably.
+
+        Return how many messages had no recipient left.
 
         To be called once this node is primary under its new epoch (no store for ``origin`` can
         succeed any more), and with a handover's ``remaining`` before the handover is answered: it
@@ -122,8 +123,9 @@ class Resubmitter:
         return len(gone)
 
     async def run(self) -> Report:
-        """Resubmit until nothing is left; what fails is tried again after a pause. Return the sum
-        of all passes.
+        """Resubmit until nothing is left; what fails is tried again after a pause.
+
+        Return the sum of all passes.
         """
         total, pause = Report(), FIRST_PAUSE
         while True:
@@ -148,8 +150,9 @@ class Resubmitter:
             pause = min(2 * pause, LONGEST_PAUSE)
 
     async def step(self) -> Report:
-        """Try each message once. SmtpUnreachable, StoreError or HelperError if it makes no sense to go
-        on now.
+        """Try each message once.
+
+        SmtpUnreachable, StoreError or HelperError if it makes no sense to go on now.
         """
         report = Report()
         # Committed first: a file that is committed between the two looks then counts as

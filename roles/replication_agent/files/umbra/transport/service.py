@@ -102,8 +102,9 @@ class ShadowService:
     async def discard(
         self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
     ) -> dict[str, Any]:
-        """``shadow-discard``: forget messages held for the asking node; ids that are not here do no
-        harm.
+        """``shadow-discard``: forget messages held for the asking node.
+
+        Ids that are not here do no harm.
         """
         shadow_ids = args.get("shadow_ids")
         if (

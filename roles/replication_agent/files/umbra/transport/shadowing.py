@@ -93,8 +93,9 @@ class Shadowing:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def mail(self, transaction: Transaction) -> bytes | None:
-        """Refuse at MAIL what would be refused at its end: while draining, not primary, or alone
-        under ``defer``.
+        """Refuse at MAIL what would be refused at its end.
+
+        That is: while draining, while not primary, and while alone under ``defer``.
         """
         refusal = self.group.accepting()
         if refusal is None and self.policy is ShadowPolicy.DEFER and not self.group.shadows():
@@ -380,7 +381,9 @@ class _Message:
             peer.name: error for peer, error in zip(peers, errors, strict=True) if error is not None
         }
 
-    async def _to_peer(self, peer: PeerLink, reader: Reader, envelope: Envelope) -> PeerError | None:
+    async def _to_peer(
+        self, peer: PeerLink, reader: Reader, envelope: Envelope
+    ) -> PeerError | None:
         args, head = wire.arguments(self._shadow_id, self._queue_id, envelope)
         try:
             async with (

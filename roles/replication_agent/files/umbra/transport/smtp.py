@@ -1,5 +1,6 @@
-"""A small SMTP client for resubmission to this node's own Postfix (RFC 5321, DSN RFC 3461,
-Postfix's XFORWARD).
+"""A small SMTP client for resubmission to this node's own Postfix.
+
+RFC 5321, DSN (RFC 3461) and Postfix's XFORWARD.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ _KEYWORDS = {
 
 
 class SmtpError(Exception):
-    """The message was not accepted; it may be tried again. ``usable``: the connection is still in
-    step.
+    """The message was not accepted; it may be tried again.
+
+    ``usable``: the connection is still in step.
     """
 
     def __init__(self, text: str, *, usable: bool = False) -> None:
@@ -47,8 +49,9 @@ class SmtpUnreachable(SmtpError):
 
 
 class Stuffer:
-    """Dot-stuffing over pieces, byte for byte: a dot after any line end is doubled, also where it
-    begins a piece.
+    """Dot-stuffing over pieces, byte for byte.
+
+    A dot after any line end is doubled, also where it begins a piece.
     """
 
     def __init__(self) -> None:
@@ -130,8 +133,9 @@ class SmtpClient:
         return self._expect(await self._reply(END_TIMEOUT), 250)[0]
 
     def close(self) -> None:
-        """Close without a QUIT: nothing is outstanding, and a message half sent must not be taken
-        for a whole one.
+        """Close without a QUIT.
+
+        Nothing is outstanding, and a message half sent must not be taken for a whole one.
         """
         self._writer.close()
 

@@ -26,8 +26,9 @@ class SpoolFile:
         self._dropped = False
 
     def write(self, parts: list[bytes]) -> None:
-        """Append; the first time makes the file. OSError if there is no room. Does nothing once the
-        file was dropped.
+        """Append; the first time makes the file.
+
+        OSError if there is no room. Does nothing once the file was dropped.
         """
         with self._lock:
             if self._dropped:
@@ -42,8 +43,9 @@ class SpoolFile:
                     view = view[os.write(self._file, view) :]
 
     def sync(self) -> None:
-        """Put the content on stable storage and close the file; its directory entry is for the
-        caller to sync.
+        """Put the content on stable storage and close the file.
+
+        Its directory entry is for the caller to sync.
         """
         with self._lock:
             os.fsync(self._file)

@@ -1,5 +1,6 @@
-"""The durable store of shadow messages: SQLite in WAL mode with ``synchronous=FULL``, large
-contents in files beside it.
+"""The durable store of shadow messages.
+
+SQLite in WAL mode with ``synchronous=FULL``, large contents in files beside it.
 
 A message is in the store when its row is committed, and gone when its row is deleted. Dying at any
 point leaves at most a file that no row names, and the next start removes it. States:
@@ -49,30 +50,58 @@ ROW_LIMIT = 256 * 1024
 PAGE = 500
 VERSION = 1
 
-_SCHEMA = """
-CREATE TABLE message (
-  number INTEGER PRIMARY KEY,
-  shadow_id TEXT NOT NULL UNIQUE,
-  origin TEXT NOT NULL,
-  queue_id TEXT NOT NULL,
-  state TEXT NOT NULL,
-  epoch INTEGER NOT NULL,
-  stored REAL NOT NULL,
-  size INTEGER NOT NULL,
-  new_queue_id TEXT NOT NULL DEFAULT '',
-  file TEXT NOT NULL,
-  envelope TEXT NOT NULL,
-  content BLOB
-) STRICT;
-CREATE INDEX holding ON message (origin, state, stored, size);
+_COUNT_NEW = """
+INSERT INTO holding VALUES (NEW.origin, NEW.state, 1, NEW.size)
+  ON CONFLICT DO UPDATE SET count = count + 1, bytes = bytes + excluded.bytes;
 """
+_COUNT_OLD = """
+UPDATE holding SET count = count - 1, bytes = bytes - OLD.size
+  WHERE origin = OLD.origin AND state = OLD.state;
+"""
+
+_SCHEMA = (
+    """
+    CREATE TABLE message (
+      number INTEGER PRIMARY KEY,
+      shadow_id TEXT NOT NULL UNIQUE,
+      origin TEXT NOT NULL,
+      queue_id TEXT NOT NULL,
+      state TEXT NOT NULL,
+      epoch INTEGER NOT NULL,
+      stored REAL NOT NULL,
+      size INTEGER NOT NULL,
+      new_queue_id TEXT NOT NULL DEFAULT '',
+      file TEXT NOT NULL,
+      envelope TEXT NOT NULL,
+      content BLOB
+    ) STRICT
+    """,
+    "CREATE INDEX listing ON message (origin, state)",
+    # The sums are kept, so that telling them costs the same for no message and for 100,000.
+    """
+    CREATE TABLE holding (
+      origin TEXT NOT NULL,
+      state TEXT NOT NULL,
+      count INTEGER NOT NULL,
+      bytes INTEGER NOT NULL,
+      PRIMARY KEY (origin, state)
+    ) STRICT, WITHOUT ROWID
+    """,
+    f"CREATE TRIGGER came AFTER INSERT ON message BEGIN {_COUNT_NEW} END",
+    f"CREATE TRIGGER went AFTER DELETE ON message BEGIN {_COUNT_OLD} END",
+    "CREATE TRIGGER moved AFTER UPDATE OF origin, state ON message"
+    f" BEGIN {_COUNT_OLD} {_COUNT_NEW} END",
+)
 
 _INSERT = """
 INSERT INTO message (shadow_id, origin, queue_id, state, epoch, stored, size, file, envelope,
 content) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 
-_ADOPT = "UPDATE message SET origin = ?, queue_id = ?, state = ?, epoch = ?, envelope = ? WHERE shadow_id = ?"
+_ADOPT = """
+UPDATE message SET origin = ?, queue_id = ?, state = ?, epoch = ?, envelope = ?
+WHERE shadow_id = ?
+"""
 
 _META = "shadow_id, origin, queue_id, state, epoch, stored, size, new_queue_id, envelope, file"
 
@@ -87,8 +116,9 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """The names of a stored message: its shadow id and the queue id at the node that has it in its
-    queue.
+    """The names of a stored message.
+
+    Its shadow id and the queue id at the node that has it in its queue.
     """
 
     shadow_id: str
@@ -97,8 +127,9 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Meta:
-    """What is known of a stored message. ``stored`` is in seconds since 1970; ``new_queue_id`` is
-    the one of its resubmission.
+    """What is known of a stored message.
+
+    ``stored`` is in seconds since 1970; ``new_queue_id`` is the one of its resubmission.
     """
 
     shadow_id: str
@@ -165,8 +196,9 @@ class ShadowStore:
         epoch: int,
         state: State = State.HELD,
     ) -> ShadowWriter:
-        """Begin to store a message of ``origin``'s queue. ValueError for a bad id, which would end
-        in a file name.
+        """Begin to store a message of ``origin``'s queue.
+
+        ValueError for a bad id, which would end in a file name.
         """
         if not valid(shadow_id):
             raise ValueError("not a shadow id")
@@ -176,8 +208,9 @@ class ShadowStore:
     async def discard(
         self, shadow_ids: Sequence[str], *, origin: str, state: State = State.HELD
     ) -> list[Meta]:
-        """Delete those of ``shadow_ids`` that are there for ``origin`` in ``state``; return what
-        they were.
+        """Delete those of ``shadow_ids`` that are there for ``origin`` in ``state``.
+
+        Return what they were.
         """
 
         def run(database: sqlite3.Connection) -> list[Meta]:
@@ -186,7 +219,8 @@ class ShadowStore:
                 gone += map(
                     _meta,
                     database.execute(
-                        f"DELETE FROM message WHERE shadow_id = ? AND origin = ? AND state = ? RETURNING {_META}",
+                        "DELETE FROM message WHERE shadow_id = ? AND origin = ? AND state = ?"
+                        f" RETURNING {_META}",
                         (shadow_id, origin, state),
                     ),
                 )
@@ -197,8 +231,9 @@ class ShadowStore:
     async def claim(
         self, origin: str, remaining: Mapping[str, Sequence[str]] | None, narrow: Narrow
     ) -> list[Meta]:
-        """Make what is held for ``origin`` this node's to resubmit, in one transaction. Repeating
-        it is harmless.
+        """Make what is held for ``origin`` this node's to resubmit, in one transaction.
+
+        Repeating it is harmless.
 
         :param remaining: by queue id, who had not got the message when the origin gave it up; a
             message that is not named there is deleted. None if unknown.
@@ -236,9 +271,7 @@ class ShadowStore:
         return await self._write(run, settled=self._unlink)
 
     async def note_queue_id(self, shadow_id: str, new_queue_id: str) -> None:
-        """Note under which queue id a message that is being resubmitted is offered to this node's
-        queue.
-        """
+        """Note the queue id under which a resubmitted message is offered to Postfix."""
         await self._write(
             lambda database: (
                 database.execute(
@@ -263,14 +296,15 @@ class ShadowStore:
     # -- reading
 
     async def copies(self, origin: str, state: State = State.HELD) -> AsyncIterator[list[Copy]]:
-        """Give the names of what is stored for ``origin``, in order of arrival, some hundred at a
-        time.
+        """Give the names of what is stored for ``origin``.
+
+        In order of arrival, some hundred at a time.
         """
         last = 0
         while True:
             rows = await self._read(
-                "SELECT number, shadow_id, queue_id FROM message WHERE number > ? AND origin = ? AND state = ?"
-                " ORDER BY number LIMIT ?",
+                "SELECT number, shadow_id, queue_id FROM message"
+                " WHERE number > ? AND origin = ? AND state = ? ORDER BY number LIMIT ?",
                 (last, origin, state, PAGE),
             )
             if not rows:
@@ -279,13 +313,15 @@ class ShadowStore:
             yield [Copy(shadow_id, queue_id) for _, shadow_id, queue_id in rows]
 
     async def in_order(self, state: State, origin: str | None = None) -> AsyncIterator[Meta]:
-        """Give what is in ``state``, of one origin or of all, in the order in which the messages
-        were accepted.
+        """Give what is in ``state``.
+
+        Of one origin or of all, in the order in which the messages were accepted.
         """
         last = ""
         while True:
             rows = await self._read(
-                f"SELECT {_META} FROM message WHERE shadow_id > ? AND state = ? AND (? IS NULL OR origin = ?)"
+                f"SELECT {_META} FROM message"
+                " WHERE shadow_id > ? AND state = ? AND (? IS NULL OR origin = ?)"
                 " ORDER BY shadow_id LIMIT ?",
                 (last, state, origin, origin, 50),
             )
@@ -324,7 +360,10 @@ class ShadowStore:
     async def stats(self) -> list[Holding]:
         """Return how much is stored, by origin and state."""
         rows = await self._read(
-            "SELECT origin, state, count(*), sum(size), min(stored) FROM message GROUP BY origin, state",
+            "SELECT origin, state, count, bytes,"
+            " (SELECT stored FROM message WHERE message.origin = holding.origin"
+            "  AND message.state = holding.state ORDER BY number LIMIT 1)"
+            " FROM holding WHERE count > 0",
             (),
         )
         return [
@@ -410,13 +449,14 @@ class ShadowStore:
         version = database.execute("PRAGMA user_version").fetchone()[0]
         if version == 0:
             database.execute("BEGIN IMMEDIATE")
-            for statement in _SCHEMA.split(";"):
+            for statement in _SCHEMA:
                 database.execute(statement)
             database.execute(f"PRAGMA user_version = {VERSION}")
             database.execute("COMMIT")
         elif version != VERSION:
             raise StoreError(
-                f"the shadow store in {self._directory} is of version {version}, this agent's is {VERSION}"
+                f"the shadow store in {self._directory} is of version {version},"
+                f" this agent's is {VERSION}"
             )
         finding = database.execute("PRAGMA quick_check(1)").fetchone()[0]
         if finding != "ok":
@@ -438,8 +478,9 @@ class ShadowStore:
 
 
 class ShadowWriter:
-    """A message on its way into the store. Nothing of it is there until :meth:`commit` has
-    returned.
+    """A message on its way into the store.
+
+    Nothing of it is there until :meth:`commit` has returned.
     """
 
     def __init__(self, store: ShadowStore, row: tuple[Any, ...], envelope: str) -> None:
@@ -461,8 +502,9 @@ class ShadowWriter:
             await self._flush()
 
     async def commit(self) -> None:
-        """Make the message durable. A message that is here already stays and takes this origin,
-        queue id and state.
+        """Make the message durable.
+
+        A message that is here already stays and takes this origin, queue id and state.
 
         The shadow id stands for the content: both nodes got it from the same primary, so it is not
         compared. StoreFull or StoreError: it is not here. Cancelled: unknown.
