@@ -71,7 +71,7 @@ class FakeLink:
         op: str,
         args: Mapping[str, Any],
         *,
-        timeout: float,  # noqa: ASYNC109
+        timeout: float,
     ) -> AsyncIterator[FakeExchange]:
         assert op == "dsync"
         up: Pipe = asyncio.Queue(2)
@@ -294,3 +294,43 @@ async def test_the_shadow_checks_the_user_itself(tmp_path: Path, user: object) -
     queue: Pipe = asyncio.Queue()
     with pytest.raises(PeerError, match="no such user"):
         await handler(PeerIdentity("mail-a", "x"), {"user": user}, FakeExchange(queue, queue))
+
+
+async def test_the_shadow_prepares_while_dsync_starts(tmp_path: Path) -> None:
+    prepared = asyncio.Event()
+
+    async def handler(_: PeerIdentity, args: Mapping[str, Any], exchange: Any) -> dict[str, Any]:
+        assert args == {"user": USER}
+        prepared.set()
+        while await exchange.receive() is not None:
+            pass
+        await exchange.end()
+        return {}
+
+    class Slow(FakeDoveadm):
+        async def sync(self, user: str, destination: str, state: str, limit: float) -> SyncResult:
+            await asyncio.wait_for(prepared.wait(), 2)
+            return await super().sync(user, destination, state, limit)
+
+    async def master(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Outcome:
+        return Outcome.SYNCED
+
+    async with pair(tmp_path, Slow(master), handler) as carrier:
+        assert (await carrier.sync(USER, "")).outcome is Outcome.SYNCED
+
+
+async def test_a_sync_that_never_connects_leaves_nothing(tmp_path: Path) -> None:
+    async def handler(_: PeerIdentity, args: Mapping[str, Any], exchange: Any) -> dict[str, Any]:
+        await exchange.receive()
+        return {}
+
+    class Absent(FakeDoveadm):
+        async def sync(self, user: str, destination: str, state: str, limit: float) -> SyncResult:
+            return SyncResult(Outcome.NO_USER, reason="the user is unknown")
+
+    async def master(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Outcome:
+        return Outcome.SYNCED
+
+    async with pair(tmp_path, Absent(master), handler) as carrier:
+        assert (await carrier.sync(USER, "")).outcome is Outcome.NO_USER
+        assert not carrier._streams

@@ -26,6 +26,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -183,8 +184,19 @@ async def copy(
     return sent, received
 
 
+@dataclass
+class _Stream:
+    """One sync under way: dsync's connection, once it is there, and the task that carries it."""
+
+    local: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
+    task: asyncio.Task[None]
+
+
 class DsyncCarrier:
     """Primary side: the socket of one peer, and the syncs that go through it.
+
+    The exchange is opened before dsync asks for it, so that both Dovecots prepare the user at the
+    same time.
 
     :param directory: ``/run/umbra/dsync``.
     """
@@ -193,17 +205,16 @@ class DsyncCarrier:
         self._path = directory / f"{link.name}.sock"
         self._link = link
         self._doveadm = doveadm
-        self._expected: set[str] = set()
-        self._broken: dict[str, PeerError] = {}
+        self._expected: dict[str, _Stream] = {}
         self._streams: set[asyncio.Task[None]] = set()
+        self._connections: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
         """Listen. OSError if the directory is not there."""
         self._path.unlink(missing_ok=True)
         self._server = await asyncio.start_unix_server(self._accept, self._path, limit=CHUNK)
-        # The directory says who may connect; the socket itself is open, because Dovecot's user is
-        # not this one.
+        # The directory says who may connect; Dovecot's user is not this one.
         os.chmod(self._path, 0o666)
 
     async def stop(self) -> None:
@@ -211,7 +222,9 @@ class DsyncCarrier:
         if self._server is not None:
             self._server.close()
         self.cut()
-        await asyncio.gather(*self._streams, return_exceptions=True)
+        for task in self._connections:
+            task.cancel()
+        await asyncio.gather(*self._streams, *self._connections, return_exceptions=True)
         self._path.unlink(missing_ok=True)
 
     def cut(self) -> None:
@@ -224,52 +237,73 @@ class DsyncCarrier:
 
         LOST if the link is why it failed.
         """
-        self._expected.add(user)
-        self._broken.pop(user, None)
+        local = asyncio.get_running_loop().create_future()
+        task = asyncio.create_task(self._carry(user, local), name=f"dsync {user}")
+        self._streams.add(task)
+        task.add_done_callback(self._ended)
+        self._expected[user] = _Stream(local, task)
         try:
             result = await self._doveadm.sync(user, f"tcp:{self._path}", state, SYNC_LIMIT)
         finally:
-            self._expected.discard(user)
-            broken = self._broken.pop(user, None)
-        if broken is not None and result.outcome is not Outcome.SYNCED:
-            return SyncResult(Outcome.LOST, reason=broken.text)
+            del self._expected[user]
+            if not local.done():
+                task.cancel()
+        if result.outcome is not Outcome.SYNCED:
+            # The stream ends with the connection of the dsync that has failed.
+            await asyncio.wait({task}, timeout=1.0)
+            error = task.exception() if task.done() and not task.cancelled() else None
+            if isinstance(error, PeerError):
+                return SyncResult(Outcome.LOST, reason=error.text)
         return result
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._streams.add(task)
-        try:
-            if len(self._streams) > MAX_STREAMS:
-                raise Refused("too many streams")
-            await self._carry(reader, writer)
-        except Refused as error:
-            metrics.REFUSED.labels("primary").inc()
-            log.warning("dsync connection refused: %s", error)
-        except (OSError, EOFError, ValueError, TimeoutError) as error:
-            log.info("dsync stream to %s ended: %s", self._link.name, error or type(error).__name__)
-        except asyncio.CancelledError:
-            pass  # only cut() cancels; the stream protocol's callback would log it as an error
-        finally:
-            self._streams.discard(task)
-            writer.transport.abort()
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._streams.discard(task)
+        if not task.cancelled():
+            task.exception()  # logged where it came up; a sync that ended well does not ask for it
 
-    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        async with asyncio.timeout(HANDSHAKE_TIMEOUT):
-            user = await self._handshake(reader, writer)
-        if user not in self._expected:
-            raise Refused(f"no sync of {user} was asked for")
+    async def _carry(
+        self,
+        user: str,
+        local: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]],
+    ) -> None:
+        name = self._link.name
         try:
             async with self._link.exchange(
                 "dsync", {"user": user}, timeout=STREAM_LIMIT
             ) as exchange:
+                reader, writer = await local
                 sent, received = await copy(reader, writer, exchange)
-                metrics.CARRIED.labels(self._link.name, "sent").inc(sent)
-                metrics.CARRIED.labels(self._link.name, "received").inc(received)
+                metrics.CARRIED.labels(name, "sent").inc(sent)
+                metrics.CARRIED.labels(name, "received").inc(received)
                 await exchange.result()
         except PeerError as error:
-            self._broken[user] = error
-            log.warning("dsync of %s to %s: %s", user, self._link.name, error)
+            log.warning("dsync of %s to %s: %s", user, name, error)
+            raise
+        except (OSError, EOFError) as error:
+            log.info("dsync of %s to %s: %s", user, name, error or type(error).__name__)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = asyncio.current_task()
+        assert connection is not None
+        self._connections.add(connection)
+        try:
+            async with asyncio.timeout(HANDSHAKE_TIMEOUT):
+                user = await self._handshake(reader, writer)
+            stream = self._expected.get(user)
+            if stream is None or stream.local.done():
+                raise Refused(f"no sync of {user} was asked for")
+            stream.local.set_result((reader, writer))
+            await asyncio.wait({stream.task})
+        except Refused as error:
+            metrics.REFUSED.labels("primary").inc()
+            log.warning("dsync connection refused: %s", error)
+        except (OSError, EOFError, ValueError, TimeoutError) as error:
+            log.info("a connection to %s ended: %s", self._path, error or type(error).__name__)
+        except asyncio.CancelledError:
+            pass  # only stop() cancels; the stream protocol's callback would log it as an error
+        finally:
+            self._connections.discard(connection)
+            writer.transport.abort()
 
     async def _handshake(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
         version = await read_line(reader)
