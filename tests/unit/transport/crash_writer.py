@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from tests.unit.transport.support import ENVELOPE
+
 from umbra.transport import ids
 from umbra.transport.store import ShadowStore
 

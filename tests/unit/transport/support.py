@@ -183,9 +183,7 @@ class FakeLink:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    async def request(
-        self, op: str, args: Mapping[str, Any], *, timeout: float
-    ) -> dict[str, Any]:
+    async def request(self, op: str, args: Mapping[str, Any], *, timeout: float) -> dict[str, Any]:
         async with self.exchange(op, args, timeout=timeout) as exchange:
             return await exchange.result()
 

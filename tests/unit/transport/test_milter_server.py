@@ -9,8 +9,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-
+import uvloop
 from tests.unit.transport.support import MilterClient
+
 from umbra.transport import milter
 from umbra.transport.milter import Flow, Transaction
 from umbra.transport.milter_server import MilterServer
@@ -84,7 +85,7 @@ async def path(tmp_path: Path, app: App) -> AsyncIterator[Path]:
 
 async def eventually(condition: object) -> None:
     async with asyncio.timeout(5):
-        while not condition():  # type: ignore[operator]
+        while not condition():  # type: ignore[operator]  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 
@@ -172,3 +173,25 @@ async def test_stop_cuts_what_is_unanswered(tmp_path: Path, app: App) -> None:
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
         await sending
     await client.close()
+
+
+def test_it_serves_on_uvloop_as_in_the_agent(tmp_path: Path) -> None:
+    async def talk() -> None:
+        app = App()
+        app.brake = True
+        server = MilterServer(tmp_path / "milter.sock", app)
+        await server.start()
+        client = await MilterClient.connect(tmp_path / "milter.sock")
+        assert await client.message() == [(b"a", b"")]
+        await client.mail()
+        await client.rcpt()
+        sending = asyncio.create_task(client.content((), bytes(10_000_000), b"4abc"))
+        await eventually(lambda: len(app.taken) == 2 and app.taken[1].size > 1_000_000)
+        app.brake = False
+        app.taken[1].flow.resume()
+        assert await sending == [(b"a", b"")]
+        await client.close()
+        await server.stop()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(talk())

@@ -1,4 +1,5 @@
-"""Shadow before 250, through the real milter socket, store and shadow service; only the link and the group are stand-ins."""
+"""Shadow before 250, through the real milter socket, store and shadow service; only the link and
+the group are stand-ins."""
 
 from __future__ import annotations
 
@@ -10,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-
 from tests.unit.transport.support import (
     FakeGroup,
     FakeLink,
@@ -18,6 +18,7 @@ from tests.unit.transport.support import (
     content,
     shadow_id_of,
 )
+
 from umbra.config import ShadowPolicy
 from umbra.peer.exchange import PeerError
 from umbra.transport.discard import Discarder, LocalHolder, PeerHolder
@@ -45,7 +46,9 @@ class Bench:
     epoch: int = 7
     resubmissions: dict[str, Resubmission] = field(default_factory=dict)
 
-    async def deliver(self, body: bytes = b"text\r\n", **options: bytes) -> list[tuple[bytes, bytes]]:
+    async def deliver(
+        self, body: bytes = b"text\r\n", **options: bytes
+    ) -> list[tuple[bytes, bytes]]:
         client = await MilterClient.connect(self.path, **options)
         try:
             return await client.message(HEADERS, body)
@@ -77,9 +80,7 @@ async def bench(tmp_path: Path, policy: ShadowPolicy) -> AsyncIterator[Bench]:
 
     discarder = Discarder([LocalHolder(own, "a"), PeerHolder(link)], queue_ids)  # type: ignore[arg-type]
     resubmissions: dict[str, Resubmission] = {}
-    shadowing = Shadowing(
-        "a", group, own, discarder, resubmissions, policy=policy, timeout=0.5
-    )
+    shadowing = Shadowing("a", group, own, discarder, resubmissions, policy=policy, timeout=0.5)
     server = MilterServer(tmp_path / "milter.sock", shadowing)
     await server.start()
     bench = Bench(
@@ -163,7 +164,9 @@ async def test_accept_makes_the_group_alone_first_and_keeps_the_message(
     assert bench.discarder.outstanding("a") == 1
 
 
-async def test_accept_survives_a_shadow_that_dies_in_the_middle_of_a_large_message(bench: Bench) -> None:
+async def test_accept_survives_a_shadow_that_dies_in_the_middle_of_a_large_message(
+    bench: Bench,
+) -> None:
     """What had streamed past cannot be read again from the milter; the spare copy has it."""
     inner = bench.link.handlers["shadow-store"]
 
@@ -173,7 +176,7 @@ async def test_accept_survives_a_shadow_that_dies_in_the_middle_of_a_large_messa
         await asyncio.sleep(3600)
         return await inner(peer, args, exchange)  # type: ignore[arg-type]
 
-    bench.link.handlers = {"shadow-store": die}  # type: ignore[dict-item]
+    bench.link.handlers = {"shadow-store": die}
     shadow_id = shadow_id_of(await bench.deliver(LARGE))
     meta = await bench.own.find(shadow_id)
     assert meta is not None
@@ -220,7 +223,9 @@ async def test_a_stale_epoch_is_never_answered_with_acceptance(bench: Bench) -> 
 
 @BOTH
 @pytest.mark.parametrize("change", ["epoch", "role"])
-async def test_an_answer_that_comes_too_late_acknowledges_nothing(bench: Bench, change: str) -> None:
+async def test_an_answer_that_comes_too_late_acknowledges_nothing(
+    bench: Bench, change: str
+) -> None:
     inner = bench.link.handlers["shadow-store"]
 
     async def late(peer: object, args: object, exchange: object) -> dict[str, object]:
@@ -231,7 +236,7 @@ async def test_an_answer_that_comes_too_late_acknowledges_nothing(bench: Bench, 
             bench.group.refusal = Refusal(451, "4.3.2", "not primary")
         return answer
 
-    bench.link.handlers = {"shadow-store": late}  # type: ignore[dict-item]
+    bench.link.handlers = {"shadow-store": late}
     [(kind, text)] = await bench.deliver()
     assert (kind, text[:3]) == (b"y", b"451")
 
@@ -245,7 +250,7 @@ async def test_a_drain_lets_what_has_begun_finish_and_refuses_what_comes(bench: 
         assert bench.group.in_flight == 1
         return await inner(peer, args, exchange)  # type: ignore[arg-type]
 
-    bench.link.handlers = {"shadow-store": drain}  # type: ignore[dict-item]
+    bench.link.handlers = {"shadow-store": drain}
     shadow_id_of(await bench.deliver())
     [(kind, text)] = await bench.deliver()
     assert (kind, text) == (b"y", b"421 4.3.2 handing over\0")
@@ -318,7 +323,9 @@ async def test_a_resubmitted_message_goes_on_without_a_shadow(bench: Bench, alon
 
 
 @pytest.mark.parametrize(
-    ("daemon", "known"), [(b"mx.example.com", True), (RESUBMISSION, False)], ids=["port 25", "unknown"]
+    ("daemon", "known"),
+    [(b"mx.example.com", True), (RESUBMISSION, False)],
+    ids=["port 25", "unknown"],
 )
 async def test_an_id_from_outside_is_content(bench: Bench, daemon: bytes, known: bool) -> None:
     shadow_id = "0" * 31 + "1"
@@ -351,7 +358,7 @@ async def test_no_message_waits_behind_another(bench: Bench) -> None:
         await asyncio.sleep(0.2)
         return await inner(peer, args, exchange)  # type: ignore[arg-type]
 
-    bench.link.handlers = {"shadow-store": slow}  # type: ignore[dict-item]
+    bench.link.handlers = {"shadow-store": slow}
     loop = asyncio.get_running_loop()
     started = loop.time()
     answers = await asyncio.gather(*(bench.deliver() for _ in range(50)))

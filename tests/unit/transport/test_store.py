@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from tests.unit.transport.support import ENVELOPE, content
-from umbra.transport import commit, ids, spool
+
+from umbra.transport import ids, metrics
 from umbra.transport import store as module
 from umbra.transport.resubmit import narrow
 from umbra.transport.store import Meta, ShadowStore, State, StoreError, StoreFull
@@ -209,9 +209,9 @@ async def test_the_life_of_a_resubmission(store: ShadowStore) -> None:
 
 
 async def test_many_that_wait_share_a_commit(store: ShadowStore) -> None:
-    before = commit.metrics.COMMITS._value.get()
+    before = metrics.COMMITS._value.get()
     await asyncio.gather(*(put(store, bytes(4096)) for _ in range(400)))
-    commits = commit.metrics.COMMITS._value.get() - before
+    commits = metrics.COMMITS._value.get() - before
     assert [holding.count for holding in await store.stats()] == [400]
     assert commits <= 40
 
@@ -222,7 +222,8 @@ async def test_a_commit_is_synced(tmp_path: Path) -> None:
     await store.open()
     seen: list[tuple[Any, ...]] = await store._write(
         lambda database: [
-            database.execute(f"PRAGMA {name}").fetchone() for name in ("journal_mode", "synchronous")
+            database.execute(f"PRAGMA {name}").fetchone()
+            for name in ("journal_mode", "synchronous")
         ]
     )
     assert seen == [("wal",), (2,)]
@@ -281,10 +282,16 @@ async def test_a_closed_store_says_so(tmp_path: Path) -> None:
 async def test_a_full_disk_under_the_database(store: ShadowStore) -> None:
     kept = [await put(store, os.urandom(4096)) for _ in range(20)]
     pages = await store._write(lambda database: database.execute("PRAGMA page_count").fetchone()[0])
-    await store._write(lambda database: database.execute(f"PRAGMA max_page_count = {pages + 10}").fetchone())
-    with pytest.raises(StoreFull):
+    await store._write(
+        lambda database: database.execute(f"PRAGMA max_page_count = {pages + 10}").fetchone()
+    )
+
+    async def fill() -> None:
         for _ in range(100):
             kept.append(await put(store, os.urandom(4096)))
+
+    with pytest.raises(StoreFull):
+        await fill()
     held = [meta.shadow_id async for meta in store.in_order(State.HELD)]
     assert held == kept
     # Discards make room again.
@@ -294,30 +301,34 @@ async def test_a_full_disk_under_the_database(store: ShadowStore) -> None:
     assert await store._write(lambda db: db.execute("PRAGMA integrity_check").fetchone()[0]) == "ok"
 
 
-async def test_a_full_disk_under_a_file(store: ShadowStore, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_full_disk_under_a_file(
+    store: ShadowStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = os.write
 
     def full(number: int, data: Any) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(spool.os, "write", full)
+    monkeypatch.setattr(os, "write", full)
     writer = store.begin(ids.new(), origin="a", queue_id="q", envelope=ENVELOPE, epoch=1)
     with pytest.raises(StoreFull):
         await writer.write(bytes(LARGE))
     with pytest.raises(StoreFull):
         await writer.commit()
     writer.abort()
-    monkeypatch.setattr(spool.os, "write", real)
+    monkeypatch.setattr(os, "write", real)
     shadow_id = await put(store, bytes(LARGE))
     assert len(await read(store, shadow_id)) == LARGE
     assert len(spooled(store)) == 1
 
 
-async def test_a_failed_sync_is_no_success(store: ShadowStore, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_failed_sync_is_no_success(
+    store: ShadowStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(number: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(spool.os, "fsync", broken)
+    monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(StoreError):
         await put(store, bytes(LARGE))
     monkeypatch.undo()

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from tests.unit.transport.support import content
+
 from umbra.transport.store import ShadowStore, State
 
 ROOT = Path(__file__).parents[3]
@@ -32,7 +33,7 @@ async def killed_after(directory: Path, seconds: float) -> dict[str, str]:
     process.send_signal(signal.SIGKILL)
     rest = await process.stdout.read()
     await process.wait()
-    return dict(line.split() for line in (first + rest).decode().splitlines())  # type: ignore[misc]
+    return dict(line.split() for line in (first + rest).decode().splitlines())
 
 
 async def test_what_was_acknowledged_survives_a_kill(tmp_path: Path) -> None:

@@ -161,6 +161,10 @@ class Copies:
         """Return all copies: shadow ids by queue id."""
         return self._settled | self._fresh
 
+    def sure(self) -> set[str]:
+        """Return the queue ids of the copies that are surely there."""
+        return self.known().keys() - self._doubtful
+
     def compare(self, before: dict[str, str], held: dict[str, str]) -> list[str]:
         """Take over what the holder says it has; return the queue ids it should have and has not.
 
@@ -170,6 +174,7 @@ class Copies:
         for queue_id, shadow_id in held.items():
             if queue_id not in self._settled:
                 self._fresh.setdefault(queue_id, shadow_id)
+        self._doubtful -= held.keys()
         now = self.known()
         missing = [
             queue_id
@@ -216,8 +221,8 @@ class Discarder:
         return len(self._copies[holder])
 
     def covered(self, holder: str) -> set[str]:
-        """Return the queue ids of the messages that ``holder`` has a copy of."""
-        return set(self._copies[holder].known())
+        """Return the queue ids of the messages that ``holder`` surely has a copy of."""
+        return self._copies[holder].sure()
 
     async def run(self) -> None:
         """Discard once an interval and reconcile now and then, until cancelled."""

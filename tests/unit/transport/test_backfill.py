@@ -1,0 +1,110 @@
+"""Back-fill: what was accepted alone gets to the shadow, and the end is told truly."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from tests.unit.transport.support import ENVELOPE, FakeLink, content
+
+from umbra.peer.exchange import PeerError
+from umbra.transport import ids
+from umbra.transport.backfill import BackFill, BackFilled
+from umbra.transport.discard import Discarder, LocalHolder, PeerHolder
+from umbra.transport.resubmit import narrow
+from umbra.transport.service import ShadowService
+from umbra.transport.store import ShadowStore, State
+
+
+@dataclass
+class Bench:
+    own: ShadowStore
+    shadow: ShadowStore
+    link: FakeLink
+    discarder: Discarder
+    back_fill: BackFill
+    storing: int = 0
+
+    async def alone(
+        self,
+        data: bytes,
+        queue_id: str = "4abc",
+        origin: str = "a",
+        state: State = State.UNSHADOWED,
+    ) -> str:
+        shadow_id = ids.new()
+        writer = self.own.begin(
+            shadow_id, origin=origin, queue_id=queue_id, envelope=ENVELOPE, epoch=2, state=state
+        )
+        await writer.write(data)
+        await writer.commit()
+        return shadow_id
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    own, shadow = ShadowStore(tmp_path / "own"), ShadowStore(tmp_path / "shadow")
+    await own.open()
+    await shadow.open()
+    link = FakeLink("b", ShadowService(shadow, lambda: 2).handlers())
+
+    async def queue_ids() -> set[str]:
+        return set()
+
+    discarder = Discarder([LocalHolder(own, "a"), PeerHolder(link)], queue_ids)  # type: ignore[arg-type]
+    bench: Bench
+    back_fill = BackFill("a", own, discarder, lambda: bench.storing)
+    bench = Bench(own, shadow, link, discarder, back_fill)
+    yield bench
+    await own.close()
+    await shadow.close()
+
+
+async def test_everything_is_copied_and_its_own_copy_goes(bench: Bench) -> None:
+    data = {await bench.alone(body): body for body in (b"one", b"", os.urandom(500_000))}
+    assert await bench.back_fill.run(bench.link) == BackFilled(3, complete=True)  # type: ignore[arg-type]
+    for shadow_id, body in data.items():
+        meta = await bench.shadow.find(shadow_id)
+        assert meta is not None
+        assert (meta.origin, meta.queue_id, meta.state) == ("a", "4abc", State.HELD)
+        assert await content(bench.shadow.content(meta)) == body
+    assert await bench.own.stats() == []
+    assert await bench.back_fill.run(bench.link) == BackFilled(0, complete=True)  # type: ignore[arg-type]
+
+
+async def test_a_break_keeps_what_is_not_copied(bench: Bench) -> None:
+    for number in range(5):
+        await bench.alone(b"x", f"q{number}")
+    calls = iter([None, None, PeerError("unreachable", "gone")])
+    bench.link.fail = lambda op: next(calls)
+    with pytest.raises(PeerError):
+        await bench.back_fill.run(bench.link)  # type: ignore[arg-type]
+    assert [holding.count for holding in await bench.own.stats()] == [3]
+    bench.link.fail = lambda op: None
+    assert (await bench.back_fill.run(bench.link)).copied == 3  # type: ignore[arg-type]
+    assert [holding.count for holding in await bench.shadow.stats()] == [5]
+    assert bench.discarder.outstanding("b") == 5
+
+
+async def test_it_is_not_complete_while_a_message_is_on_its_way_into_the_store(
+    bench: Bench,
+) -> None:
+    bench.storing = 1
+    assert not (await bench.back_fill.run(bench.link)).complete  # type: ignore[arg-type]
+
+
+async def test_it_is_not_complete_while_a_resubmission_waits(bench: Bench) -> None:
+    await bench.alone(b"x", origin="c", state=State.HELD)
+    await bench.own.claim("c", None, narrow)
+    assert not (await bench.back_fill.run(bench.link)).complete  # type: ignore[arg-type]
+
+
+async def test_another_shadow_may_need_the_own_copy(bench: Bench) -> None:
+    await bench.alone(b"x")
+    await bench.back_fill.run(bench.link, keep=True)  # type: ignore[arg-type]
+    assert [holding.count for holding in await bench.own.stats()] == [1]
+    await bench.back_fill.run(bench.link)  # type: ignore[arg-type]
+    assert [holding.count for holding in await bench.shadow.stats()] == [1]

@@ -1,0 +1,305 @@
+"""Discard: never early, never forgotten."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.unit.transport.support import ENVELOPE, FakeLink
+
+from umbra.node.helper import HelperError
+from umbra.peer.exchange import PeerError
+from umbra.transport import discard as module
+from umbra.transport import ids
+from umbra.transport.discard import Copies, Discarder, LocalHolder, PeerHolder, Reconciled
+from umbra.transport.service import ShadowService
+from umbra.transport.store import ShadowStore, State
+
+
+class Queue:
+    """The queue as the helper lists it; ``during`` happens while a listing runs."""
+
+    def __init__(self) -> None:
+        self.files: set[str] = set()
+        self.during: Any = None
+        self.error = False
+        self.listings = 0
+
+    async def __call__(self) -> set[str]:
+        self.listings += 1
+        if self.error:
+            raise HelperError("cannot read the queue")
+        seen = set(self.files)
+        if self.during:
+            self.during()
+        return seen
+
+
+@pytest.fixture
+async def shadow(tmp_path: Path) -> AsyncIterator[ShadowStore]:
+    store = ShadowStore(tmp_path / "shadow")
+    await store.open()
+    yield store
+    await store.close()
+
+
+@pytest.fixture
+def link(shadow: ShadowStore) -> FakeLink:
+    return FakeLink("b", ShadowService(shadow, lambda: 1).handlers())
+
+
+@pytest.fixture
+def queue() -> Queue:
+    return Queue()
+
+
+@pytest.fixture
+def discarder(link: FakeLink, queue: Queue) -> Discarder:
+    return Discarder([PeerHolder(link)], queue, interval=0.01)  # type: ignore[arg-type]
+
+
+async def held(store: ShadowStore, queue_id: str, *, origin: str = "a") -> str:
+    shadow_id = ids.new()
+    writer = store.begin(shadow_id, origin=origin, queue_id=queue_id, envelope=ENVELOPE, epoch=1)
+    await writer.write(b"x")
+    await writer.commit()
+    return shadow_id
+
+
+async def left(store: ShadowStore, state: State = State.HELD) -> list[str]:
+    return [meta.queue_id async for meta in store.in_order(state)]
+
+
+async def test_a_copy_goes_after_two_listings_without_its_file(
+    shadow: ShadowStore, queue: Queue, discarder: Discarder
+) -> None:
+    queue.files = {"q1", "q2"}
+    for queue_id in ("q1", "q2"):
+        discarder.add("b", queue_id, await held(shadow, queue_id))
+    for _ in range(3):
+        await discarder.discard()
+    assert await left(shadow) == ["q1", "q2"]
+    queue.files = {"q2"}
+    await discarder.discard()
+    assert await left(shadow) == ["q1", "q2"]
+    await discarder.discard()
+    assert await left(shadow) == ["q2"]
+    assert discarder.outstanding("b") == 1
+
+
+async def test_a_file_that_one_listing_missed_keeps_its_copy(
+    shadow: ShadowStore, queue: Queue, discarder: Discarder
+) -> None:
+    discarder.add("b", "q1", await held(shadow, "q1"))
+    for files in ({"q1"}, set(), {"q1"}, set(), {"q1"}):
+        queue.files = files
+        await discarder.discard()
+    assert await left(shadow) == ["q1"]
+
+
+async def test_a_copy_made_while_a_listing_runs_is_not_judged_by_it(
+    shadow: ShadowStore, queue: Queue, discarder: Discarder
+) -> None:
+    discarder.add("b", "q1", await held(shadow, "q1"))
+    second = await held(shadow, "q2")
+    # The listing has passed incoming when the message comes; both listings before the next do not
+    # know it.
+    queue.during = lambda: discarder.add("b", "q2", second)
+    await discarder.discard()
+    queue.during = None
+    await discarder.discard()
+    assert await left(shadow) == ["q2"]
+    await discarder.discard()
+    assert await left(shadow) == []
+
+
+async def test_a_listing_that_fails_judges_nothing(
+    shadow: ShadowStore, queue: Queue, discarder: Discarder
+) -> None:
+    discarder.add("b", "q1", await held(shadow, "q1"))
+    queue.error = True
+    for _ in range(3):
+        await discarder.discard()
+    assert await left(shadow) == ["q1"]
+
+
+async def test_nothing_outstanding_lists_nothing(queue: Queue, discarder: Discarder) -> None:
+    await discarder.discard()
+    assert queue.listings == 0
+
+
+async def test_a_shadow_that_is_away_is_told_later(
+    shadow: ShadowStore, link: FakeLink, queue: Queue, discarder: Discarder
+) -> None:
+    discarder.add("b", "q1", await held(shadow, "q1"))
+    link.fail = lambda op: PeerError("unreachable", "gone")
+    for _ in range(4):
+        await discarder.discard()
+    assert discarder.outstanding("b") == 1
+    link.fail = lambda op: None
+    await discarder.discard()
+    assert discarder.outstanding("b") == 0
+    assert await left(shadow) == []
+
+
+async def test_discards_go_in_batches(
+    shadow: ShadowStore, link: FakeLink, queue: Queue, discarder: Discarder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(module, "BATCH", 4)
+    for number in range(10):
+        discarder.add("b", f"q{number}", await held(shadow, f"q{number}"))
+    for _ in range(2):
+        await discarder.discard()
+    assert link.ops == ["shadow-discard"] * 3
+    assert await left(shadow) == []
+
+
+async def test_after_a_restart_the_lists_are_compared(
+    shadow: ShadowStore, queue: Queue, discarder: Discarder
+) -> None:
+    queue.files = {"q1", "q3"}
+    for queue_id in ("q1", "q2"):
+        await held(shadow, queue_id)
+    await held(shadow, "q9", origin="c")
+    discarder.add("b", "q3", ids.new())  # which b has lost
+    assert await discarder.reconcile("b") == Reconciled(2, ["q3"])
+    for _ in range(2):
+        await discarder.discard()
+    assert await left(shadow) == ["q1", "q9"]
+    assert discarder.outstanding("b") == 1
+
+
+async def test_what_only_may_have_arrived_is_not_missed(
+    shadow: ShadowStore, queue: Queue, discarder: Discarder
+) -> None:
+    discarder.add("b", "q1", ids.new(), sure=False)
+    assert await discarder.reconcile("b") == Reconciled(0, [])
+    assert discarder.covered("b") == set()
+
+
+async def test_what_may_have_arrived_and_did_is_covered(
+    shadow: ShadowStore, discarder: Discarder
+) -> None:
+    discarder.add("b", "q1", await held(shadow, "q1"), sure=False)
+    discarder.add("b", "q2", await held(shadow, "q2"))
+    assert discarder.covered("b") == {"q2"}
+    await discarder.reconcile("b")
+    assert discarder.covered("b") == {"q1", "q2"}
+
+
+async def test_a_list_of_many_pages_is_compared(shadow: ShadowStore, discarder: Discarder) -> None:
+    await asyncio.gather(*(held(shadow, f"q{number}") for number in range(1100)))
+    assert (await discarder.reconcile("b")).held == 1100
+    assert discarder.outstanding("b") == 1100
+
+
+async def test_copies_here_are_dropped_with_their_messages(tmp_path: Path, queue: Queue) -> None:
+    own = ShadowStore(tmp_path / "own")
+    await own.open()
+    discarder = Discarder([LocalHolder(own, "a")], queue)
+    writer = own.begin(
+        ids.new(), origin="a", queue_id="q1", envelope=ENVELOPE, epoch=1, state=State.UNSHADOWED
+    )
+    await writer.commit()
+    # As after a restart: known from the store alone.
+    assert (await discarder.reconcile("a")).held == 1
+    queue.files = {"q1"}
+    await discarder.discard()
+    await discarder.discard()
+    assert await left(own, State.UNSHADOWED) == ["q1"]
+    queue.files = set()
+    await discarder.discard()
+    await discarder.discard()
+    assert await left(own, State.UNSHADOWED) == []
+    await own.close()
+
+
+async def test_a_former_primary_discards_nothing(
+    shadow: ShadowStore, queue: Queue, discarder: Discarder
+) -> None:
+    discarder.add("b", "q1", await held(shadow, "q1"))
+    discarder.forget()
+    for _ in range(3):
+        await discarder.discard()
+    assert await left(shadow) == ["q1"]
+
+
+@pytest.mark.parametrize(
+    "args", [{}, {"shadow_ids": "x"}, {"shadow_ids": ["x"]}, {"shadow_ids": [1]}]
+)
+async def test_the_shadow_checks_what_it_is_told(link: FakeLink, args: dict[str, Any]) -> None:
+    with pytest.raises(PeerError) as caught:
+        await link.request("shadow-discard", args, timeout=1)
+    assert caught.value.code == "protocol"
+
+
+# -- the race between a listing and Postfix's renames, as a model
+
+FLOW = ("incoming", "active", "deferred", "hold", "corrupt")
+
+
+def seen(moves: list[tuple[int, int]], start: int) -> bool:
+    """Whether a listing in the order of FLOW sees a file in ``start`` that moves at the given times
+    to the given places.
+
+    Directory d is read at time 2d+1 to 2d+2; a file seen there must be there all that time.
+    """
+    for directory in range(len(FLOW)):
+        place, there = start, True
+        for time, target in moves:
+            if time <= 2 * directory + 1:
+                place = target
+            elif time < 2 * directory + 2:
+                there = there and place != directory  # moved while it was read: may be missed
+                place = target
+        if place == directory and there:
+            return True
+    return False
+
+
+@settings(deadline=None)
+@given(
+    st.integers(0, 4),
+    st.lists(st.tuples(st.integers(0, 10), st.integers(0, 4)), max_size=4).map(
+        lambda moves: sorted(moves, key=lambda move: move[0])
+    ),
+)
+def test_a_file_that_moves_with_the_flow_is_always_seen(
+    start: int, moves: list[tuple[int, int]]
+) -> None:
+    places = [start, *(target for _, target in moves)]
+    forward = all(before <= after for before, after in pairwise(places))
+    times = [time for time, _ in moves]
+    if forward and len(set(times)) == len(times):
+        assert seen(moves, start)
+
+
+def test_the_model_knows_that_a_move_against_the_flow_can_be_missed() -> None:
+    # From deferred to active, after active was read and before deferred is.
+    assert not seen([(4, 1)], 2)
+
+
+@settings(deadline=None)
+@given(st.lists(st.sets(st.sampled_from(["q1", "q2", "q3"])), min_size=1, max_size=8))
+def test_judging_is_absence_twice_in_a_row(listings: list[set[str]]) -> None:
+    copies = Copies()
+    for queue_id in ("q1", "q2", "q3"):
+        copies.add(queue_id, queue_id, sure=True)
+    alive = {"q1", "q2", "q3"}
+    before: set[str] | None = None
+    for present in listings:
+        copies.begin_listing()
+        ripe = copies.judge(present)
+        expected = set() if before is None else {q for q in alive if q not in present | before}
+        assert set(ripe) == expected
+        copies.remove(ripe)
+        alive -= expected
+        before = present
+    assert set(copies.known()) == alive

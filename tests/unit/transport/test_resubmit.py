@@ -1,0 +1,396 @@
+"""Resubmission against a real TCP SMTP server of the test's own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.unit.transport.support import ENVELOPE
+
+from umbra.transport import ids
+from umbra.transport import resubmit as module
+from umbra.transport.discard import Discarder, LocalHolder
+from umbra.transport.envelope import Recipient
+from umbra.transport.resubmit import Resubmission, Resubmitter
+from umbra.transport.smtp import SmtpUnreachable, Stuffer
+from umbra.transport.store import ShadowStore, State
+
+CONTENT = b"Subject: x\r\n\r\n.dot\r\n..two\r\n\r\n.\r\nbare \r CR\r\n\x00\xff\r\n"
+
+
+@dataclass
+class Mail:
+    commands: list[bytes]
+    content: bytes
+
+
+@dataclass
+class Smtpd:
+    """A small SMTP server that keeps what it was given, as Postfix would read it."""
+
+    mails: list[Mail] = field(default_factory=list)
+    commands: list[bytes] = field(default_factory=list)
+    extensions: tuple[str, ...] = (
+        "PIPELINING", "8BITMIME", "SMTPUTF8", "DSN", "XFORWARD NAME ADDR PROTO HELO",
+    )  # fmt: skip
+    refuse: Callable[[bytes], bytes | None] = lambda command: None
+    on_data: Callable[[Mail], None] = lambda mail: None
+    drop_after_data: bool = False
+    sessions: int = 0
+    port: int = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.sessions += 1
+        try:
+            await self.session(reader, writer)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+
+    async def session(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"220 mx ESMTP\r\n")
+        commands: list[bytes] = []
+        while line := await reader.readline():
+            command = line.removesuffix(b"\r\n")
+            self.commands.append(command)
+            verb = command.split(b" ")[0].upper()
+            if refusal := self.refuse(command):
+                writer.write(refusal + b"\r\n")
+            elif verb == b"EHLO":
+                said = ["mx", *self.extensions]
+                text = "".join(f"250-{item}\r\n" for item in said[:-1]) + f"250 {said[-1]}\r\n"
+                writer.write(text.encode())
+            elif verb == b"DATA":
+                writer.write(b"354 go\r\n")
+                lines = []
+                while (line := await reader.readuntil(b"\r\n")) != b".\r\n":
+                    lines.append(line.removeprefix(b"."))
+                mail = Mail(commands, b"".join(lines))
+                self.on_data(mail)
+                if self.drop_after_data:
+                    return
+                self.mails.append(mail)
+                commands = []
+                writer.write(b"250 2.0.0 Ok: queued as 4postfix\r\n")
+            elif verb == b"RSET":
+                commands = []
+                writer.write(b"250 ok\r\n")
+            else:
+                commands.append(command)
+                writer.write(b"250 ok\r\n")
+
+
+@dataclass
+class Bench:
+    store: ShadowStore
+    smtpd: Smtpd
+    discarder: Discarder
+    resubmitter: Resubmitter
+    resubmissions: dict[str, Resubmission]
+    queue: set[str] = field(default_factory=set)
+    committed: set[str] = field(default_factory=set)
+    mailboxes: set[tuple[str, str]] = field(default_factory=set)
+
+    async def held(self, content: bytes = CONTENT, queue_id: str = "4old", **change: object) -> str:
+        shadow_id = ids.new()
+        envelope = replace(ENVELOPE, **change)  # type: ignore[arg-type]
+        writer = self.store.begin(
+            shadow_id, origin="a", queue_id=queue_id, envelope=envelope, epoch=1
+        )
+        await writer.write(content)
+        await writer.commit()
+        return shadow_id
+
+    def milter(self, *, shadowed: bool) -> Callable[[Mail], None]:
+        """What our milter does at the end of a resubmitted message."""
+
+        def act(mail: Mail) -> None:
+            shadow_id = mail.content.split(b"\r\n")[0].removeprefix(b"X-Umbra-Id: ").decode()
+            self.resubmissions[shadow_id].queue_id = "4new"
+            self.resubmissions[shadow_id].shadowed = shadowed
+
+        return act
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    store = ShadowStore(tmp_path / "own")
+    await store.open()
+    smtpd = Smtpd()
+    server = await asyncio.start_server(smtpd.serve, "127.0.0.1", 0, limit=1 << 20)
+    smtpd.port = server.sockets[0].getsockname()[1]
+    bench: Bench
+
+    async def queue_ids() -> set[str]:
+        return bench.queue
+
+    async def committed_ids() -> set[str]:
+        return bench.committed
+
+    async def delivered(address: str, shadow_id: str) -> bool:
+        return (address, shadow_id) in bench.mailboxes
+
+    discarder = Discarder([LocalHolder(store, "b")], queue_ids)
+    resubmissions: dict[str, Resubmission] = {}
+    resubmitter = Resubmitter(
+        "b", store, discarder, resubmissions,
+        queue_ids=queue_ids, committed_ids=committed_ids, delivered=delivered, port=smtpd.port,
+    )  # fmt: skip
+    bench = Bench(store, smtpd, discarder, resubmitter, resubmissions)
+    smtpd.on_data = bench.milter(shadowed=True)
+    yield bench
+    server.close()
+    await server.wait_closed()
+    await store.close()
+    assert resubmissions == {}
+
+
+async def test_the_message_arrives_byte_for_byte_with_its_envelope(bench: Bench) -> None:
+    shadow_id = await bench.held(
+        sender="b\udcfcro@example.org",
+        sender_args=("SIZE=99", "BODY=8BITMIME", "RET=HDRS", "ENVID=x+3D", "SMTPUTF8", "AUTH=<>"),
+        recipients=(
+            Recipient("bob@example.com", ("NOTIFY=FAILURE", "ORCPT=rfc822;bob")),
+            Recipient("eve@example.com"),
+        ),
+        client_address="2001:db8::7",
+        client_name="[2001:db8::7]",
+        helo="odd+name",
+    )
+    await bench.resubmitter.claim("a")
+    report = await bench.resubmitter.step()
+    assert (report.resubmitted, report.failed) == (1, {})
+    [mail] = bench.smtpd.mails
+    assert mail.content == f"X-Umbra-Id: {shadow_id}\r\n".encode() + CONTENT
+    assert mail.commands == [
+        b"XFORWARD NAME=[UNAVAILABLE] ADDR=IPV6:2001:db8::7 HELO=odd+2Bname",
+        b"MAIL FROM:<b\xfcro@example.org> BODY=8BITMIME RET=HDRS ENVID=x+3D SMTPUTF8",
+        b"RCPT TO:<bob@example.com> NOTIFY=FAILURE ORCPT=rfc822;bob",
+        b"RCPT TO:<eve@example.com>",
+    ]
+    # A shadow has it, and our queue: the copy here has done its duty.
+    assert await bench.store.stats() == []
+
+
+async def test_the_null_sender_goes_as_it_came(bench: Bench) -> None:
+    await bench.held(sender="", sender_args=())
+    await bench.resubmitter.claim("a")
+    await bench.resubmitter.step()
+    assert b"MAIL FROM:<>" in bench.smtpd.mails[0].commands
+
+
+async def test_without_a_shadow_the_copy_stays_for_the_back_fill(bench: Bench) -> None:
+    bench.smtpd.on_data = bench.milter(shadowed=False)
+    shadow_id = await bench.held()
+    await bench.resubmitter.claim("a")
+    await bench.resubmitter.step()
+    meta = await bench.store.find(shadow_id)
+    assert meta is not None
+    assert (meta.state, meta.origin, meta.queue_id) == (State.UNSHADOWED, "b", "4new")
+    assert bench.discarder.outstanding("b") == 1
+
+
+async def test_order_is_the_order_of_acceptance(bench: Bench) -> None:
+    made = [await bench.held(b"%d\r\n" % number) for number in range(30)]
+    bench.resubmitter._concurrency = 1
+    await bench.resubmitter.claim("a")
+    await bench.resubmitter.step()
+    got = [mail.content.split(b"\r\n")[0][12:].decode() for mail in bench.smtpd.mails]
+    assert got == made
+    assert bench.smtpd.sessions == 1
+
+
+async def test_concurrency_is_bounded(bench: Bench) -> None:
+    for number in range(50):
+        await bench.held(b"%d\r\n" % number)
+    await bench.resubmitter.claim("a")
+    report = await bench.resubmitter.step()
+    assert report.resubmitted == 50
+    assert bench.smtpd.sessions <= module.CONCURRENCY
+
+
+async def test_recipients_that_have_it_are_left_out(bench: Bench) -> None:
+    two = (Recipient("bob@example.com"), Recipient("eve@example.com"))
+    one = await bench.held(recipients=two)
+    other = await bench.held(recipients=two)
+    bench.mailboxes = {
+        ("bob@example.com", one),
+        ("bob@example.com", other),
+        ("eve@example.com", other),
+    }
+    await bench.resubmitter.claim("a")
+    report = await bench.resubmitter.step()
+    assert (report.resubmitted, report.duplicates) == (1, 3)
+    [mail] = bench.smtpd.mails
+    assert [line for line in mail.commands if line.startswith(b"RCPT")] == [
+        b"RCPT TO:<eve@example.com>"
+    ]
+    assert await bench.store.stats() == []
+
+
+async def test_a_handover_says_who_is_left(bench: Bench) -> None:
+    await bench.held(
+        queue_id="4one", recipients=(Recipient("bob@example.com"), Recipient("eve@example.com"))
+    )
+    await bench.held(queue_id="4two")
+    assert await bench.resubmitter.claim("a", {"4one": ["eve@example.com"]}) == 1
+    await bench.resubmitter.step()
+    [mail] = bench.smtpd.mails
+    assert [line for line in mail.commands if line.startswith(b"RCPT")] == [
+        b"RCPT TO:<eve@example.com>"
+    ]
+
+
+@pytest.mark.parametrize("verb", [b"MAIL", b"RCPT", b"DATA"])
+async def test_a_refusal_keeps_the_message_and_the_connection(bench: Bench, verb: bytes) -> None:
+    shadow_id = await bench.held()
+    await bench.resubmitter.claim("a")
+    bench.smtpd.refuse = lambda command: b"451 4.3.0 not now" if command.startswith(verb) else None
+    report = await bench.resubmitter.step()
+    assert report.failed == {shadow_id: "451 4.3.0 not now"}
+    bench.smtpd.refuse = lambda command: None
+    assert (await bench.resubmitter.step()).resubmitted == 1
+    assert len(bench.smtpd.mails) == 1
+
+
+async def test_one_refused_recipient_never_makes_a_part_of_a_message(bench: Bench) -> None:
+    await bench.held(recipients=(Recipient("bob@example.com"), Recipient("eve@example.com")))
+    await bench.resubmitter.claim("a")
+    bench.smtpd.refuse = lambda command: b"550 5.1.1 no" if b"eve" in command else None
+    assert len((await bench.resubmitter.step()).failed) == 1
+    assert bench.smtpd.mails == []
+    assert b"RSET" in bench.smtpd.commands
+
+
+async def test_no_server_ends_the_pass(bench: Bench) -> None:
+    await bench.held()
+    await bench.resubmitter.claim("a")
+    bench.resubmitter._address = ("127.0.0.1", 1)
+    with pytest.raises(SmtpUnreachable):
+        await bench.resubmitter.step()
+    assert [holding.state for holding in await bench.store.stats()] == [State.RESUBMITTING]
+
+
+async def test_run_tries_again_until_nothing_is_left(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FIRST_PAUSE", 0.01)
+    for number in range(5):
+        await bench.held(b"%d\r\n" % number)
+    await bench.resubmitter.claim("a")
+    refusals = iter([True] * 7)
+    bench.smtpd.refuse = lambda command: (
+        b"451 later" if command.startswith(b"DATA") and next(refusals, False) else None
+    )
+    report = await bench.resubmitter.run()
+    assert (report.resubmitted, report.failed) == (5, {})
+    assert len({mail.content for mail in bench.smtpd.mails}) == 5
+
+
+# -- a crash at each step: another Resubmitter on the same store stands for the next process
+
+
+async def test_crash_after_the_claim(bench: Bench) -> None:
+    await bench.held()
+    await bench.resubmitter.claim("a")
+    await bench.resubmitter.claim("a")
+    assert (await bench.resubmitter.step()).resubmitted == 1
+
+
+async def crashed_at_the_end_of_the_message(bench: Bench) -> str:
+    shadow_id = await bench.held()
+    await bench.resubmitter.claim("a")
+    await bench.store.note_queue_id(shadow_id, "4new")
+    return shadow_id
+
+
+async def test_crash_after_postfix_had_accepted(bench: Bench) -> None:
+    shadow_id = await crashed_at_the_end_of_the_message(bench)
+    bench.queue = bench.committed = {"4new"}
+    report = await bench.resubmitter.step()
+    assert (report.resubmitted, report.finished_before) == (0, 1)
+    assert bench.smtpd.mails == []
+    meta = await bench.store.find(shadow_id)
+    assert meta is not None
+    assert (meta.state, meta.queue_id) == (State.UNSHADOWED, "4new")
+
+
+async def test_crash_while_postfix_had_not_decided(bench: Bench) -> None:
+    await crashed_at_the_end_of_the_message(bench)
+    bench.queue = {"4new"}
+    assert len((await bench.resubmitter.step()).failed) == 1
+    assert bench.smtpd.mails == []
+    # Postfix removes what it has not committed: now it is sent.
+    bench.queue = set()
+    assert (await bench.resubmitter.step()).resubmitted == 1
+
+
+async def test_crash_after_the_delivery(bench: Bench) -> None:
+    shadow_id = await crashed_at_the_end_of_the_message(bench)
+    bench.mailboxes = {("bob@example.com", shadow_id)}
+    report = await bench.resubmitter.step()
+    assert (report.resubmitted, report.duplicates) == (0, 1)
+    assert bench.smtpd.mails == []
+    assert await bench.store.stats() == []
+
+
+async def test_a_connection_that_breaks_after_the_content(bench: Bench) -> None:
+    bench.smtpd.drop_after_data = True
+    await bench.held()
+    await bench.resubmitter.claim("a")
+    assert len((await bench.resubmitter.step()).failed) == 1
+    bench.smtpd.drop_after_data = False
+    assert (await bench.resubmitter.step()).resubmitted == 1
+    assert len(bench.smtpd.mails) == 1
+
+
+async def test_a_large_message_is_streamed(bench: Bench) -> None:
+    body = (os.urandom(300).hex().encode() + b"\r\n.\r\n") * 4000
+    await bench.held(body)
+    await bench.resubmitter.claim("a")
+    await bench.resubmitter.step()
+    assert bench.smtpd.mails[0].content.split(b"\r\n", 1)[1] == body
+
+
+async def test_arguments_that_are_not_offered_are_left_out(bench: Bench) -> None:
+    bench.smtpd.extensions = ("HELP",)
+    await bench.held(sender_args=("BODY=8BITMIME", "RET=FULL"))
+    await bench.resubmitter.claim("a")
+    await bench.resubmitter.step()
+    assert bench.smtpd.mails[0].commands == [
+        b"MAIL FROM:<ann@example.org>",
+        b"RCPT TO:<bob@example.com>",
+    ]
+
+
+# -- dot-stuffing
+
+lines = st.lists(st.sampled_from([b".", b"a", b"\r\n", b"\n", b"\r", b"..", b"\x00"]), max_size=40)
+
+
+@settings(deadline=None)
+@given(lines, st.integers(1, 7))
+def test_stuffing_does_not_depend_on_the_pieces(parts: list[bytes], size: int) -> None:
+    whole = b"".join(parts)
+    stuffer = Stuffer()
+    pieces = b"".join(
+        stuffer.feed(whole[start : start + size]) for start in range(0, len(whole), size)
+    )
+    ended = pieces + stuffer.end()
+    once = Stuffer()
+    assert ended == once.feed(whole) + once.end()
+    # The end is where it should be and nowhere before, also for one who takes a bare LF for a line
+    # end.
+    rows = ended.replace(b"\r\n", b"\n").split(b"\n")
+    assert rows[-2:] == [b".", b""]
+    assert b"." not in rows[:-2]
+    back = b"\n".join(row.removeprefix(b".") for row in rows[:-2])
+    expected = whole.replace(b"\r\n", b"\n")
+    assert back + b"\n" in (expected, expected + b"\n")
