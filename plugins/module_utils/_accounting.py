@@ -500,12 +500,23 @@ def account(
         ),
         "views": list(views),
         "moves": timed,
-        "findings": [dataclasses.asdict(finding) for finding in findings[:FINDINGS_SHOWN]],
-        "findings_total": len(findings),
+        "findings": gathered(findings)[:FINDINGS_SHOWN],
+        "findings_total": len(gathered(findings)),
     }
     report["reasons"] = verdict_reasons(report, complete, minimum, len(moves))
     report["verdict"] = "fail" if report["reasons"] else "pass"
     return report
+
+
+def gathered(findings: Iterable[Finding]) -> list[dict[str, str]]:
+    """Return the findings for people: one that several views share is one, with their names."""
+    views: dict[tuple[str, str], list[str]] = {}
+    for finding in findings:
+        views.setdefault((finding.what, finding.text), []).append(finding.view)
+    return [
+        {"what": what, "view": ", ".join(names), "text": text}
+        for (what, text), names in views.items()
+    ]
 
 
 def verdict_reasons(

@@ -486,7 +486,8 @@ class TestReport:
         view[USER]["INBOX"]["messages"].pop()
         result = report(log, marks, view, view, view)
         assert result["lost"] == 1
-        assert result["findings_total"] == 3
+        assert result["findings_total"] == 1
+        assert result["findings"][0]["view"] == "outside, mail-a, mail-b"
 
     def test_change_lost(self, worker: Worker) -> None:
         log, marks, view = run(worker)
