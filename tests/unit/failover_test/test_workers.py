@@ -37,6 +37,8 @@ def settings(tmp_path: Path) -> Settings:
         "changes_per_s": 100.0,
         "samples": "",
         "big_message_bytes": 0,
+        "min_messages": 0,
+        "min_changes": 0,
         "max_s": 5.0,
         "connect_timeout_s": 0.1,
         "reply_timeout_s": 0.1,
@@ -61,7 +63,7 @@ def log(settings: Settings) -> list[dict[str, Any]]:
 def stopped(settings: Settings) -> pace.Pace:
     """A pace whose run is over: nothing is tried again."""
     (settings.directory / "stop").touch()
-    return pace.Pace(1000.0, pace.Stop(settings.directory / "stop", 5.0))
+    return pace.Pace(1000.0, pace.Stop(settings.directory / "stop", 5.0, lambda: True))
 
 
 class Quiet:
@@ -340,14 +342,28 @@ class TestNodes:
 
 class TestPace:
     def test_stops_at_the_file(self, tmp_path: Path) -> None:
-        it = pace.Pace(1000.0, pace.Stop(tmp_path / "stop", 5.0))
+        it = pace.Pace(1000.0, pace.Stop(tmp_path / "stop", 5.0, lambda: True))
         assert it.wait()
         (tmp_path / "stop").touch()
         assert not it.wait()
         assert not it.pause()
 
+    def test_goes_on_until_it_has_enough(self, tmp_path: Path) -> None:
+        (tmp_path / "stop").touch()
+        enough = [False]
+        it = pace.Pace(1000.0, pace.Stop(tmp_path / "stop", 5.0, lambda: enough[0]))
+        assert it.wait()
+        enough[0] = True
+        assert not it.wait()
+
+    def test_journal_counts_what_was_acknowledged(self, journal: Journal) -> None:
+        for kind in ("send", "append", "move", "select"):
+            for outcome in ("ok", "refused", "unknown"):
+                journal.write({"kind": kind, "outcome": outcome})
+        assert (journal.messages, journal.changes) == (1, 2)
+
     def test_stops_by_itself(self, tmp_path: Path) -> None:
-        assert not pace.Pace(1000.0, pace.Stop(tmp_path / "stop", 0.0)).wait()
+        assert not pace.Pace(1000.0, pace.Stop(tmp_path / "stop", 0.0, lambda: False)).wait()
 
     def test_missed_turns_are_not_caught_up_with(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -361,7 +377,7 @@ class TestPace:
 
         monkeypatch.setattr("time.monotonic", lambda: now[0])
         monkeypatch.setattr("time.sleep", sleep)
-        it = pace.Pace(10.0, pace.Stop(tmp_path / "stop", 1000.0))
+        it = pace.Pace(10.0, pace.Stop(tmp_path / "stop", 1000.0, lambda: True))
         it.wait()
         now[0] += 50.0
         slept.clear()

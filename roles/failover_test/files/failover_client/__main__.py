@@ -29,7 +29,11 @@ def run(settings: Settings) -> None:
     journal = Journal(settings.directory / "log.jsonl")
     context = tls_context(settings)
     samples = load_samples(settings.samples)
-    stop = Stop(settings.directory / "stop", settings.max_s)
+
+    def enough() -> bool:
+        return journal.messages >= settings.min_messages and journal.changes >= settings.min_changes
+
+    stop = Stop(settings.directory / "stop", settings.max_s, enough)
     journal.write({"type": "begin", **stamp(), "run": settings.run, "samples": len(samples)})
     threads = [
         threading.Thread(

@@ -20,6 +20,8 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8")
         self._lock = threading.Lock()
+        self.messages = 0  # acknowledged so far
+        self.changes = 0
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record and hand it to the kernel."""
@@ -27,6 +29,9 @@ class Journal:
         with self._lock:
             self._file.write(line)
             self._file.flush()
+            if record.get("outcome") == OK:
+                self.messages += record["kind"] == "send"
+                self.changes += record["kind"] not in ("send", "select")
 
     def close(self) -> None:
         """Close the file."""

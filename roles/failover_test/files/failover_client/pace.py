@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 RETRY_S = (
@@ -11,15 +12,19 @@ RETRY_S = (
 
 
 class Stop:
-    """Whether the run is over: a stop file appeared, or its time is up (an orphan ends itself)."""
+    """Whether the run is over: it was told to stop and has enough, or its time is up.
 
-    def __init__(self, file: Path, max_s: float) -> None:
+    So a slow system is tested longer, and an orphan ends by itself.
+    """
+
+    def __init__(self, file: Path, max_s: float, enough: Callable[[], bool]) -> None:
         self._file = file
         self._deadline = time.monotonic() + max_s
+        self._enough = enough
 
     def __call__(self) -> bool:
         """Return True when the worker shall end."""
-        return time.monotonic() >= self._deadline or self._file.exists()
+        return time.monotonic() >= self._deadline or (self._enough() and self._file.exists())
 
 
 class Pace:

@@ -44,6 +44,8 @@ class Settings:
     changes_per_s: float
     samples: Path | None
     big_message_bytes: int
+    min_messages: int
+    min_changes: int
     max_s: float
     connect_timeout_s: float
     reply_timeout_s: float
@@ -74,6 +76,8 @@ def load(path: Path) -> Settings:
         changes_per_s=raw["changes_per_s"],
         samples=Path(raw["samples"]) if raw["samples"] else None,
         big_message_bytes=raw["big_message_bytes"],
+        min_messages=raw["min_messages"],
+        min_changes=raw["min_changes"],
         max_s=raw["max_s"],
         connect_timeout_s=raw["connect_timeout_s"],
         reply_timeout_s=raw["reply_timeout_s"],
