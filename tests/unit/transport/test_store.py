@@ -153,7 +153,7 @@ async def test_discard_is_for_the_origin_and_state_that_is_named(store: ShadowSt
     own = await put(store, bytes(10), state=State.UNSHADOWED)
     gone = await store.discard([mine, large, others, own, ids.new()], origin="a")
     assert {meta.shadow_id for meta in gone} == {mine, large}
-    assert gone[0].envelope.message_id == "<one>"
+    assert gone[0].message_id == "<one>"
     assert await store.find(mine) is None
     assert await store.find(others)
     assert await store.find(own)

@@ -101,7 +101,7 @@ class LocalHolder:
             track(
                 DISCARDED,
                 meta.queue_id,
-                meta.envelope.message_id,
+                meta.message_id,
                 meta.shadow_id,
                 f"origin={self.name}",
             )

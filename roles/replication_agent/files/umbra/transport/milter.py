@@ -298,6 +298,8 @@ class Conversation:
         self._client = Client(name, address.removeprefix(b"IPv6:"))
 
     def _define(self, data: bytes) -> None:
+        if len(data) == 1:
+            return  # Postfix announces each header's macros, also when there are none
         pairs = strings(data[1:])
         if not data or len(pairs) % 2:
             raise ProtocolError("a macro without a value")
@@ -334,10 +336,9 @@ class Conversation:
         return self.message
 
     def _header(self, data: bytes) -> None:
-        parts = strings(data)
-        if len(parts) != 2:
+        name, end, value = data[:-1].partition(b"\0")
+        if not end or data[-1] or b"\0" in value:
             raise ProtocolError("a header is a name and a value")
-        name, value = parts
         if b"\n" in value:  # the lines of a folded header come separated by LF
             value = value.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
         self._content().header(name, b"%b:%b\r\n" % (name, value))

@@ -24,7 +24,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from umbra.node.helper import HelperError
@@ -116,7 +116,7 @@ class Resubmitter:
             track(
                 DISCARDED,
                 meta.queue_id,
-                meta.envelope.message_id,
+                meta.message_id,
                 meta.shadow_id,
                 f"origin={origin}",
             )
@@ -258,8 +258,8 @@ class Resubmitter:
             yield piece
 
 
-def narrow(envelope: Envelope, left: Iterable[str]) -> Envelope | None:
-    """Return the envelope with those of its recipients that are ``left``, None if there is none.
+def narrow(envelope: Envelope, left: Sequence[str]) -> Envelope:
+    """Return the envelope with those recipients that are ``left``, which are one or more.
 
     The queue knows recipients after alias expansion. One that is not in the envelope came from an
     alias there and takes the alias's place; if only one alias can be meant, it keeps that one's
@@ -271,5 +271,4 @@ def narrow(envelope: Envelope, left: Iterable[str]) -> Envelope | None:
     for item in kept:
         wanted.pop(item.address.lower(), None)
     args = others[0].args if len(others) == 1 else ()
-    recipients = [*kept, *(Recipient(address, args) for address in wanted.values())]
-    return envelope.only(recipients) if recipients else None
+    return envelope.only([*kept, *(Recipient(address, args) for address in wanted.values())])

@@ -119,7 +119,7 @@ class ShadowService:
             track(
                 DISCARDED,
                 meta.queue_id,
-                meta.envelope.message_id,
+                meta.message_id,
                 meta.shadow_id,
                 f"origin={peer.node}",
             )

@@ -30,6 +30,7 @@ from umbra.transport.ids import valid
 
 __all__ = [
     "Copy",
+    "Gone",
     "Holding",
     "Meta",
     "ShadowStore",
@@ -42,7 +43,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-Narrow = Callable[[Envelope, Sequence[str]], Envelope | None]
+Narrow = Callable[[Envelope, Sequence[str]], Envelope]
 
 ROW_LIMIT = 256 * 1024
 """Contents up to this many bytes lie in the row itself."""
@@ -103,6 +104,11 @@ UPDATE message SET origin = ?, queue_id = ?, state = ?, epoch = ?, envelope = ?
 WHERE shadow_id = ?
 """
 
+_DELETE = """
+DELETE FROM message WHERE shadow_id = ? AND origin = ? AND state = ?
+RETURNING shadow_id, queue_id, envelope ->> '$.message_id', file
+"""
+
 _META = "shadow_id, origin, queue_id, state, epoch, stored, size, new_queue_id, envelope, file"
 
 
@@ -123,6 +129,16 @@ class Copy:
 
     shadow_id: str
     queue_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """A message that was deleted; ``message_id`` is that of its header."""
+
+    shadow_id: str
+    queue_id: str
+    message_id: str
+    file: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,61 +223,57 @@ class ShadowStore:
 
     async def discard(
         self, shadow_ids: Sequence[str], *, origin: str, state: State = State.HELD
-    ) -> list[Meta]:
+    ) -> list[Gone]:
         """Delete those of ``shadow_ids`` that are there for ``origin`` in ``state``.
 
         Return what they were.
         """
 
-        def run(database: sqlite3.Connection) -> list[Meta]:
-            gone: list[Meta] = []
+        def run(database: sqlite3.Connection) -> list[Gone]:
+            gone: list[Gone] = []
             for shadow_id in shadow_ids:
-                gone += map(
-                    _meta,
-                    database.execute(
-                        "DELETE FROM message WHERE shadow_id = ? AND origin = ? AND state = ?"
-                        f" RETURNING {_META}",
-                        (shadow_id, origin, state),
-                    ),
-                )
+                rows = database.execute(_DELETE, (shadow_id, origin, state))
+                gone += [Gone(*row) for row in rows]
             return gone
 
         return await self._write(run, settled=self._unlink)
 
     async def claim(
         self, origin: str, remaining: Mapping[str, Sequence[str]] | None, narrow: Narrow
-    ) -> list[Meta]:
+    ) -> list[Gone]:
         """Make what is held for ``origin`` this node's to resubmit, in one transaction.
 
         Repeating it is harmless.
 
         :param remaining: by queue id, who had not got the message when the origin gave it up; a
             message that is not named there is deleted. None if unknown.
-        :param narrow: returns the envelope with the remaining recipients only, None if none is
-            left.
+        :param narrow: returns the envelope with the remaining recipients only.
         :returns: what was deleted.
         """
 
-        def run(database: sqlite3.Connection) -> list[Meta]:
-            gone: list[Meta] = []
+        def narrowed(database: sqlite3.Connection, shadow_id: str, left: Sequence[str]) -> str:
+            [(text,)] = database.execute(
+                "SELECT envelope FROM message WHERE shadow_id = ?", (shadow_id,)
+            )
+            return narrow(Envelope.from_json(text), left).to_json()
+
+        def run(database: sqlite3.Connection) -> list[Gone]:
+            gone: list[Gone] = []
             if remaining is not None:
-                rows = database.execute(
-                    f"SELECT {_META} FROM message WHERE origin = ? AND state = ?",
+                names = database.execute(
+                    "SELECT shadow_id, queue_id FROM message WHERE origin = ? AND state = ?",
                     (origin, State.HELD),
-                )
-                for meta in map(_meta, rows.fetchall()):
-                    left = remaining.get(meta.queue_id)
-                    envelope = narrow(meta.envelope, left) if left else None
-                    if envelope is None:
-                        database.execute(
-                            "DELETE FROM message WHERE shadow_id = ?", (meta.shadow_id,)
-                        )
-                        gone.append(meta)
-                    elif envelope != meta.envelope:
+                ).fetchall()
+                # One envelope at a time: there may be 100,000.
+                for shadow_id, queue_id in names:
+                    if left := remaining.get(queue_id):
                         database.execute(
                             "UPDATE message SET envelope = ? WHERE shadow_id = ?",
-                            (envelope.to_json(), meta.shadow_id),
+                            (narrowed(database, shadow_id, left), shadow_id),
                         )
+                    else:
+                        rows = database.execute(_DELETE, (shadow_id, origin, State.HELD))
+                        gone += [Gone(*row) for row in rows]
             database.execute(
                 "UPDATE message SET state = ? WHERE origin = ? AND state = ?",
                 (State.RESUBMITTING, origin, State.HELD),
@@ -406,12 +418,12 @@ class ShadowStore:
     def _sync_spool(self) -> None:
         spool.sync_directory(self._spool)
 
-    def _unlink(self, gone: list[Meta] | None) -> None:
+    def _unlink(self, gone: list[Gone] | None) -> None:
         # Only after the commit: dying in between leaves a file that the next start removes, never a
         # row without its file.
-        for meta in gone or ():
-            if meta.file:
-                (self._spool / meta.file).unlink(missing_ok=True)
+        for item in gone or ():
+            if item.file:
+                (self._spool / item.file).unlink(missing_ok=True)
 
     def _connect(self, *, write: bool) -> sqlite3.Connection:
         database = sqlite3.connect(
