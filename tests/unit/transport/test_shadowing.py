@@ -289,6 +289,22 @@ async def test_every_shadow_must_have_it(bench: Bench, tmp_path: Path) -> None:
     await third.close()
 
 
+@BOTH
+@pytest.mark.parametrize("fault", ["sender", "queue id"])
+async def test_a_message_that_no_shadow_could_take_is_no_failure_of_a_shadow(
+    bench: Bench, fault: str
+) -> None:
+    client = await MilterClient.connect(bench.path)
+    await client.mail(b'<"a\tb"@example.org>' if fault == "sender" else b"<a@example.org>")
+    await client.rcpt()
+    queue_id = b"" if fault == "queue id" else b"4abcDEF"
+    [(kind, text)] = await client.content(HEADERS, b"text\r\n", queue_id)
+    await client.close()
+    assert (kind, text[:9]) == (b"y", b"550 5.1.7")
+    assert bench.group.failures == []
+    assert bench.link.ops == []
+
+
 # -- resubmission
 
 

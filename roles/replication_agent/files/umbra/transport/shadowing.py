@@ -24,7 +24,7 @@ from umbra.peer.link import PeerLink
 from umbra.transport import ids, metrics, milter, wire
 from umbra.transport.body import Body, Reader
 from umbra.transport.discard import Discarder
-from umbra.transport.envelope import Envelope, Recipient, address, clean
+from umbra.transport.envelope import Envelope, EnvelopeError, Recipient, address, clean
 from umbra.transport.milter import Flow, Transaction
 from umbra.transport.ports import Group, NotPrimary, Refusal
 from umbra.transport.resubmit import Resubmission
@@ -48,6 +48,7 @@ ALONE = Refusal(
 )
 DEMOTED = Refusal(451, "4.7.1", "This server has just stopped being the primary, try again")
 FULL = Refusal(451, "4.3.1", "No room to keep a copy of this message, try again later")
+MALFORMED = Refusal(550, "5.1.7", "The envelope of this message cannot be copied to another server")
 
 _ID_HEADER = ids.HEADER.lower().encode()
 
@@ -202,6 +203,15 @@ class _Message:
             self._delivery.add_done_callback(lambda task: task.cancelled() or task.exception())
             self._shadowing.keep(self._delivery)
 
+    def _checked_envelope(self) -> Envelope:
+        # A message that no shadow could ever take must not look like a shadow's failure.
+        try:
+            envelope = Envelope.from_object(self._envelope().to_object())
+            wire.names({"shadow_id": self._shadow_id, "queue_id": self._queue_id})
+        except EnvelopeError as error:
+            raise _Refused(MALFORMED, str(error)) from None
+        return envelope
+
     def _envelope(self) -> Envelope:
         transaction = self._transaction
         return Envelope(
@@ -237,7 +247,7 @@ class _Message:
                 await self._shadowing.store.note_queue_id(self._shadow_id, self._queue_id)
             except StoreError as error:
                 raise _Refused(FULL, str(error)) from None
-        envelope = self._envelope()
+        envelope = self._checked_envelope()
         peers = self._group.shadows()
         if peers:
             await self._to_shadows(peers, envelope)
