@@ -301,6 +301,18 @@ async def test_a_full_disk_under_the_database(store: ShadowStore) -> None:
     assert await store._write(lambda db: db.execute("PRAGMA integrity_check").fetchone()[0]) == "ok"
 
 
+@pytest.mark.parametrize("size", [10, LARGE])
+async def test_new_messages_leave_room_for_deleting(store: ShadowStore, size: int) -> None:
+    kept = [await put(store, bytes(10)) for _ in range(5)]
+    disk = os.statvfs(store._directory)
+    store._reserve = 2 * disk.f_blocks * disk.f_frsize
+    with pytest.raises(StoreFull, match="MiB are free"):
+        await put(store, bytes(size))
+    assert len(await store.discard(kept, origin="a")) == 5
+    store._reserve = 0
+    await put(store, bytes(size))
+
+
 async def test_a_full_disk_under_a_file(
     store: ShadowStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

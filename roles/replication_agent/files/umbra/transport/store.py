@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -48,7 +49,14 @@ Narrow = Callable[[Envelope, Sequence[str]], Envelope]
 ROW_LIMIT = 256 * 1024
 """Contents up to this many bytes lie in the row itself."""
 
+RESERVE = 64 * 1024 * 1024
+"""Bytes that new messages leave free on the disk.
+
+Deleting writes too (to the WAL): a store that filled its disk could never empty itself.
+"""
+
 PAGE = 500
+PAGE_SIZE = 4096
 VERSION = 1
 
 _COUNT_NEW = """
@@ -174,8 +182,9 @@ class Holding:
 class ShadowStore:
     """Shadow messages in ``directory``, which is made if it is missing. One process at a time."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, reserve: int = RESERVE) -> None:
         self._directory = directory
+        self._reserve = reserve
         self._spool = directory / "spool"
         self._committer: Committer | None = None
         self._reader: sqlite3.Connection | None = None
@@ -415,6 +424,13 @@ class ShadowStore:
     async def _in(self, pool: ThreadPoolExecutor, function: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(pool, function)
 
+    def _check_room(self, reusable: int = 0) -> None:
+        disk = os.statvfs(self._directory)
+        if disk.f_bavail * disk.f_frsize + reusable < self._reserve:
+            raise StoreFull(
+                f"less than {self._reserve >> 20} MiB are free on the disk of the shadow store"
+            )
+
     def _sync_spool(self) -> None:
         spool.sync_directory(self._spool)
 
@@ -457,6 +473,7 @@ class ShadowStore:
             ) from None
 
     def _check(self, database: sqlite3.Connection) -> None:
+        database.execute(f"PRAGMA page_size = {PAGE_SIZE}")
         database.execute("PRAGMA journal_mode = WAL")
         version = database.execute("PRAGMA user_version").fetchone()[0]
         if version == 0:
@@ -534,6 +551,10 @@ class ShadowWriter:
         row = (*self._row, self._size, file.path.name if file else "", self._envelope)
 
         def insert(database: sqlite3.Connection) -> bool:
+            if file is None:
+                # The database does not shrink: room in it is as good as room on the disk.
+                (pages,) = database.execute("PRAGMA freelist_count").fetchone()
+                self._store._check_room(pages * PAGE_SIZE)
             try:
                 database.execute(_INSERT, (*row, None if file else b"".join(parts)))
             except sqlite3.IntegrityError:
@@ -572,8 +593,13 @@ class ShadowWriter:
             # Made without its file: a task that is cancelled while the thread opens it must still
             # know it.
             file = self._file = spool.SpoolFile(self._store._spool, self._row[0])
+
+        def write() -> None:
+            self._store._check_room()
+            file.write(parts)
+
         try:
-            await self._store._in_files(lambda: file.write(parts))
+            await self._store._in_files(write)
         except StoreError as error:
             self._failed = error
             raise
