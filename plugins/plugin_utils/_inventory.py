@@ -232,7 +232,7 @@ def _overlay_findings(inventory: Inventory) -> Iterator[str]:
         yield f"vpn_overlay_subnet differs: {values}; set it once for all hosts."
     if len(owners) != 1:
         return
-    text = next(iter(owners))
+    text = min(owners)
     numbers = {host: inventory.value(host, "vpn_number") for host in inventory.overlay}
     try:
         subnet = parse_subnet(text)
