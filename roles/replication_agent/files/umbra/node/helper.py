@@ -119,6 +119,9 @@ class Helper:
 
     async def do_postfix_start(self, request: dict[str, Any]) -> dict[str, Any]:
         """Start Postfix; harmless if it runs."""
+        # Several changes of role within seconds must not run into systemd's limit of starts.
+        with contextlib.suppress(HelperError):
+            await run("systemctl", "reset-failed", "postfix.service")
         await run("systemctl", "start", "postfix.service")
         return {}
 
