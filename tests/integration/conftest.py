@@ -17,7 +17,7 @@ def pytest_runtest_makereport(
     """Show both nodes' journals below a failed test."""
     report = yield
     if report.failed:
-        for node in lab.NODES:
+        for node in filter(lab.answers, lab.NODES):
             journal = lab.host(node).run(
                 f"journalctl --no-pager -o short-precise -n 40 "
                 f"{' '.join(f'-u {unit}' for unit in UNITS.split())}"
@@ -29,8 +29,7 @@ def pytest_runtest_makereport(
 @pytest.fixture(scope="session")
 def primary() -> str:
     """The node that is primary; the same by the word of every node that answers."""
-    up = [node for node in lab.NODES if lab.host(node).run("true").rc == 0]
-    names = {lab.status(node)["primary"] for node in up}
+    names = {lab.status(node)["primary"] for node in lab.NODES if lab.answers(node)}
     assert len(names) == 1, f"the nodes disagree on who is primary: {names}"
     return str(names.pop())
 

@@ -52,6 +52,9 @@ def ssh_config() -> str:
 def power(name: str, on: bool) -> None:
     """Switch a host on, or off as a power cut does: all its processes at once, nothing is told."""
     lab_name = Path(ssh_config()).parents[1].name
+    # A shared connection to a host that is gone would hold up whoever uses it.
+    leave = ["ssh", "-F", ssh_config(), "-O", "exit", name]
+    subprocess.run(leave, check=False, stderr=subprocess.DEVNULL)
     command = ["power-on" if on else "power-off", name]
     subprocess.run([ROOT / "tests" / "lab" / "lab", "--name", lab_name, *command], check=True)
 
@@ -59,7 +62,20 @@ def power(name: str, on: bool) -> None:
 @cache
 def host(name: str) -> Host:
     """A lab host to look into."""
-    return testinfra.get_host(f"ssh://{name}?controlpersist=120", ssh_config=ssh_config())
+    # A host that has lost its power must not hold up whoever asks it.
+    return testinfra.get_host(
+        f"ssh://{name}?controlpersist=120&timeout=5",
+        ssh_config=ssh_config(),
+        ssh_extra_args="-o ServerAliveInterval=2 -o ServerAliveCountMax=3",
+    )
+
+
+def answers(name: str) -> bool:
+    """Whether a host can be reached."""
+    try:
+        return bool(host(name).run("true").rc == 0)
+    except RuntimeError:  # what testinfra makes of ssh's own exit status
+        return False
 
 
 def run(name: str, command: str, *values: str) -> str:
@@ -210,17 +226,17 @@ def mail(subject: str = "integration test", body: str = "one line\n") -> Mail:
 
 
 def send(node: str, recipients: list[str], content: bytes) -> tuple[int, str]:
-    """Send a message from outside; the answer to its end."""
+    """Send a message from outside; the answer to its end, or the first refusal before that."""
     with smtp(node) as session:
         session.starttls(context=tls())
         session.ehlo()
-        code, answer = session.mail("sender@example.com")
-        assert code == 250, answer
+        answer = session.mail("sender@example.com")
         for recipient in recipients:
-            code, answer = session.rcpt(recipient)
-            assert code == 250, answer
-        code, answer = session.data(content)
-        return code, answer.decode()
+            if answer[0] == 250:
+                answer = session.rcpt(recipient)
+        if answer[0] == 250:
+            answer = session.data(content)
+        return answer[0], answer[1].decode()
 
 
 def copies(node: str, user: str, message_id: str, mailbox: str = "*") -> list[str]:

@@ -15,7 +15,7 @@ def powered() -> None:
 
 def test_it_starts_fenced(primary: str) -> None:
     """From its first moment on, no client reaches a mail service of the node that returns."""
-    lab.wait("the host answers", lambda: lab.host(BACK).run("true").rc == 0, 60)
+    lab.wait("the host answers", lambda: lab.answers(BACK), 60)
     assert lab.run(BACK, "systemctl is-active umbra-fence.service").strip() == "active"
     elements = lab.run(BACK, "nft list set inet umbra_fence open_ports")
     assert "elements" not in elements
