@@ -28,7 +28,9 @@ def test_mail_is_taken_and_delivered(primary: str) -> None:
 
 
 def test_degraded_and_why(primary: str) -> None:
-    report = lab.status(primary)
-    assert report["protected"] is False
-    assert [reason for reason in report["reasons"] if "mail-b" in reason], report["reasons"]
+    def reasons() -> list[str]:
+        return [reason for reason in lab.status(primary)["reasons"] if "mail-b" in reason]
+
+    assert lab.wait("the reason names the node that is missing", reasons, 10)
+    assert lab.status(primary)["protected"] is False
     assert lab.host(primary).run("umbractl health").rc == 1
