@@ -119,6 +119,19 @@ def test_the_right_comes_back_only_after_the_other_has_seen_a_higher_epoch() -> 
     assert a.serving
 
 
+def test_only_a_lost_right_leaves_mailboxes_to_be_merged() -> None:
+    a, b = protected_pair()
+    assert not a.durable.merged
+    change = Change("a", "b", AT, planned=True)
+    handed = step(step(a, machine.Drain()), machine.GiveUp("b", AT))
+    assert step(handed, machine.TakenOver(change)).durable.merged
+    forced = step(b, machine.Promote(3, replace(change, planned=False), protected=False))
+    lost = step(step(a, machine.Merged()), seen(forced))
+    assert lost.durable.role is Role.SHADOW
+    assert not lost.durable.merged
+    assert step(lost, machine.Merged()).durable.merged
+
+
 def test_force_is_over_every_offer() -> None:
     a, _ = protected_pair()
     a = step(step(a, machine.Drain()), machine.GiveUp("b", AT))

@@ -11,7 +11,9 @@ from umbra.cluster.state import Change, Durable, Mode, Role
 from umbra.cluster.static import StateError, StateFile
 
 CHANGE = Change("a", "b", "2026-01-01T00:00:00.000Z", planned=True, outage_s=0.25)
-DURABLE = Durable("s1", 7, Role.PRIMARY, Mode.ALONE, "2026-01-01T00:00:00.000Z", "b", 8, CHANGE)
+DURABLE = Durable(
+    "s1", 7, Role.PRIMARY, Mode.ALONE, "2026-01-01T00:00:00.000Z", "b", 8, True, CHANGE
+)
 
 
 def test_round_trip(tmp_path: Path) -> None:

@@ -103,7 +103,9 @@ class FakeDoveadm:
     def __init__(self, talk: Callable[..., Awaitable[Outcome]], user: str = USER) -> None:
         self.talk, self.user = talk, user
 
-    async def sync(self, user: str, destination: str, state: str, limit: float) -> SyncResult:
+    async def sync(
+        self, user: str, destination: str, state: str, limit: float, *, merge: bool = False
+    ) -> SyncResult:
         reader, writer = await asyncio.open_unix_connection(destination.removeprefix("tcp:"))
         try:
             writer.write(CLIENT_HELLO)
@@ -308,9 +310,11 @@ async def test_the_shadow_prepares_while_dsync_starts(tmp_path: Path) -> None:
         return {}
 
     class Slow(FakeDoveadm):
-        async def sync(self, user: str, destination: str, state: str, limit: float) -> SyncResult:
+        async def sync(
+            self, user: str, destination: str, state: str, limit: float, *, merge: bool = False
+        ) -> SyncResult:
             await asyncio.wait_for(prepared.wait(), 2)
-            return await super().sync(user, destination, state, limit)
+            return await super().sync(user, destination, state, limit, merge=merge)
 
     async def master(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Outcome:
         return Outcome.SYNCED
@@ -325,7 +329,9 @@ async def test_a_sync_that_never_connects_leaves_nothing(tmp_path: Path) -> None
         return {}
 
     class Absent(FakeDoveadm):
-        async def sync(self, user: str, destination: str, state: str, limit: float) -> SyncResult:
+        async def sync(
+            self, user: str, destination: str, state: str, limit: float, *, merge: bool = False
+        ) -> SyncResult:
             return SyncResult(Outcome.NO_USER, reason="the user is unknown")
 
     async def master(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Outcome:

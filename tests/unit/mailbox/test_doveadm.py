@@ -74,7 +74,7 @@ async def test_sync(tmp_path: Path, answer: bytes, outcome: Outcome, state: str 
     assert (result.outcome, result.state) == (outcome, state)
     assert bool(result.reason) == (outcome is not Outcome.SYNCED)
     fields = server.asked.decode().rstrip("\n").split("\t")
-    assert fields[:5] == ["", "a@example.org", "sync", "-u", "a@example.org"]
+    assert fields[:5] == ["", "a@example.org", "backup", "-u", "a@example.org"]
     assert fields[-3:] == ["-s", "old", "tcp:/run/x.sock"]
 
 

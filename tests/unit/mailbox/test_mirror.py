@@ -43,6 +43,7 @@ class World:
         self.running: set[str] = set()
         self.most = 0
         self.syncs: list[tuple[str, str]] = []
+        self.kinds: list[tuple[str, bool]] = []
         self.cuts = 0
 
     # cluster
@@ -76,7 +77,8 @@ class World:
 
     # carrier
 
-    async def sync(self, user: str, state: str) -> SyncResult:
+    async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
+        self.kinds.append((user, merge))
         assert user not in self.running, "two syncs of one user"
         self.running.add(user)
         self.most = max(self.most, len(self.running))
@@ -156,15 +158,6 @@ async def test_a_slow_user_holds_up_nobody(tmp_path: Path) -> None:
         assert not slow.done()
         await slow
         assert world.most == 2
-
-
-async def test_first_contact_takes_two_syncs(tmp_path: Path) -> None:
-    world = World()
-    async with mirror(world, tmp_path) as peer:
-        assert sorted(world.syncs) == sorted([(user, "") for user in world.known] * 2)
-        world.syncs.clear()
-        await change(world, peer, "u1")
-        assert world.syncs == [("u1", "state")]
 
 
 async def test_a_slow_peer_makes_the_group_alone_once(tmp_path: Path) -> None:
@@ -426,3 +419,37 @@ async def test_a_change_that_missed_the_agent_degrades_until_it_is_synced(tmp_pa
         assert world.mode == "protected"
         assert world.remote["u1"] == 1
         assert peer.lag() == (0, 0.0)
+
+
+async def test_mirroring_is_one_way(tmp_path: Path) -> None:
+    """Two-way inside a notification undid a RENAME of the primary (Dovecot 2.4.1)."""
+    world = World()
+    async with mirror(world, tmp_path) as peer:
+        await change(world, peer, "u1")
+        assert world.kinds
+        assert not any(merge for _, merge in world.kinds)
+
+
+async def test_a_peer_that_may_have_mail_of_its_own_is_merged_first(tmp_path: Path) -> None:
+    world = World()
+    async with mirror(world, tmp_path, protected=False) as peer:
+        await peer.catch_up(world.protect, everyone=True, binding="one", merge=True)
+        for user in world.known:
+            assert [merge for name, merge in world.kinds if name == user] == [True, True, False]
+        world.kinds.clear()
+        await change(world, peer, "u1")
+        assert world.kinds == [("u1", False)]
+
+
+async def test_a_merge_that_failed_is_made_before_the_peer_becomes_a_copy(tmp_path: Path) -> None:
+    world = World()
+    lost = {"u2"}
+    world.outcome = lambda user: Outcome.LOST if user in lost else Outcome.SYNCED
+    async with mirror(world, tmp_path, protected=False) as peer:
+        with pytest.raises(CatchUpFailed):
+            await peer.catch_up(world.protect, everyone=True, binding="one", merge=True)
+        assert (("u2", False)) not in world.kinds
+        lost.clear()
+        world.kinds.clear()
+        await peer.catch_up(world.protect, everyone=True, binding="one", merge=True)
+        assert [merge for name, merge in world.kinds if name == "u2"] == [True, True, False]

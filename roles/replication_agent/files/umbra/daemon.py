@@ -170,7 +170,7 @@ class Agent:
     async def _catch_up(self, peer: str, protect: Protect) -> None:
         async def all_there() -> None:
             # What came meanwhile went to the peer directly; this proves it.
-            await self._messages.catch_up(peer)
+            await self._messages.prove_caught_up(peer)
             await protect()
 
         await self._messages.catch_up(peer)

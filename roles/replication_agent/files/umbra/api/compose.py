@@ -58,6 +58,7 @@ class Composer:
             "lag": self._lag(),
             "reasons": self._group.reasons(),
             "last_change": change.to_json() if change else None,
+            "merged": state.durable.merged,
             "boot_id": self._boot_id,
             "clock": time.time(),
         }

@@ -35,7 +35,15 @@ log = logging.getLogger(__name__)
 RETRY_PAUSE = 1.0
 # Only a primary asks for these; a node that is primary itself refuses them.
 PRIMARY_OPERATIONS = frozenset(
-    {"shadow-store", "shadow-list", "shadow-discard", "dsync", "handover-prepare", "handover"}
+    {
+        "shadow-store",
+        "shadow-list",
+        "shadow-discard",
+        "dsync",
+        "merged",
+        "handover-prepare",
+        "handover",
+    }
 )
 
 Protect = Callable[[], Awaitable[None]]

@@ -113,6 +113,11 @@ class Opened:
 
 
 @dataclass(frozen=True)
+class Merged:
+    """The primary has brought its mailboxes and this node's together."""
+
+
+@dataclass(frozen=True)
 class Reclaim:
     """Take the right back: first step, raise the epoch over the one that was offered."""
 
@@ -126,7 +131,7 @@ class OpenByForce:
 
 Event = (
     Started | PeerSeen | PeerLost | CatchingUp | CaughtUp | Drain | DrainAborted
-    | GiveUp | TakenOver | Promote | Opened | Reclaim | OpenByForce
+    | GiveUp | TakenOver | Promote | Opened | Merged | Reclaim | OpenByForce
 )  # fmt: skip
 
 
@@ -163,6 +168,7 @@ def step(state: State, event: Event) -> State:
                 since=at,
                 handing_to=to,
                 offered=state.durable.epoch + 1,
+                merged=True,
             )
             return replace(_nobody_synchronous(state), durable=durable, phase=Phase.HANDING_OVER)
         case TakenOver(change):
@@ -179,6 +185,8 @@ def step(state: State, event: Event) -> State:
                 return state
             measured = replace(state.durable.last_change, outage_s=outage_s)
             return replace(state, durable=replace(state.durable, last_change=measured))
+        case Merged():
+            return replace(state, durable=replace(state.durable, merged=True))
         case Reclaim():
             if state.phase is not Phase.HANDING_OVER:
                 raise NotNow(f"{state.node} is {state.phase}, not handing over")
@@ -255,8 +263,11 @@ def _superseded(state: State, seen: PeerSeen) -> State:
     durable = replace(state.durable, epoch=max(seen.epoch, state.durable.epoch))
     if durable.role is Role.SHADOW and not (durable.handing_to and seen.role is Role.PRIMARY):
         return replace(state, durable=durable)
-    # Rule 1. Mailboxes are compared by the new primary; the queue stays held (docs/operations.md).
-    durable = replace(durable, role=Role.SHADOW, mode=Mode.PROTECTED, handing_to=None)
+    # Rule 1. A right that was lost, not handed over, may have left changes that are only here.
+    handed_over = state.durable.role is Role.SHADOW
+    durable = replace(
+        durable, role=Role.SHADOW, mode=Mode.PROTECTED, handing_to=None, merged=handed_over
+    )
     return replace(_nobody_synchronous(state), durable=durable, phase=Phase.SHADOW)
 
 

@@ -69,6 +69,8 @@ class Durable:
     :param epoch: the highest epoch seen. The primary's right to act is of exactly this epoch.
     :param handing_to: set while this node has given up its right to another and does not know the
         outcome.
+    :param merged: this node's mailboxes hold nothing that the group's primary lacks. Not so for a
+        node that is new, or that lost its role without handing it over.
     :param offered: the epoch that was offered to ``handing_to``.
     """
 
@@ -79,6 +81,7 @@ class Durable:
     since: str
     handing_to: str | None = None
     offered: int = 0
+    merged: bool = False
     last_change: Change | None = None
 
 

@@ -92,5 +92,6 @@ def _decode(raw: dict[str, Any]) -> Durable:
         since=str(raw["since"]),
         handing_to=raw["handing_to"],
         offered=int(raw["offered"]),
+        merged=bool(raw["merged"]),
         last_change=Change.from_json(change) if change else None,
     )

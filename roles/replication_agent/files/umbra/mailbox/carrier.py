@@ -232,10 +232,10 @@ class DsyncCarrier:
         for task in self._streams:
             task.cancel()
 
-    async def sync(self, user: str, state: str) -> SyncResult:
+    async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
         """Sync ``user`` to the peer; never two at once for one user.
 
-        LOST if the link is why it failed.
+        ``merge``: both ways, see ``Doveadm.sync``. LOST if the link is why it failed.
         """
         local = asyncio.get_running_loop().create_future()
         task = asyncio.create_task(self._carry(user, local), name=f"dsync {user}")
@@ -243,7 +243,9 @@ class DsyncCarrier:
         task.add_done_callback(self._ended)
         self._expected[user] = _Stream(local, task)
         try:
-            result = await self._doveadm.sync(user, f"tcp:{self._path}", state, SYNC_LIMIT)
+            result = await self._doveadm.sync(
+                user, f"tcp:{self._path}", state, SYNC_LIMIT, merge=merge
+            )
         finally:
             del self._expected[user]
             if not local.done():

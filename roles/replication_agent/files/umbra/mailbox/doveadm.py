@@ -153,16 +153,23 @@ class Doveadm:
             "" if status == "+" else status[1:] or "UNKNOWN",
         )
 
-    async def sync(self, user: str, destination: str, state: str, limit: float) -> SyncResult:
+    async def sync(
+        self, user: str, destination: str, state: str, limit: float, *, merge: bool = False
+    ) -> SyncResult:
         """Sync all mailboxes of ``user`` to ``destination`` (``tcp:/path`` or ``tcp:host:port``).
 
+        One way (``doveadm backup``): afterwards the destination is as we are. Two-way dsync inside
+        a notification waited 30 s for the list of mailboxes that a RENAME holds locked, and a
+        RENAME soon after a CREATE was undone here by the destination's older names (2.4.1).
+
+        :param merge: two-way (``doveadm sync``): nothing that only one side has is lost.
         :param state: of the last sync to the same place; "" compares everything.
         :param limit: seconds, after which the outcome is FAILED.
         """
         try:
             reply = await self.run(
                 user,
-                "sync",
+                "sync" if merge else "backup",
                 "-u",
                 user,
                 "-l",
@@ -185,7 +192,7 @@ class Doveadm:
             case "NOUSER":
                 return SyncResult(Outcome.NO_USER, reason="the user is unknown")
         return SyncResult(
-            Outcome.FAILED, reason=f"doveadm sync ended with {reply.code}; Dovecot's log says why"
+            Outcome.FAILED, reason=f"the sync ended with {reply.code}; Dovecot's log says why"
         )
 
     async def users(self) -> list[str]:

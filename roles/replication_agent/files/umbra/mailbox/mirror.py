@@ -94,8 +94,8 @@ class Users(Protocol):
 class Carrier(Protocol):
     """Runs syncs to one peer."""
 
-    async def sync(self, user: str, state: str) -> SyncResult:
-        """Sync ``user`` to the peer."""
+    async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
+        """Make ``user`` at the peer what it is here; with ``merge``, bring both together."""
 
     def cut(self) -> None:
         """Break all syncs that run."""
@@ -171,6 +171,7 @@ class PeerMirror:
         self._number = 0
         self._behind_since: float | None = None
         self._attempts: dict[str, int] = {}
+        self._unmerged: set[str] = set()
         self._progress = asyncio.Event()
         self._reason = "the agent has just started"
         self._commit = (
@@ -324,13 +325,14 @@ class PeerMirror:
         self._pump()
 
     async def _one_sync(self, user: str) -> SyncResult:
+        if user in self._unmerged:
+            # Twice: of two INBOXes made independently the first sync only makes one mailbox.
+            for _ in range(2):
+                result = await self._carrier.sync(user, "", merge=True)
+                if result.outcome is not Outcome.SYNCED:
+                    return result
+            self._unmerged.discard(user)
         state = await self._ledger.state(self.peer, user)
-        if not state:
-            # First contact: if both have an INBOX made independently, the first sync only makes
-            # them the same mailbox.
-            result = await self._carrier.sync(user, "")
-            if result.outcome is not Outcome.SYNCED:
-                return result
         result = await self._carrier.sync(user, state)
         if result.outcome in (Outcome.SYNCED, Outcome.CHANGED):
             self._ledger.keep(self.peer, user, result.state)
@@ -383,7 +385,12 @@ class PeerMirror:
     # the way back to protected
 
     async def catch_up(
-        self, protect: Callable[[], Awaitable[None]], *, everyone: bool, binding: str
+        self,
+        protect: Callable[[], Awaitable[None]],
+        *,
+        everyone: bool,
+        binding: str,
+        merge: bool = False,
     ) -> None:
         """Sync what the peer lacks, then have ``protect`` write down that the group is protected.
 
@@ -392,6 +399,8 @@ class PeerMirror:
         :param everyone: compare all users, because it is not known what changed (the agent has just
             started, the role is new).
         :param binding: what the states hold for, see the ledger.
+        :param merge: the peer may have mail that this node lacks (it was a primary that was lost,
+            or is new in the group): bring both together before it is made a copy of this node.
         :raises CatchUpFailed: the peer was lost meanwhile, or some users cannot be mirrored. Asking
             again later is up to the caller.
         """
@@ -401,8 +410,10 @@ class PeerMirror:
         self._attempts.clear()
         bound = await self._ledger.bind(self.peer, binding)
         try:
-            if everyone or not bound:
-                self._note(await self._users.users())
+            if everyone or merge or not bound:
+                users = await self._users.users()
+                self._unmerged = set(users) if merge else set()
+                self._note(users)
         except DoveadmError as error:
             raise CatchUpFailed(str(error), {}) from None
         self._note(list(self._queue.held))

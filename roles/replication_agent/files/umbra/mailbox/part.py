@@ -8,18 +8,20 @@ import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import unquote
 
 from umbra.api.report import Check
 from umbra.cluster.group import Group
+from umbra.cluster.machine import Merged
 from umbra.config import Config
 from umbra.mailbox.carrier import DsyncCarrier, DsyncHandler
 from umbra.mailbox.doveadm import Doveadm, DoveadmError
 from umbra.mailbox.ledger import Ledger
 from umbra.mailbox.mirror import CatchUpFailed, Mirror, PeerMirror
 from umbra.mailbox.notify import NotifyServer
-from umbra.peer.exchange import PeerError
+from umbra.peer.exchange import Exchange, PeerError
+from umbra.peer.identity import PeerIdentity
 from umbra.peer.server import Handler
 
 log = logging.getLogger(__name__)
@@ -27,6 +29,7 @@ log = logging.getLogger(__name__)
 NOTIFY_ADDRESS, NOTIFY_PORT = "127.0.0.1", 8688
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 MISSED_INTERVAL = 2.0
+MERGED_TIMEOUT = 5.0
 
 Lag = tuple[int, float]
 
@@ -111,7 +114,13 @@ class Mailboxes:
 
     def handlers(self) -> dict[str, Handler]:
         """Return the operations of the peer link."""
-        return {"dsync": self._dsync_handler}
+        return {"dsync": self._dsync_handler, "merged": self._handle_merged}
+
+    async def _handle_merged(
+        self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+    ) -> dict[str, Any]:
+        await self._group.apply(Merged())
+        return {}
 
     async def run(self) -> None:
         """Mirror until cancelled."""
@@ -169,9 +178,17 @@ class Mailboxes:
         PeerError if it cannot be done now.
         """
         binding = self._binding(peer, self._group.epoch)
+        merge = not self._group.statuses.get(peer, {}).get("merged")
+
+        async def all_there() -> None:
+            if merge:
+                # Dying before it is told: the mailboxes are merged again, which changes nothing.
+                await self._group.links[peer].request("merged", {}, timeout=MERGED_TIMEOUT)
+            await protect()
+
         try:
             await self._peers[peer].catch_up(
-                protect, everyone=binding not in self._compared, binding=binding
+                all_there, everyone=binding not in self._compared, binding=binding, merge=merge
             )
         except CatchUpFailed as error:
             raise PeerError("catch-up", str(error)) from None

@@ -170,10 +170,17 @@ class Messages:
             log.warning("%s has lost %d shadow messages", peer, len(found.missing))
         try:
             async with asyncio.timeout(BACK_FILL_TIMEOUT):
-                while not (await self._back_fill.run(self._group.links[peer])).complete:
+                while True:
+                    if (await self._back_fill.run(self._group.links[peer])).complete:
+                        return
                     await asyncio.sleep(BACK_FILL_PAUSE)
         except TimeoutError:
             raise PeerError("timeout", f"the back-fill of {peer} did not end") from None
+
+    async def prove_caught_up(self, peer: str) -> None:
+        """Copy what is left, if anything, at once. PeerError if that is not the end of it."""
+        if not (await self._back_fill.run(self._group.links[peer])).complete:
+            raise PeerError("catch-up", f"there are still messages that {peer} lacks")
 
     # -- promotion
 
