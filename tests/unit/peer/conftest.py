@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+import uvloop
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]] | None:
+    # The agent runs on uvloop; asyncio's own loop is the reference.
+    return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
 
 def make_certificate(directory: Path, name: str) -> None:

@@ -1,18 +1,23 @@
-"""The link over real TLS connections: exchanges, back pressure, refusals."""
+"""The link over real TLS connections, on both event loops: exchanges, back pressure, refusals."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
+import struct
+import tracemalloc
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 
 from umbra.peer import frames
+from umbra.peer import server as server_module
 from umbra.peer.exchange import Connection, Exchange, PeerError
+from umbra.peer.frames import FrameType
 from umbra.peer.identity import Identity, PeerIdentity
 from umbra.peer.link import PeerLink
 from umbra.peer.server import Handler, PeerServer
@@ -51,9 +56,12 @@ async def linked(
         await server.stop()
 
 
-async def until_closed(connection: Connection) -> None:
+async def until_closed(connection: Connection) -> PeerError:
     while True:
-        await connection.read()
+        try:
+            await connection.read()
+        except PeerError as error:
+            return error
 
 
 async def echo(peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange) -> dict[str, Any]:
@@ -174,6 +182,222 @@ async def test_garbage_is_refused_and_others_are_served(identities: Path) -> Non
         assert await link.request("echo", {}, timeout=5)
         connection = await link._connect()
         await connection.write(b"\xff" * 64)
-        with pytest.raises(PeerError):
-            await until_closed(connection)
+        assert (await until_closed(connection)).code == "unreachable"
         assert await link.request("echo", {}, timeout=5)
+
+
+def refused(code: str) -> float:
+    return REGISTRY.get_sample_value("umbra_peer_refused_total", {"code": code}) or 0.0
+
+
+REQUEST = frames.encode_json(FrameType.REQUEST, {"op": "echo", "epoch": 5, "args": {}})
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (frames.HEADER.pack(frames.MAX_PAYLOAD + 1, FrameType.REQUEST), "protocol"),
+        (frames.HEADER.pack(2, 99) + b"{}", "protocol"),
+        (frames.encode(FrameType.DATA, b"x"), "protocol"),
+        (frames.encode(FrameType.REQUEST, b"[1]"), "protocol"),
+        (frames.encode(FrameType.REQUEST, b"{}"), "protocol"),
+        (REQUEST + frames.encode(FrameType.HELLO, b"{}"), "protocol"),
+        (REQUEST + REQUEST, "protocol"),
+        (REQUEST + frames.encode(FrameType.DATA, b"x") + b"\xff" * 9, "protocol"),
+    ],
+)
+async def test_what_breaks_the_protocol_is_counted_and_ends_that_connection_only(
+    identities: Path, data: bytes, code: str
+) -> None:
+    async with linked(identities, {"echo": echo}) as link:
+        before = refused(code)
+        bad, good = await link._connect(), await link._connect()
+        await bad.write(data)
+        await until_closed(bad)
+        assert refused(code) == before + 1
+        await good.write(REQUEST + frames.encode(FrameType.END))
+        assert (await good.read())[0] is FrameType.END
+        assert (await good.read())[0] is FrameType.RESPONSE
+        for connection in (bad, good):
+            connection.close()
+
+
+async def test_frames_may_come_byte_by_byte(identities: Path) -> None:
+    async with linked(identities, {"echo": echo}) as link:
+        connection = await link._connect()
+        for byte in REQUEST + frames.encode(FrameType.DATA, b"abc") + frames.encode(FrameType.END):
+            await connection.write(bytes([byte]))
+            await asyncio.sleep(0)
+        assert await connection.read() == (FrameType.DATA, b"abc")
+        assert (await connection.read())[0] is FrameType.END
+        assert (await connection.read())[0] is FrameType.RESPONSE
+        connection.close()
+
+
+async def test_half_a_frame_and_silence_hold_up_nobody_and_a_cut_ends_it(
+    identities: Path,
+) -> None:
+    async with linked(identities, {"echo": echo}) as link:
+        before = refused("protocol")
+        stuck = [await link._connect() for _ in range(20)]
+        for connection in stuck:
+            await connection.write(REQUEST + struct.pack(">IB", 60_000, FrameType.DATA) + b"half")
+        for _ in range(5):
+            assert await link.request("echo", {}, timeout=2)
+        for connection in stuck:
+            connection.close()
+        assert await link.request("echo", {}, timeout=2)
+        assert refused("protocol") == before  # cut off is not malformed
+
+
+async def test_who_connects_and_says_nothing_is_dropped(
+    identities: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "HELLO_TIMEOUT", 0.2)
+    async with linked(identities, {"echo": echo}) as link:
+        _, connection = await asyncio.get_running_loop().create_connection(
+            Connection, link._address, link._port, ssl=link._identity.client
+        )
+        _, raw = await asyncio.open_connection(link._address, link._port)  # not even TLS
+        async with asyncio.timeout(5):
+            await until_closed(connection)
+        connection.close()
+        raw.transport.abort()
+        assert await link.request("echo", {}, timeout=2)
+
+
+async def test_a_refusal_in_the_middle_of_a_stream_is_told(identities: Path) -> None:
+    async def full(
+        peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+    ) -> dict[str, Any]:
+        await exchange.receive()
+        raise PeerError("store-full", "no room")
+
+    async with linked(identities, {"full": full, "echo": echo}) as link:
+
+        async def stream() -> None:
+            async with link.exchange("full", {}, timeout=10) as exchange:
+                while True:
+                    await exchange.send(bytes(256 * 1024))
+
+        with pytest.raises(PeerError) as caught:
+            await stream()
+        assert caught.value.code == "store-full"
+        assert await link.request("echo", {}, timeout=2)
+
+
+async def test_who_does_not_read_brakes_the_sender(identities: Path) -> None:
+    gate = asyncio.Event()
+    sent = 0
+
+    async def late(
+        peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+    ) -> dict[str, Any]:
+        await gate.wait()
+        got = 0
+        while (data := await exchange.receive()) is not None:
+            got += len(data)
+        return {"got": got}
+
+    async with linked(identities, {"late": late}) as link:
+        piece, total = bytes(256 * 1024), 128
+
+        async def feed(exchange: Exchange) -> None:
+            nonlocal sent
+            for _ in range(total):
+                await exchange.send(piece)
+                sent += 1
+
+        async with link.exchange("late", {}, timeout=30) as exchange:
+            feeding = asyncio.create_task(feed(exchange))
+            before = -1
+            while sent != before:  # until nothing goes any more
+                before = sent
+                await asyncio.sleep(0.3)
+            assert sent < total  # what the kernel buffers, not all 32 MB
+            gate.set()
+            await feeding
+            assert await exchange.result() == {"got": total * len(piece)}
+
+
+async def test_ten_large_streams_need_little_memory(identities: Path) -> None:
+    async def sink(
+        peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+    ) -> dict[str, Any]:
+        got = 0
+        while (data := await exchange.receive()) is not None:
+            got += len(data)
+            await asyncio.sleep(0)  # slower than what comes
+        return {"got": got}
+
+    async with linked(identities, {"sink": sink}) as link:
+        piece, count = bytes(64 * 1024), 80
+
+        async def one() -> None:
+            async with link.exchange("sink", {}, timeout=60) as exchange:
+                for _ in range(count):
+                    await exchange.send(piece)
+                assert await exchange.result() == {"got": count * len(piece)}
+
+        await link.request("sink", {}, timeout=5)
+        tracemalloc.start()
+        try:
+            await asyncio.gather(*(one() for _ in range(10)))
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < 16 * 1024 * 1024  # of 50 MB that went through, both ends in this process
+
+
+async def test_the_time_out_is_of_the_whole_and_can_be_extended(identities: Path) -> None:
+    async def slow(
+        peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+    ) -> dict[str, Any]:
+        await asyncio.sleep(0.4)
+        return {}
+
+    async with linked(identities, {"slow": slow}) as link:
+        async with link.exchange("slow", {}, timeout=0.2) as exchange:
+            exchange.extend(5)
+            assert await exchange.result() == {}
+        with pytest.raises(PeerError, match="in time"):
+            await link.request("slow", {}, timeout=0.2)
+
+
+async def test_the_kernel_watches_the_other_host(identities: Path) -> None:
+    async with linked(identities, {"echo": echo}) as link:
+        await link.request("echo", {}, timeout=5)
+        peer = link._idle[0].extra("socket")
+        for level, option, value in (
+            (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+            (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+            (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000),
+        ):
+            assert peer.getsockopt(level, option) == value
+
+
+async def test_a_small_exchange_leaves_in_one_piece(
+    identities: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with linked(identities, {"echo": echo}) as link:
+        await link.request("echo", {}, timeout=5)
+        written: list[int] = []
+        connection = link._idle[0]
+
+        class Spy:
+            def __init__(self, transport: Any) -> None:
+                self._spied = transport
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(self._spied, name)
+
+            def write(self, data: bytes) -> None:
+                written.append(len(data))
+                self._spied.write(data)
+
+        monkeypatch.setattr(connection, "_transport", Spy(connection._transport))
+        async with link.exchange("echo", {}, timeout=5) as exchange:
+            await exchange.send(bytes(4096))
+            await exchange.result()
+        assert len(written) == 1
+        assert written[0] > 4096

@@ -118,7 +118,14 @@ class FakeExchange:
         self._to = to
         self._come = come
         self._ended = self._over = False
+        self.limit: asyncio.Timeout | None = None
         self.answer: asyncio.Future[dict[str, Any]] | None = None
+
+    def extend(self, seconds: float) -> None:
+        assert self.limit is not None
+        when = self.limit.when()
+        assert when is not None
+        self.limit.reschedule(when + seconds)
 
     async def send(self, data: bytes) -> None:
         if data:
@@ -166,6 +173,16 @@ class FakeLink:
         self, op: str, args: Mapping[str, Any], *, timeout: float
     ) -> AsyncIterator[FakeExchange]:
         self.ops.append(op)
+        try:
+            async with asyncio.timeout(timeout) as limit:
+                async with self._running(op, args) as exchange:
+                    exchange.limit = limit
+                    yield exchange
+        except TimeoutError:
+            raise PeerError("timeout", f"{self.name} did not finish {op} in time") from None
+
+    @asynccontextmanager
+    async def _running(self, op: str, args: Mapping[str, Any]) -> AsyncIterator[FakeExchange]:
         if self.hold:
             await asyncio.sleep(3600)
         if error := self.fail(op):
@@ -177,8 +194,7 @@ class FakeLink:
         near.answer = cast("asyncio.Future[dict[str, Any]]", task)
         try:
             # A handler that fails while the caller still sends must not leave the caller waiting.
-            async with asyncio.timeout(timeout):
-                yield near
+            yield near
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)

@@ -241,6 +241,8 @@ def main() -> int:
     if options.check_config:
         return 0
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # The format needs none of this, and each message in transit has its line.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     try:
         uvloop.run(Agent(config, Paths(config=options.config)).run())
     except (StateError, OSError, ExceptionGroup) as error:

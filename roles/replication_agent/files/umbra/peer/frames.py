@@ -2,7 +2,7 @@
 
 A frame is a 4-byte big-endian payload length, one type byte and the payload. The length is bounded,
 so a hostile or
-broken peer can make us hold at most one payload of ``MAX_PAYLOAD`` bytes.
+broken peer cannot make us wait for more than ``MAX_PAYLOAD`` bytes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ VERSION = 1
 HEADER = struct.Struct(">IB")
 MAX_PAYLOAD = 64 * 1024
 
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
+
 
 class FrameType(IntEnum):
     """What a frame means; see docs/architecture.md, "The peer link"."""
@@ -27,6 +29,9 @@ class FrameType(IntEnum):
     END = 4
     RESPONSE = 5
     ERROR = 6
+
+
+_KINDS = {int(kind): kind for kind in FrameType}
 
 
 class FrameError(ValueError):
@@ -54,18 +59,65 @@ def encode_data(data: bytes) -> bytes:
 
 def encode_json(kind: FrameType, value: Mapping[str, Any]) -> bytes:
     """Return a frame with a JSON object."""
-    return encode(kind, json.dumps(value, separators=(",", ":")).encode())
+    return encode(kind, _to_json(value).encode())
 
 
-def decode_header(header: bytes) -> tuple[FrameType, int]:
-    """Return type and payload length of a frame's header, or raise FrameError."""
-    length, kind = HEADER.unpack(header)
-    if length > MAX_PAYLOAD:
-        raise FrameError(f"a frame of {length} bytes is over {MAX_PAYLOAD}")
-    try:
-        return FrameType(kind), length
-    except ValueError:
-        raise FrameError(f"unknown frame type {kind}") from None
+class Decoder:
+    """Cuts a stream of bytes into frames, one when it is asked for.
+
+    So what is held for a peer that sends many frames are the bytes that it sent, no more.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._at = 0
+
+    def __len__(self) -> int:
+        """How many bytes are held."""
+        return len(self._buffer) - self._at
+
+    def feed(self, data: bytes) -> None:
+        """Take what has come."""
+        self._buffer += data
+
+    def head(self) -> tuple[FrameType, int] | None:
+        """Return type and payload length of the frame that comes next, None if unknown yet.
+
+        FrameError for what is no frame.
+        """
+        if len(self) < HEADER.size:
+            return None
+        length, number = HEADER.unpack_from(self._buffer, self._at)
+        kind = _KINDS.get(number)
+        if length > MAX_PAYLOAD or kind is None:
+            raise FrameError(f"no frame: type {number}, {length} bytes")
+        return kind, length
+
+    @property
+    def ready(self) -> bool:
+        """True if :meth:`next` has something to say: a whole frame, or an error."""
+        try:
+            head = self.head()
+        except FrameError:
+            return True
+        return head is not None and len(self) >= HEADER.size + head[1]
+
+    def next(self) -> tuple[FrameType, bytes] | None:
+        """Return the next frame, None if it is not all there. FrameError as in :meth:`head`."""
+        head = self.head()
+        if head is None or len(self) < HEADER.size + head[1]:
+            return None
+        start = self._at + HEADER.size
+        self._at = end = start + head[1]
+        with memoryview(self._buffer) as view:
+            payload = bytes(view[start:end])
+        if end == len(self._buffer):
+            self._buffer.clear()
+            self._at = 0
+        elif end > MAX_PAYLOAD:  # now and then, or many small frames would each move all the rest
+            del self._buffer[:end]
+            self._at = 0
+        return head[0], payload
 
 
 def decode_json(payload: bytes) -> dict[str, Any]:

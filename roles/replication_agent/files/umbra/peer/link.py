@@ -15,7 +15,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from umbra.peer import frames
-from umbra.peer.exchange import Connection, Exchange, PeerError
+from umbra.peer.connection import Connection, PeerError
+from umbra.peer.exchange import Exchange
 from umbra.peer.frames import FrameType
 from umbra.peer.identity import Identity, PeerIdentity
 
@@ -63,14 +64,14 @@ class PeerLink:
     ) -> AsyncIterator[Exchange]:
         """Run one exchange in the ``async with`` block, which must take its ``result()``.
 
-        The block as a whole is bounded by ``timeout`` seconds, PeerError ``timeout`` after that. A
-        block that fails closes the
-        connection: the other side then knows that the exchange is void.
+        The block as a whole is bounded by ``timeout`` seconds, PeerError ``timeout`` after that;
+        :meth:`Exchange.extend` gives it more. A block that fails closes the connection: the other
+        side then knows that the exchange is void.
         """
         try:
-            async with asyncio.timeout(timeout), self._slots:
+            async with asyncio.timeout(timeout) as limit, self._slots:
                 connection = await self._connection()
-                exchange = Exchange(connection, client=True)
+                exchange = Exchange(connection, limit)
                 try:
                     request = {"op": op, "epoch": self._epoch(), "args": args}
                     await connection.write(frames.encode_json(FrameType.REQUEST, request))
@@ -81,9 +82,7 @@ class PeerLink:
                     else:
                         connection.close()
         except TimeoutError:
-            raise PeerError(
-                "timeout", f"{self.name} did not finish {op} in {timeout:g} s"
-            ) from None
+            raise PeerError("timeout", f"{self.name} did not finish {op} in time") from None
 
     async def _connection(self) -> Connection:
         while self._idle:
@@ -96,11 +95,8 @@ class PeerLink:
     async def _connect(self) -> Connection:
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                reader, writer = await asyncio.open_connection(
-                    self._address,
-                    self._port,
-                    ssl=self._identity.client,
-                    limit=2 * frames.MAX_PAYLOAD,
+                _, connection = await asyncio.get_running_loop().create_connection(
+                    Connection, self._address, self._port, ssl=self._identity.client
                 )
         except TimeoutError:
             raise PeerError(
@@ -114,9 +110,8 @@ class PeerLink:
             raise PeerError(
                 "unreachable", f"{self.name} cannot be reached: {error.strerror or error}"
             ) from None
-        connection = Connection(reader, writer)
         try:
-            if self._identity.name_of(writer.get_extra_info("ssl_object")) != self.name:
+            if self._identity.name_of(connection.extra("ssl_object")) != self.name:
                 raise PeerError(
                     "refused", f"the certificate at {self._address} is not that of {self.name}"
                 )

@@ -13,7 +13,8 @@ from typing import Any
 from prometheus_client import Counter
 
 from umbra.peer import frames
-from umbra.peer.exchange import Connection, Exchange, PeerError, error_frame
+from umbra.peer.connection import Connection, PeerError
+from umbra.peer.exchange import Exchange
 from umbra.peer.frames import FrameType
 from umbra.peer.identity import Identity, PeerIdentity
 
@@ -60,12 +61,12 @@ class PeerServer:
 
     async def start(self) -> None:
         """Listen. OSError if the address is not there (is the tunnel up?) or taken."""
-        self._server = await asyncio.start_server(
-            self._accept,
+        self._server = await asyncio.get_running_loop().create_server(
+            lambda: Connection(self._made),
             self._address,
             self._port,
             ssl=self._identity.server,
-            limit=2 * frames.MAX_PAYLOAD,
+            ssl_handshake_timeout=HELLO_TIMEOUT,
         )
 
     async def stop(self) -> None:
@@ -76,43 +77,41 @@ class PeerServer:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        connection = Connection(reader, writer)
+    def _made(self, connection: Connection) -> None:
         if len(self._tasks) >= MAX_CONNECTIONS:
             REFUSED.labels("overloaded").inc()
             connection.close()
             return
+        task = asyncio.get_running_loop().create_task(self._accept(connection))
         self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _accept(self, connection: Connection) -> None:
         try:
-            peer = await self._greet(connection, writer)
+            peer = await self._greet(connection)
             while await self._serve(peer, connection):
                 pass
         except PeerError as error:
             if error.code != "unreachable":
                 REFUSED.labels(error.code).inc()
                 log.warning(
-                    "peer connection from %s closed: %s", writer.get_extra_info("peername"), error
+                    "peer connection from %s closed: %s", connection.extra("peername"), error
                 )
-        except asyncio.CancelledError:
-            pass  # only stop() cancels; the stream protocol's callback would log it as an error
         finally:
-            self._tasks.discard(task)
             connection.close()
 
-    async def _greet(self, connection: Connection, writer: asyncio.StreamWriter) -> PeerIdentity:
+    async def _greet(self, connection: Connection) -> PeerIdentity:
         try:
             async with asyncio.timeout(HELLO_TIMEOUT):
                 hello = await connection.read_json(FrameType.HELLO)
-                name = self._identity.name_of(writer.get_extra_info("ssl_object"))
-                refusal = self._refusal(name, hello)
-                if refusal is not None:
-                    await connection.write(error_frame(refusal))
-                    raise refusal
-                await connection.write(frames.encode_json(FrameType.HELLO, self._hello))
         except TimeoutError:
             raise PeerError("timeout", "no HELLO") from None
+        name = self._identity.name_of(connection.extra("ssl_object"))
+        refusal = self._refusal(name, hello)
+        if refusal is not None:
+            await connection.refuse(refusal)
+            raise refusal
+        await connection.write(frames.encode_json(FrameType.HELLO, self._hello))
         assert name is not None
         return PeerIdentity(name, str(hello.get("storage_id", "")))
 
@@ -137,7 +136,7 @@ class PeerServer:
         """Run one exchange; True if the connection may carry another."""
         request = await connection.read_json(FrameType.REQUEST)
         op, epoch, args = request.get("op"), request.get("epoch"), request.get("args")
-        exchange = Exchange(connection, client=False)
+        exchange = Exchange(connection)
         try:
             if not (isinstance(op, str) and isinstance(epoch, int) and isinstance(args, dict)):
                 raise PeerError("protocol", "a request needs op, epoch and args")
@@ -147,20 +146,21 @@ class PeerServer:
             await self._check_epoch(peer.node, op, epoch)
             answer = await handler(peer, args, exchange)
             # Only a drained exchange leaves the connection at a frame boundary of the next one.
-            async with asyncio.timeout(DRAIN_TIMEOUT):
-                while await exchange.receive() is not None:
-                    pass
+            if not exchange.finished:
+                async with asyncio.timeout(DRAIN_TIMEOUT):
+                    while await exchange.receive() is not None:
+                        pass
         except PeerError as error:
             REFUSED.labels(error.code).inc()
-            await connection.write(error_frame(error))
+            await connection.refuse(error)
             return False
         except TimeoutError:
-            await connection.write(error_frame(PeerError("timeout", f"{op} took too long")))
+            await connection.refuse(PeerError("timeout", f"{op} took too long"))
             return False
         except Exception:
             log.exception("operation %s of %s failed", op, peer.node)
-            await connection.write(
-                error_frame(PeerError("failed", f"{op} failed; see the journal of the peer"))
+            await connection.refuse(
+                PeerError("failed", f"{op} failed; see the journal of the peer")
             )
             return False
         await connection.write(frames.encode_json(FrameType.RESPONSE, answer))

@@ -17,6 +17,8 @@ MAX_RECIPIENTS = 50_000
 MAX_ARGUMENTS = 32
 MAX_TEXT = 2048  # Postfix reads no longer command line
 
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
+
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _UNSAFE_ARGUMENT = re.compile(r"[\x00-\x20\x7f]")
 
@@ -73,7 +75,7 @@ class Envelope:
 
     def to_json(self) -> str:
         """Return the envelope as ASCII JSON."""
-        return json.dumps(self.to_object(), separators=(",", ":"))
+        return _to_json(self.to_object())
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Envelope:

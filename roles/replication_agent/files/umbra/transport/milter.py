@@ -61,6 +61,7 @@ class Decoder:
 
     def __init__(self) -> None:
         self._buffer = bytearray()
+        self._wanted = 0
 
     def feed(self, data: bytes) -> list[tuple[int, bytes]]:
         """Return the packets (command, data) that ``data`` completes.
@@ -68,20 +69,25 @@ class Decoder:
         ProtocolError for an impossible length.
         """
         buffer = self._buffer
-        buffer += data
+        if buffer:
+            buffer += data
+            if len(buffer) < self._wanted:  # or a packet in small pieces were copied at each
+                return []
+            data = bytes(buffer)
+            buffer.clear()
         packets: list[tuple[int, bytes]] = []
-        at, size = 0, len(buffer)
-        with memoryview(buffer) as view:
-            while size - at >= _HEADER.size:
-                length, command = _HEADER.unpack_from(view, at)
-                if not 0 < length <= MAX_PACKET:
-                    raise ProtocolError(f"a packet of {length} bytes")
-                end = at + 4 + length
-                if end > size:
-                    break
-                packets.append((command, bytes(view[at + 5 : end])))
-                at = end
-        del buffer[:at]
+        at, size, end = 0, len(data), _HEADER.size
+        while at + _HEADER.size <= size:
+            length, command = _HEADER.unpack_from(data, at)
+            if not 0 < length <= MAX_PACKET:
+                raise ProtocolError(f"a packet of {length} bytes")
+            end = at + 4 + length
+            if end > size:
+                break
+            packets.append((command, data[at + 5 : end]))
+            at = end
+        buffer += data[at:]
+        self._wanted = max(end - at, _HEADER.size)
         return packets
 
 

@@ -395,23 +395,22 @@ class _Message:
         self, peer: PeerLink, reader: Reader, envelope: Envelope
     ) -> PeerError | None:
         args, head = wire.arguments(self._shadow_id, self._queue_id, envelope)
+        left = max(LIMIT - self._shadowing.timeout, 0.0)
         try:
-            async with (
-                asyncio.timeout(self._shadowing.timeout) as limit,
-                peer.exchange("shadow-store", args, timeout=LIMIT) as exchange,
-            ):
+            async with peer.exchange(
+                "shadow-store", args, timeout=self._shadowing.timeout
+            ) as exchange:
                 if head:
                     await exchange.send(head)
                 while (data := await reader.read()) is not None:
                     await exchange.send(data)
-                    when = limit.when()
-                    assert when is not None
-                    limit.reschedule(when + len(data) / RATE)
+                    if self._body.large:  # a small one has one piece, for which it is enough
+                        more = min(len(data) / RATE, left)
+                        exchange.extend(more)
+                        left -= more
                 await exchange.result()
         except PeerError as error:
             return error
-        except TimeoutError:
-            return PeerError("timeout", f"{peer.name} did not take the message in time")
         finally:
             reader.close()
         return None
