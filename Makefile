@@ -10,11 +10,11 @@ export LAB
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 lab := tests/lab/lab --name $(LAB)
 
-.PHONY: help venv collection lab lab-shell lab-down demo test lint unit gates sanity integration changelog lock root
+.PHONY: help venv collection lab lab-shell lab-down demo test lint unit gates sanity integration bench-transport changelog lock root
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^##-/ { printf "\n%s\n", substr($$0, 6) } \
-	    /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	    /^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 ##-- The lab and the demo (root needed)
 demo: root collection ## Build a lab, provision a pair, send real mail, move the primary there and back, report
@@ -49,6 +49,11 @@ sanity: collection ## ansible-test sanity on the built collection
 integration: root collection ## The molecule scenarios, one after the other, in a lab of their own
 	@tests/lab/lab prerequisites
 	@tests/run.py lab integration
+
+##-- Benchmarks (root needed)
+bench-transport: root collection ## Plain Postfix, our milter and two peers: messages/s and latency, into build/bench/transport.json
+	@tests/lab/lab prerequisites
+	@python -m tests.bench.transport.run
 
 ##-- The collection
 collection: venv ## Build the tarball (build/dist) and install it into build/collections, where playbooks run from
