@@ -60,6 +60,17 @@ def health() -> None:
 
 
 @cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the API's answer as it is.")
+def queue(as_json: bool) -> None:
+    """Show the messages in transit: what this node holds, and who holds copies of its own."""
+    answer = call("GET", "/queue")
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
+    else:
+        _print_queue(answer)
+
+
+@cli.command()
 @click.argument("to", metavar="NODE")
 @click.option("--dry-run", is_flag=True, help="Only say whether it would be done.")
 @click.option(
@@ -164,6 +175,34 @@ def _print_status(report: dict[str, Any]) -> None:
         kind = "switchover" if change["planned"] else "failover"
         at = _time(change["at"])
         console.print(f"last {kind}: {change['from']} to {change['to']}, {at}{outage}")
+
+
+def _print_queue(answer: dict[str, Any]) -> None:
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    if answer["messages"]:
+        table = Table(box=None, pad_edge=False)
+        table.add_column("primary", no_wrap=True)
+        for name in ("messages", "size", "oldest"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("next", no_wrap=True)
+        for row in answer["messages"]:
+            table.add_row(
+                row["origin"], str(row["messages"]), _size(row["bytes"]), _age(row["oldest_s"]),
+                row["next"],
+            )  # fmt: skip
+        console.print(table)
+    else:
+        console.print(f"{answer['node']} holds no message.")
+    for row in answer["copies"]:
+        where = "here" if row["holder"] == answer["node"] else f"at {row['holder']}"
+        console.print(f"copies of this node's own queue {where}: {row['messages']}")
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _time(text: str) -> str:

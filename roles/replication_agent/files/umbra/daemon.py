@@ -40,6 +40,7 @@ from umbra.peer.link import PeerLink
 from umbra.peer.server import Handler, PeerServer
 from umbra.systemd import notify, watchdog_interval
 from umbra.transport.part import Messages
+from umbra.transport.store import StoreError
 
 log = logging.getLogger("umbra")
 
@@ -104,6 +105,7 @@ class Agent:
         )
         self._api = Api(
             self._composer.report,
+            {"queue": self._get_queue},
             {
                 "switchover": self._post_switchover,
                 "failover": self._post_failover,
@@ -180,6 +182,12 @@ class Agent:
         return [*self._messages.checks(), *self._mailboxes.checks()]
 
     # -- operations of the API
+
+    async def _get_queue(self) -> dict[str, Any]:
+        try:
+            return await self._messages.queue()
+        except StoreError as error:
+            raise Refused(f"{error}.") from None
 
     async def _post_switchover(self, body: dict[str, Any]) -> dict[str, Any]:
         to, dry_run, timeout_s = (

@@ -220,6 +220,10 @@ class Discarder:
         """Return how many copies ``holder`` has to keep."""
         return len(self._copies[holder])
 
+    def counts(self) -> dict[str, int]:
+        """Return by holder how many messages in the queue it keeps a copy of."""
+        return {name: len(copies) for name, copies in self._copies.items()}
+
     def covered(self, holder: str) -> set[str]:
         """Return the queue ids of the messages that ``holder`` surely has a copy of."""
         return self._copies[holder].sure()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from umbra.api.report import Check
 from umbra.cluster.group import Group
@@ -16,6 +17,7 @@ from umbra.node.client import NodeHelper
 from umbra.peer.exchange import PeerError
 from umbra.peer.link import PeerLink
 from umbra.peer.server import Handler
+from umbra.transport import view
 from umbra.transport.backfill import BackFill
 from umbra.transport.discard import Discarder, Holder, LocalHolder, PeerHolder
 from umbra.transport.milter_server import MilterServer
@@ -30,6 +32,8 @@ log = logging.getLogger(__name__)
 STATS_INTERVAL = 1.0
 BACK_FILL_PAUSE = 0.2
 BACK_FILL_TIMEOUT = 3600.0
+MAX_AGE = 4 * 3600.0
+"""Seconds; an older shadow message means mail that the primary cannot get rid of."""
 
 
 class Paths(Protocol):
@@ -110,6 +114,7 @@ class Messages:
         )
         self._resubmitting = asyncio.Event()
         self._held = (0, 0)
+        self._oldest: float | None = None
         self._own = 0
 
     async def open(self) -> None:
@@ -144,6 +149,7 @@ class Messages:
                 rows = await self._store.stats()
                 held = [row for row in rows if row.state is State.HELD]
                 self._held = sum(row.count for row in held), sum(row.bytes for row in held)
+                self._oldest = min((row.oldest for row in held), default=None)
                 self._own = sum(row.count for row in rows if row.state is not State.HELD)
             await asyncio.sleep(STATS_INTERVAL)
 
@@ -153,12 +159,25 @@ class Messages:
 
     def checks(self) -> Sequence[Check]:
         """Return the findings of this part."""
+        age = None if self._oldest is None else round(max(0.0, time.time() - self._oldest), 1)
         return [
+            Check(
+                "shadow queue age", age is None or age <= MAX_AGE, age, MAX_AGE,
+                "No shadow message is held here."
+                if age is None
+                else f"The oldest shadow message held here is {age:.0f} s old.",
+            ),
             Check(
                 "own messages", True, self._own, None,
                 f"{self._own} messages are kept here until a shadow has them.",
             )
         ]  # fmt: skip
+
+    async def queue(self) -> dict[str, Any]:
+        """Return what is in transit here, as ``GET /queue`` tells it. StoreError if unreadable."""
+        return view.queue(
+            self._config.node, await self._store.stats(), self._discarder.counts(), time.time()
+        )
 
     async def catch_up(self, peer: str) -> None:
         """Copy to ``peer`` what only this node has; return when nothing is left.
