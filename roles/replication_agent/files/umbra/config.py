@@ -55,10 +55,16 @@ class Peer:
 
 @dataclass(frozen=True)
 class Transport:
-    """Messages in transit. Times in seconds."""
+    """Messages in transit. Times in seconds.
+
+    :param safety_net_hold: for which delivered messages are kept; 0 keeps none.
+    :param safety_net_max_size: MiB of them that are kept at most.
+    """
 
     shadow_policy: ShadowPolicy = ShadowPolicy.DEFER
     shadow_timeout: float = 5.0
+    safety_net_hold: float = 172_800.0
+    safety_net_max_size: int = 10_240
 
 
 @dataclass(frozen=True)
@@ -271,7 +277,8 @@ class _Reader:
             return 0
         if label.endswith(("port", "ports")) and not 0 < value < 65536:
             self.findings.append(f"{label} is {value}; a port is from 1 to 65535.")
-        if label.endswith(("timeout", "interval", "hold")) and value == 0:
+        over = ("timeout", "interval", "fence.hold")
+        if label.endswith(over) and value == 0:
             self.findings.append(f"{label} must be over 0 seconds.")
         return value
 

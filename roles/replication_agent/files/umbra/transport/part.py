@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,11 +18,14 @@ from umbra.peer.exchange import PeerError
 from umbra.peer.link import PeerLink
 from umbra.peer.server import Handler
 from umbra.transport import view
+from umbra.transport.aliases import Aliases
 from umbra.transport.backfill import BackFill
 from umbra.transport.discard import Discarder, Holder, LocalHolder, PeerHolder
 from umbra.transport.milter_server import MilterServer
 from umbra.transport.ports import Refusal
+from umbra.transport.replay import Replayer
 from umbra.transport.resubmit import Resubmission, Resubmitter
+from umbra.transport.safety_net import SafetyNet
 from umbra.transport.service import ShadowService
 from umbra.transport.shadowing import Shadowing
 from umbra.transport.store import ShadowStore, State, StoreError
@@ -43,6 +46,18 @@ class Paths(Protocol):
     def state(self) -> Path: ...  # noqa: D102
     @property
     def milter(self) -> Path: ...  # noqa: D102
+
+
+class Mailboxes(Protocol):
+    """What the transport asks of the mailboxes; OSError if they cannot tell now."""
+
+    async def delivered(self, recipient: str, shadow_id: str) -> bool:
+        """Return whether a mailbox of ``recipient`` has the message."""
+        ...
+
+    async def present(self, recipient: str, shadow_id: str, message_id: str) -> bool | None:
+        """Return whether it has it by either id; None if there is no such mailbox."""
+        ...
 
 
 class _Face:
@@ -77,12 +92,17 @@ class Messages:
         group: Group,
         helper: NodeHelper,
         paths: Paths,
-        delivered: Callable[[str, str], Awaitable[bool]],
+        mailboxes: Mailboxes,
     ) -> None:
         self._config = config
         self._group = group
         self._helper = helper
-        self._store = ShadowStore(paths.state / "shadow")
+        settings = config.transport
+        self._store = ShadowStore(paths.state / "shadow", keep=settings.safety_net_hold > 0)
+        self._net = SafetyNet(
+            self._store, hold=settings.safety_net_hold, max_size=settings.safety_net_max_size << 20
+        )
+        self._aliases = Aliases(helper.aliases)
         holders: list[Holder] = [
             LocalHolder(self._store, config.node),
             *map(PeerHolder, group.links.values()),
@@ -95,8 +115,9 @@ class Messages:
             self._store,
             self._discarder,
             resubmissions,
-            policy=config.transport.shadow_policy,
-            timeout=config.transport.shadow_timeout,
+            policy=settings.shadow_policy,
+            timeout=settings.shadow_timeout,
+            net=self._net,
         )
         self._milter = MilterServer(paths.milter, self._shadowing)
         self._service = ShadowService(self._store, lambda: group.epoch)
@@ -110,7 +131,15 @@ class Messages:
             resubmissions,
             queue_ids=self._queue_ids,
             committed_ids=self._committed_ids,
-            delivered=delivered,
+            delivered=mailboxes.delivered,
+            targets=self._aliases.targets,
+        )
+        self._replayer = Replayer(
+            config.node,
+            self._store,
+            queue_ids=self._queue_ids,
+            present=mailboxes.present,
+            leading_to=self._aliases.leading_to,
         )
         self._resubmitting = asyncio.Event()
         self._held = (0, 0)
@@ -124,6 +153,7 @@ class Messages:
     async def close(self) -> None:
         """Stop listening and close the store; what was not answered is not acknowledged."""
         await self._milter.stop()
+        await self._net.close()
         await self._store.close()
 
     async def listen(self) -> None:
@@ -135,12 +165,13 @@ class Messages:
         return self._service.handlers()
 
     async def run(self) -> None:
-        """Discard, resubmit and count, until cancelled."""
+        """Discard, resubmit, keep, purge and count, until cancelled."""
         if self._group.is_primary():
             self._resubmitting.set()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._discarder.run())
             tasks.create_task(self._resubmit_when_told())
+            tasks.create_task(self._net.run())
             tasks.create_task(self._count())
 
     async def _count(self) -> None:
@@ -150,7 +181,9 @@ class Messages:
                 held = [row for row in rows if row.state is State.HELD]
                 self._held = sum(row.count for row in held), sum(row.bytes for row in held)
                 self._oldest = min((row.oldest for row in held), default=None)
-                self._own = sum(row.count for row in rows if row.state is not State.HELD)
+                self._own = sum(
+                    row.count for row in rows if row.state in (State.RESUBMITTING, State.UNSHADOWED)
+                )
             await asyncio.sleep(STATS_INTERVAL)
 
     def held(self) -> tuple[int, int]:
@@ -226,6 +259,7 @@ class Messages:
             self._resubmitting.clear()
             if not self._group.is_primary():
                 continue
+            self._aliases.forget()
             try:
                 # What a crash between promotion and claim has left.
                 for origin in self._group.links:
@@ -238,6 +272,18 @@ class Messages:
                     "resubmitted %d messages, dropped %d duplicates, %d were finished before",
                     report.resubmitted, report.duplicates, report.finished_before,
                 )  # fmt: skip
+
+    async def replay(
+        self, recipient: str, since: float, until: float, *, dry_run: bool
+    ) -> dict[str, Any]:
+        """Replay delivered messages to a mailbox; see ``transport.replay``.
+
+        UnknownMailbox, SmtpError, StoreError or OSError if it cannot be done now.
+        """
+        self._aliases.forget()
+        await self._net.flush()
+        result = await self._replayer.run(recipient, since, until, dry_run=dry_run)
+        return result.to_json()
 
     # -- the queue
 

@@ -60,7 +60,7 @@ class ShadowService:
         if self._epoch() != epoch:
             # This node was promoted while the disk worked: the resubmission may have missed the
             # message, so it must not be acknowledged under the old epoch.
-            await self._store.discard([shadow_id], origin=peer.node)
+            await self._store.discard([shadow_id], origin=peer.node, delivered=False)
             raise PeerError("stale-epoch", f"epoch {epoch} ended while the message was stored")
         return {}
 
@@ -102,8 +102,9 @@ class ShadowService:
     async def discard(
         self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
     ) -> dict[str, Any]:
-        """``shadow-discard``: forget messages held for the asking node.
+        """``shadow-discard``: messages held for the asking node have done their duty.
 
+        With ``delivered`` false they were never accepted, and are not kept for the safety net.
         Ids that are not here do no harm.
         """
         shadow_ids = args.get("shadow_ids")
@@ -113,7 +114,8 @@ class ShadowService:
             or not all(map(valid, shadow_ids))
         ):
             raise PeerError("protocol", f"shadow_ids must be a list of at most {MAX_DISCARD} ids")
-        gone = await self._store.discard(shadow_ids, origin=peer.node)
+        delivered = args.get("delivered", True) is not False
+        gone = await self._store.discard(shadow_ids, origin=peer.node, delivered=delivered)
         for meta in gone:
             metrics.DISCARDED.inc()
             track(

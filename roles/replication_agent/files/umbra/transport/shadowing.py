@@ -28,6 +28,7 @@ from umbra.transport.envelope import Envelope, EnvelopeError, Recipient, address
 from umbra.transport.milter import Flow, Transaction
 from umbra.transport.ports import Group, NotPrimary, Refusal
 from umbra.transport.resubmit import Resubmission
+from umbra.transport.safety_net import SafetyNet
 from umbra.transport.store import ShadowStore, ShadowWriter, State, StoreError
 from umbra.transport.tracking import SHADOW_CREATED, SHADOW_FAILED, track
 
@@ -69,6 +70,7 @@ class Shadowing:
         them.
     :param timeout: seconds that the shadows have for a message (``shadow_timeout``), plus one for
         each MiB.
+    :param net: gets a copy of each accepted message.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Shadowing:
         *,
         policy: ShadowPolicy,
         timeout: float,
+        net: SafetyNet | None = None,
     ) -> None:
         self.node = node
         self.group = group
@@ -89,6 +92,7 @@ class Shadowing:
         self.resubmissions = resubmissions
         self.policy = policy
         self.timeout = timeout
+        self.net = net
         self.storing_alone = 0
         """Messages that found the group alone and are not in the own store yet."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -132,6 +136,8 @@ class _Message:
         self._epoch = 0
         self._first = True
         self._resubmission: Resubmission | None = None
+        self._alone_here = False
+        self._copy: ShadowWriter | None = None
         self._delivery: asyncio.Task[None] | None = None
 
     # -- what the milter says
@@ -150,6 +156,8 @@ class _Message:
     def abort(self) -> None:
         if self._delivery is not None:
             self._delivery.cancel()
+        self._shadowing.discarder.refused(self._queue_id)
+        self._drop_copy()
 
     async def finish(self) -> bytes:
         started = time.monotonic()
@@ -175,11 +183,36 @@ class _Message:
                 log.info("%s refused: %s", self._queue_id, refused)
                 return answer(refused.refusal)
         metrics.SHADOW_SECONDS.observe(time.monotonic() - started)
+        await self._keep()
         if self._resubmission is not None:
             return milter.ACCEPT  # the id is in its header already
         return milter.add_header(ids.HEADER, self._shadow_id) + milter.ACCEPT
 
     # -- within
+
+    async def _keep(self) -> None:
+        """Give the safety net what was accepted; what comes in by its own port is no news to it."""
+        if self._transaction.macro(b"daemon_name") == RESUBMISSION:
+            self._drop_copy()
+            if self._resubmission is None:  # a replay: the net has it under its first id
+                self._shadowing.discarder.refused(self._queue_id)
+            return
+        net, copy = self._shadowing.net, self._copy
+        if net is None or self._alone_here or not (copy or net.wanted):
+            self._drop_copy()
+            return
+        if copy is None:
+            if self._body.large:
+                return  # it has streamed past
+            copy = self._writer(self._checked_envelope())
+            await self._write(copy, self._body.reader())  # in memory: nothing to wait for
+        self._copy = None
+        net.keep(copy)
+
+    def _drop_copy(self) -> None:
+        if self._copy is not None:
+            self._copy.abort()
+            self._copy = None
 
     def _claim(self, lines: bytes) -> bool:
         """Tell whether this is our own resubmission, whose id header is no part of the content."""
@@ -262,13 +295,15 @@ class _Message:
 
     async def _to_shadows(self, peers: Sequence[PeerLink], envelope: Envelope) -> None:
         writer: ShadowWriter | None = None
+        net = self._shadowing.net
+        kept = net is not None and net.wanted
         if (
             self._body.large
-            and self._shadowing.policy is ShadowPolicy.ACCEPT
+            and (kept or self._shadowing.policy is ShadowPolicy.ACCEPT)
             and self._resubmission is None
         ):
-            # What streams past cannot be read again, so it is kept (unsynced) in case the shadow
-            # fails half way.
+            # What streams past cannot be read again, so it is kept (unsynced) for the safety net,
+            # and in case the shadow fails half way.
             writer = self._writer(envelope)
         try:
             failed = await self._send(peers, writer, envelope)
@@ -280,6 +315,8 @@ class _Message:
             if failed:
                 await self._failed(failed, {peer.name for peer in peers}, writer, envelope)
                 return
+            if kept:
+                self._copy, writer = writer, None
         finally:
             if writer is not None:
                 writer.abort()
@@ -330,6 +367,7 @@ class _Message:
 
     async def _alone(self, writer: ShadowWriter | None, envelope: Envelope, reason: str) -> None:
         """The group is alone: put the message into the own store for the back-fill."""
+        self._alone_here = True
         if self._resubmission is not None:
             return  # it is in the own store; the resubmission keeps it there
         if self._shadowing.policy is ShadowPolicy.DEFER:

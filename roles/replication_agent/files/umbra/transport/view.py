@@ -11,6 +11,7 @@ NEXT = {
     State.HELD: "held: discarded when {origin} has delivered them",
     State.RESUBMITTING: "resubmitting: carried on here, because {origin} is gone",
     State.UNSHADOWED: "unshadowed: copied to a shadow as soon as there is one",
+    State.DELIVERED: "delivered: kept for umbractl resubmit",
 }
 
 
