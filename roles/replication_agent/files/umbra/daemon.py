@@ -94,7 +94,12 @@ class Agent:
         self._switchover = Switchover(config, group, helper, self._messages, self._mailboxes)
         group.catch_up = self._catch_up
         self._composer = Composer(
-            config, group, self._messages.held, self._mailboxes.lag, self._notes
+            config,
+            group,
+            self._messages.held,
+            self._messages.load,
+            self._mailboxes.lag,
+            self._notes,
         )
         handlers: dict[str, Handler] = {
             **self._messages.handlers(),

@@ -20,16 +20,25 @@ RECEIVE_TIMEOUT = 300.0
 
 MAX_DISCARD = 2000
 
+MAX_STORES = 200
+"""Messages that come in at once; with more, this node calls itself overloaded."""
+
 
 class ShadowService:
     """Handlers for the peer server.
 
     :param epoch: returns the highest epoch this node knows.
+    :param full: whether the shadow queue has its full size.
     """
 
-    def __init__(self, store: ShadowStore, epoch: Callable[[], int]) -> None:
+    def __init__(
+        self, store: ShadowStore, epoch: Callable[[], int], full: Callable[[], bool] = bool
+    ) -> None:
         self._store = store
         self._epoch = epoch
+        self._full = full
+        self.running = 0
+        """How many messages are coming in now."""
 
     def handlers(self) -> dict[str, Handler]:
         """Return the operations by name."""
@@ -48,6 +57,9 @@ class ShadowService:
         that the primary did not acknowledge; its queue file is gone, so it is discarded later.
         """
         epoch = self._epoch()
+        if self._full():
+            raise PeerError("store-full", "the shadow queue has its full size")
+        self.running += 1
         try:
             async with asyncio.timeout(RECEIVE_TIMEOUT):
                 shadow_id = await self._receive(peer.node, epoch, args, exchange)
@@ -57,6 +69,8 @@ class ShadowService:
             raise PeerError("store-full", str(error)) from None
         except StoreError as error:
             raise PeerError("store-failed", str(error)) from None
+        finally:
+            self.running -= 1
         if self._epoch() != epoch:
             # This node was promoted while the disk worked: the resubmission may have missed the
             # message, so it must not be acknowledged under the old epoch.

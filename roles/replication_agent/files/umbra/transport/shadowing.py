@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from umbra.config import ShadowPolicy
 from umbra.peer.exchange import PeerError
@@ -44,6 +44,10 @@ large message may take."""
 LIMIT = 240.0
 """Seconds for any message; Postfix gives up on a milter after 300."""
 
+MAX_IN_FLIGHT = 250
+"""Messages that may be between their end and their answer; the link has so many connections."""
+
+BUSY = Refusal(451, "4.3.2", "Too many messages at this moment, try again later")
 ALONE = Refusal(
     451, "4.7.1", "No second server can take a copy of this message now, try again later"
 )
@@ -63,7 +67,8 @@ class _Refused(Exception):
 class Shadowing:
     """The milter's application: lets no message be acknowledged that is not where it has to be.
 
-    Every peer that :meth:`Group.shadows` names must have the message.
+    Every peer that :meth:`Group.shadows` names is given the message; one that does not take it is
+    taken out of them first.
 
     :param node: this node's name.
     :param resubmissions: ids that are being resubmitted by this process; told here what became of
@@ -71,6 +76,8 @@ class Shadowing:
     :param timeout: seconds that the shadows have for a message (``shadow_timeout``), plus one for
         each MiB.
     :param net: gets a copy of each accepted message.
+    :param enough: whether these holders are enough for a message (see ``selection``).
+    :param pressure: why no message is taken now, by this node's or the shadows' load.
     """
 
     def __init__(
@@ -84,6 +91,8 @@ class Shadowing:
         policy: ShadowPolicy,
         timeout: float,
         net: SafetyNet | None = None,
+        enough: Callable[[Collection[str]], bool] = bool,
+        pressure: Callable[[], Refusal | None] = lambda: None,
     ) -> None:
         self.node = node
         self.group = group
@@ -93,6 +102,9 @@ class Shadowing:
         self.policy = policy
         self.timeout = timeout
         self.net = net
+        self.enough = enough
+        self.pressure = pressure
+        self.in_flight = 0
         self.storing_alone = 0
         """Messages that found the group alone and are not in the own store yet."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -100,12 +112,19 @@ class Shadowing:
     def mail(self, transaction: Transaction) -> bytes | None:
         """Refuse at MAIL what would be refused at its end.
 
-        That is: while draining, while not primary, and while alone under ``defer``.
+        That is: while draining, while not primary, under pressure, and while there are not enough
+        shadows under ``defer``.
         """
         refusal = self.group.accepting()
-        if refusal is None and self.policy is ShadowPolicy.DEFER and not self.group.shadows():
-            # What is resubmitted was acknowledged once and goes on even alone.
-            refusal = None if transaction.macro(b"daemon_name") == RESUBMISSION else ALONE
+        # What is resubmitted was acknowledged once and goes on even alone.
+        if refusal is None and transaction.macro(b"daemon_name") != RESUBMISSION:
+            refusal = BUSY if self.in_flight >= MAX_IN_FLIGHT else self.pressure()
+            if (
+                refusal is None
+                and self.policy is ShadowPolicy.DEFER
+                and not self.enough([peer.name for peer in self.group.shadows()])
+            ):
+                refusal = ALONE
         return None if refusal is None else answer(refusal)
 
     def message(self, transaction: Transaction, flow: Flow) -> _Message:
@@ -161,6 +180,13 @@ class _Message:
 
     async def finish(self) -> bytes:
         started = time.monotonic()
+        self._shadowing.in_flight += 1
+        try:
+            return await self._finish(started)
+        finally:
+            self._shadowing.in_flight -= 1
+
+    async def _finish(self, started: float) -> bytes:
         with self._group.begin_work():
             try:
                 refusal = self._group.accepting()
@@ -282,6 +308,13 @@ class _Message:
                 raise _Refused(FULL, str(error)) from None
         envelope = self._checked_envelope()
         peers = self._group.shadows()
+        if (
+            peers
+            and self._shadowing.policy is ShadowPolicy.DEFER
+            and self._resubmission is None
+            and not self._shadowing.enough([peer.name for peer in peers])
+        ):
+            raise _Refused(ALONE, "there are not enough shadows")
         if peers:
             await self._to_shadows(peers, envelope)
         else:
@@ -347,7 +380,9 @@ class _Message:
             )
             if error.code == "stale-epoch":
                 raise _Refused(DEMOTED, reason)
-        if self._shadowing.policy is ShadowPolicy.DEFER and self._resubmission is None:
+        holders = asked - failed.keys()
+        needed = self._shadowing.policy is ShadowPolicy.DEFER and self._resubmission is None
+        if needed and not self._shadowing.enough(holders):
             raise _Refused(ALONE, reason)
         try:
             async with asyncio.timeout(LIMIT):
@@ -360,7 +395,7 @@ class _Message:
         left = {peer.name for peer in self._group.shadows()}
         if not left:
             await self._alone(writer, envelope, reason)
-        elif left <= asked - failed.keys():
+        elif left <= holders and (not needed or self._shadowing.enough(left)):
             self._shadowed("+".join(sorted(left)))
         else:
             raise _Refused(ALONE, "the shadows changed meanwhile")
