@@ -109,7 +109,7 @@ async def test_has_message_by_either_id(tmp_path: Path) -> None:
     async with dovecot(tmp_path, server) as doveadm:
         await doveadm.has_message("a@example.org", "id", "<1@example.org>")
     assert server.asked.endswith(
-        b"OR\tHEADER\tX-Umbra-Id\tid\tHEADER\tMessage-ID\t<1@example.org>\n"
+        b"\tHEADER\tX-Umbra-Id\tid\tOR\tHEADER\tMessage-ID\t<1@example.org>\n"
     )
     async with dovecot(tmp_path, server) as doveadm:
         await doveadm.has_message("a@example.org", "id", "1")

@@ -219,7 +219,8 @@ class Doveadm:
         """
         query = ["HEADER", "X-Umbra-Id", shadow_id]
         if message_id.startswith("<") and message_id.endswith(">"):
-            query = ["OR", *query, "HEADER", "Message-ID", message_id]
+            # doveadm's OR stands between; a leading one, as in IMAP, ends its server process.
+            query += ["OR", "HEADER", "Message-ID", message_id]
         reply = await self.run(user, "search", "-u", user, *query)
         if reply.code == "NOUSER":
             return None
