@@ -137,13 +137,11 @@ status:
 """
 
 import concurrent.futures
-import contextlib
 import datetime
 import email.utils
 import http.client
 import os
 import socket
-import sqlite3
 import time
 import typing as t
 
@@ -154,8 +152,6 @@ from ansible_collections.umbra.mail.plugins.module_utils._agent import (
     AgentClient,
     AgentError,
 )
-
-SHADOW_STORE = "/var/lib/umbra/shadow/shadow.db"
 
 
 class Host:
@@ -169,16 +165,6 @@ class Host:
     def postfix_active(self) -> bool:
         """Whether systemd says that Postfix is active."""
         return bool(self._run(["systemctl", "is-active", "--quiet", "postfix.service"])[0] == 0)
-
-    def oldest_shadow_s(self) -> float | None:
-        """Age in seconds of the oldest shadow message."""
-        try:
-            store = sqlite3.connect(f"file:{SHADOW_STORE}?mode=ro", uri=True, timeout=self._timeout)
-            with contextlib.closing(store):
-                oldest = store.execute("SELECT MIN(stored) FROM message").fetchone()[0]
-        except sqlite3.Error:
-            return None  # no store yet, or no agent that has opened it
-        return None if oldest is None else max(0.0, time.time() - oldest)
 
     def free_percent(self, path: str) -> float | None:
         """Percentage of the file system's blocks that unprivileged users may still use."""
@@ -253,7 +239,7 @@ def examine(client: AgentClient, host: Host, params: t.Mapping[str, t.Any]) -> d
             checks.inventory_role(status),
         ]
         found += examine_peers(host, status, params)
-    found.append(checks.shadow_queue_age(host.oldest_shadow_s(), params["shadow_age_threshold"]))
+        found += checks.shadow_queue_age(status, params["shadow_age_threshold"])
     found += [
         checks.disk_space(path, host.free_percent(path), params["disk_free_percent"])
         for path in params["disk_paths"]

@@ -31,6 +31,11 @@ def test_a_right_configuration_is_read() -> None:
     assert read.mailbox.workers > 0
 
 
+def test_the_safety_net_can_be_switched_off() -> None:
+    read = config.parse({**GOOD, "transport": {"safety_net_hold": 0}})
+    assert read.transport.safety_net_hold == 0
+
+
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
@@ -49,6 +54,16 @@ def test_a_right_configuration_is_read() -> None:
         (("transport", "shadow_timeout"), 0, "transport.shadow_timeout must be over 0 seconds."),
         (("transport", "shadow_timeout"), True, "must be a number from 0, not True."),
         (("transport", "timeout"), 1, "transport has the unknown setting timeout; known are"),
+        (("transport", "shadow_copies"), 0, "a message needs at least one copy."),
+        (("transport", "shadow_copies"), 2, "only 1 of the peers can count under prefer_remote"),
+        (
+            ("transport", "shadow_preference"),
+            "local_only",
+            "only 0 of the peers can count under local_only at site alpha",
+        ),
+        (("transport", "shadow_preference"), "near", "it must be prefer_remote or remote_only or"),
+        (("transport", "safety_net_hold"), -1, "must be a number from 0, not -1."),
+        (("transport", "safety_net_max_size"), 1.5, "must be a whole number from 0, not 1.5."),
         (("heartbeat",), {"interval": 2, "timeout": 1}, "it must be over heartbeat.interval, 2 s."),
         (("fence",), {"hold": 1}, "a busy agent would close its own ports."),
         (("fence",), {"ports": [25, 0]}, "fence.ports is 0; a port is from 1 to 65535."),

@@ -104,6 +104,18 @@ async def test_has_message(tmp_path: Path, answer: bytes, found: bool | None) ->
         assert await doveadm.has_message("a@example.org", "id") is found
 
 
+async def test_has_message_by_either_id(tmp_path: Path) -> None:
+    server = Server(b"\n+\n")
+    async with dovecot(tmp_path, server) as doveadm:
+        await doveadm.has_message("a@example.org", "id", "<1@example.org>")
+    assert server.asked.endswith(
+        b"\tHEADER\tX-Umbra-Id\tid\tOR\tHEADER\tMessage-ID\t<1@example.org>\n"
+    )
+    async with dovecot(tmp_path, server) as doveadm:
+        await doveadm.has_message("a@example.org", "id", "1")
+    assert server.asked.endswith(b"-u\ta@example.org\tHEADER\tX-Umbra-Id\tid\n")
+
+
 async def test_connected(tmp_path: Path) -> None:
     answer = (
         b"u4@example.org\t1\timap\t(28016)\t(127.0.0.1)\t"

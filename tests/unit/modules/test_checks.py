@@ -75,8 +75,16 @@ def test_lag_of_no_node() -> None:
 
 
 @pytest.mark.parametrize(("age", "passed"), [(None, True), (10.0, True), (61.0, False)])
-def test_shadow_queue_age(age: float | None, passed: bool) -> None:
-    assert checks.shadow_queue_age(age, 60.0)["passed"] is passed
+def test_shadow_queue_age_is_held_against_the_threshold_that_was_asked_for(
+    age: float | None, passed: bool
+) -> None:
+    told = {"name": "shadow queue age", "passed": True, "value": age, "message": "Old."}
+    [found] = checks.shadow_queue_age(status(checks=[told]), 60.0)
+    assert (found["passed"], found["threshold"]) == (passed, 60.0)
+
+
+def test_an_agent_that_tells_no_age_is_not_judged_by_it() -> None:
+    assert checks.shadow_queue_age(status(), 60.0) == []
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,6 @@ class Host:
     def __init__(self, **other: Any) -> None:
         self.values: dict[str, Any] = {
             "postfix": True,
-            "shadow": None,
             "free": 50.0,
             "days": 90.0,
             "ports": {25: False, 993: False},
@@ -40,10 +39,6 @@ class Host:
 
     def postfix_active(self) -> bool:
         return bool(self.values["postfix"])
-
-    def oldest_shadow_s(self) -> float | None:
-        age: float | None = self.values["shadow"]
-        return age
 
     def free_percent(self, path: str) -> float | None:
         free: float | None = self.values["free"]
@@ -75,7 +70,8 @@ class Agent:
                 {"node": "mail-b", "role": "shadow", "reachable": True, "lag_s": 0.0},
             ],
             "checks": [
-                {"name": "fence", "passed": True, "value": 1, "threshold": 1, "message": ""}
+                {"name": "fence", "passed": True, "value": 1, "threshold": 1, "message": ""},
+                {"name": "shadow queue age", "passed": True, "value": 59.0, "message": ""},
             ],
             **other,
         }
@@ -124,7 +120,6 @@ def test_healthy() -> None:
     ("host", "failed"),
     [
         ({"postfix": False}, "postfix on primary only"),
-        ({"shadow": 61.0}, "shadow queue age"),
         ({"free": 1.0}, "disk space /var/vmail"),
         ({"days": 1.0}, "certificate /etc/umbra/tls/node.crt"),
         ({"ports": {25: True, 993: False}}, "service ports mail-b"),
@@ -151,6 +146,12 @@ def test_unreachable_peer_is_reported_once_and_not_probed() -> None:
     host = Host()
     assert examine(Agent(nodes=nodes), host)["failed_checks"] == ["peers reachable"]
     assert host.probed == []
+
+
+def test_the_age_that_the_agent_tells_is_held_against_our_threshold() -> None:
+    result = examine(Agent(), Host(), shadow_age_threshold=58.0)
+    assert result["failed_checks"] == ["shadow queue age"]
+    assert [item["name"] for item in result["checks"]].count("shadow queue age") == 1
 
 
 def test_failed_check_of_the_agent_counts() -> None:

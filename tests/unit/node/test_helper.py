@@ -25,7 +25,7 @@ def make_queues(spool: Path) -> None:
 def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
     calls: Ran = []
 
-    async def run(*argv: str, stdin: str | None = None) -> str:
+    async def run(*argv: str, stdin: str | None = None, silent: int = 0) -> str:
         calls.append((argv, stdin))
         return ""
 
@@ -55,6 +55,10 @@ async def test_ports_are_opened_in_one_transaction(ran: Ran) -> None:
         {"do": "ports-open", "ports": [25], "hold": 1e9},
         {"do": "ports-open", "ports": [25], "hold": "10"},
         {"do": "queue-delete", "ids": ["ALL"]},
+        {"do": "aliases", "keys": "a@example.org"},
+        {"do": "aliases", "keys": ["a@example.org\nb@example.org"]},
+        {"do": "aliases", "keys": [""]},
+        {"do": "aliases", "keys": ["a"] * 2001},
         {"do": "queue-delete", "ids": ["-d"]},
         {"do": "queue-delete", "ids": ["4hK2\nALL"]},
         {"do": "queue-hold", "ids": "4hK2pl0Zzz"},
@@ -95,6 +99,36 @@ async def test_a_queue_that_cannot_be_read_is_an_error_not_an_empty_queue(tmp_pa
 async def test_a_failing_program_is_quoted() -> None:
     with pytest.raises(HelperError, match=r"ls .* failed \(2\): .*No such file"):
         await helper.run("ls", "/nonexistent")
+
+
+async def test_aliases_are_asked_of_the_maps_that_postfix_uses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: Ran = []
+
+    async def run(*argv: str, stdin: str | None = None, silent: int = 0) -> str:
+        asked.append((argv, stdin))
+        if argv[0] == "postconf":
+            return "texthash:/etc/postfix/virtual_aliases, ldap:/x\n"
+        assert silent == 1
+        return "a@example.org\tb@example.org, c@example.org\n" if "texthash" in argv[3] else ""
+
+    monkeypatch.setattr(helper, "run", run)
+    answer = await ask({"do": "aliases", "keys": ["a@example.org", "-x"]})
+    assert answer == {"ok": True, "found": {"a@example.org": "b@example.org, c@example.org"}}
+    assert asked[1:] == [
+        (("postmap", "-q", "-", name), "a@example.org\n-x\n")
+        for name in ("texthash:/etc/postfix/virtual_aliases", "ldap:/x")
+    ]
+
+
+async def test_nothing_found_is_no_failure_but_a_failure_is() -> None:
+    assert await helper.run("false", silent=1) == ""
+    with pytest.raises(HelperError):
+        await helper.run("false")
+    assert await helper.run("sh", "-c", "echo warning: no IPv6 >&2; exit 1", silent=1) == ""
+    with pytest.raises(HelperError, match="query error"):
+        await helper.run("sh", "-c", "echo fatal: query error >&2; exit 1", silent=1)
 
 
 async def test_client_and_helper_talk(tmp_path: Path) -> None:

@@ -179,6 +179,31 @@ async def test_the_message_arrives_byte_for_byte_with_its_envelope(bench: Bench)
     assert await bench.store.stats() == []
 
 
+async def test_of_an_alias_only_those_who_lack_it_get_it(bench: Bench) -> None:
+    members = {
+        "staff@example.com": ["ann@example.com", "bob@example.com"],
+        "none@example.com": ["ann@example.com"],
+        "new@example.com": ["eve@example.com", "dan@example.com"],
+    }
+
+    async def targets(address: str) -> list[str]:
+        return members.get(address, [address])
+
+    bench.resubmitter._targets = targets
+    shadow_id = await bench.held(
+        recipients=tuple(Recipient(address, ("NOTIFY=NEVER",)) for address in members)
+    )
+    bench.mailboxes = {("ann@example.com", shadow_id)}
+    await bench.resubmitter.claim("a")
+    report = await bench.resubmitter.step()
+    assert report.duplicates == 2
+    # An alias that nobody has it of stays one: its members may have changed.
+    assert bench.smtpd.mails[0].commands[-2:] == [
+        b"RCPT TO:<bob@example.com> NOTIFY=NEVER",
+        b"RCPT TO:<new@example.com> NOTIFY=NEVER",
+    ]
+
+
 async def test_the_null_sender_goes_as_it_came(bench: Bench) -> None:
     await bench.held(sender="", sender_args=())
     await bench.resubmitter.claim("a")

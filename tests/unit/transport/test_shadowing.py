@@ -21,7 +21,8 @@ from tests.unit.transport.support import (
 
 from umbra.config import ShadowPolicy
 from umbra.peer.exchange import PeerError
-from umbra.transport.discard import Discarder, LocalHolder, PeerHolder
+from umbra.transport import shadowing as module
+from umbra.transport.discard import Copies, Discarder, LocalHolder, PeerHolder
 from umbra.transport.milter_server import MilterServer
 from umbra.transport.ports import NotPrimary, Refusal
 from umbra.transport.resubmit import Resubmission
@@ -396,3 +397,83 @@ async def test_ten_large_messages_at_once_need_little_memory(bench: Bench) -> No
         assert meta is not None
         assert meta.size == len(WHOLE) + len(whole)
     assert after - before < 64 * 1024  # KiB
+
+
+# -- several shadows, too much load
+
+
+@pytest.fixture
+async def second(tmp_path: Path, bench: Bench) -> AsyncIterator[FakeLink]:
+    store = ShadowStore(tmp_path / "second")
+    await store.open()
+    link = FakeLink("c", ShadowService(store, lambda: bench.epoch).handlers())
+    bench.group.peers.append(link)
+    bench.discarder._holders["c"] = PeerHolder(link)  # type: ignore[arg-type]
+    bench.discarder._copies["c"] = Copies()
+    yield link
+    await store.close()
+
+
+@DEFER
+@SIZES
+async def test_a_message_that_enough_shadows_have_is_accepted_without_the_others(
+    bench: Bench, second: FakeLink, body: bytes
+) -> None:
+    bench.link.fail = lambda op: PeerError("unreachable", "b cannot be reached")
+    shadow_id_of(await bench.deliver(body))
+    # Durably, before the 250: b must not be promoted without it.
+    assert bench.group.failures == [("b", "b cannot be reached")]
+    assert bench.discarder.counts() == {"a": 0, "b": 1, "c": 1}
+
+
+@DEFER
+async def test_a_message_that_too_few_shadows_have_is_refused(
+    bench: Bench, second: FakeLink
+) -> None:
+    bench.shadowing.enough = lambda holders: len(holders) >= 2
+    shadow_id_of(await bench.deliver())
+    bench.link.fail = lambda op: PeerError("unreachable", "b cannot be reached")
+    [(kind, text)] = await bench.deliver()
+    assert (kind, text[:4]) == (b"y", b"451 ")
+    assert bench.group.failures == [], "it was refused, so nobody lacks anything"
+
+
+@DEFER
+async def test_too_few_shadows_are_told_at_mail(bench: Bench) -> None:
+    bench.shadowing.enough = lambda holders: len(holders) >= 2
+    client = await MilterClient.connect(bench.path)
+    assert (await client.mail())[1].startswith(b"451 4.7.1")
+    await client.close()
+    client = await MilterClient.connect(bench.path, RESUBMISSION)
+    assert (await client.mail())[0] == b"c"
+    await client.close()
+
+
+async def test_pressure_is_told_at_mail_and_not_to_what_was_accepted_once(bench: Bench) -> None:
+    full = Refusal(452, "4.3.1", "No room")
+    bench.shadowing.pressure = lambda: full
+    client = await MilterClient.connect(bench.path)
+    assert await client.mail() == (b"y", b"452 4.3.1 No room\0")
+    await client.close()
+    client = await MilterClient.connect(bench.path, RESUBMISSION)
+    assert (await client.mail())[0] == b"c"
+    await client.close()
+
+
+async def test_too_many_messages_at_once_are_refused_at_mail(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_IN_FLIGHT", 1)
+    bench.link.hold = True
+    client = await MilterClient.connect(bench.path)
+    first = asyncio.create_task(client.message(HEADERS))
+    async with asyncio.timeout(5):
+        while not bench.shadowing.in_flight:  # noqa: ASYNC110 (a counter, no event)
+            await asyncio.sleep(0.01)
+    other = await MilterClient.connect(bench.path)
+    assert (await other.mail())[1].startswith(b"451 4.3.2")
+    await first  # times out, and the count goes back
+    assert bench.shadowing.in_flight == 0
+    assert (await other.mail())[0] == b"c"
+    await other.close()
+    await client.close()

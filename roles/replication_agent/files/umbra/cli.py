@@ -17,6 +17,8 @@ from rich.text import Text
 from umbra import __version__
 from umbra.api.client import ApiError, call
 
+RESUBMIT_TIMEOUT = 3600.0
+
 
 def main() -> None:
     """Entry point of ``umbractl``."""
@@ -57,6 +59,39 @@ def health() -> None:
     for reason in answer["reasons"]:
         click.echo(f"  {reason}")
     raise SystemExit(0 if answer["status"] == "protected" else 1)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the API's answer as it is.")
+def queue(as_json: bool) -> None:
+    """Show the messages in transit: what this node holds, and who holds copies of its own."""
+    answer = call("GET", "/queue")
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
+    else:
+        _print_queue(answer)
+
+
+@cli.command()
+@click.option("--recipient", required=True, metavar="MAILBOX", help="Whose mailbox lacks them.")
+@click.option("--since", metavar="TIME", help="Accepted from then on: 2h, 3d, 2026-11-22T10:30.")
+@click.option("--until", metavar="TIME", help="Accepted before then; default: now.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be sent.")
+@click.option("--json", "as_json", is_flag=True, help="Print the API's answer as it is.")
+def resubmit(
+    recipient: str, since: str | None, until: str | None, dry_run: bool, as_json: bool
+) -> None:
+    """Send delivered messages again to a mailbox that lacks them; on the primary.
+
+    Without --since, all that the safety net has. Times without an offset are UTC.
+    """
+    body = {"recipient": recipient, "since": since, "until": until, "dry_run": dry_run}
+    answer = call("POST", "/resubmit", body, timeout=RESUBMIT_TIMEOUT)
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
+    else:
+        _print_resubmitted(answer)
+    raise SystemExit(1 if answer["failed"] else 0)
 
 
 @cli.command()
@@ -164,6 +199,64 @@ def _print_status(report: dict[str, Any]) -> None:
         kind = "switchover" if change["planned"] else "failover"
         at = _time(change["at"])
         console.print(f"last {kind}: {change['from']} to {change['to']}, {at}{outage}")
+
+
+def _print_queue(answer: dict[str, Any]) -> None:
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    if answer["messages"]:
+        table = Table(box=None, pad_edge=False)
+        table.add_column("primary", no_wrap=True)
+        for name in ("messages", "size", "oldest"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("next", no_wrap=True)
+        for row in answer["messages"]:
+            table.add_row(
+                row["origin"], str(row["messages"]), _size(row["bytes"]), _age(row["oldest_s"]),
+                row["next"],
+            )  # fmt: skip
+        console.print(table)
+    else:
+        console.print(f"{answer['node']} holds no message.")
+    for row in answer["copies"]:
+        where = "here" if row["holder"] == answer["node"] else f"at {row['holder']}"
+        console.print(f"copies of this node's own queue {where}: {row['messages']}")
+
+
+def _print_resubmitted(answer: dict[str, Any]) -> None:
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    table = Table(box=None, pad_edge=False)
+    for name in ("accepted", "sender", "message id"):
+        table.add_column(name)
+    table.add_column("size", justify="right", no_wrap=True)
+    for row in answer["messages"]:
+        table.add_row(
+            _time(row["accepted"]), row["sender"] or "<>", row["message_id"], _size(row["bytes"])
+        )
+    if answer["messages"]:
+        console.print(table)
+        console.print()
+    console.print(
+        f"{answer['recipient']}, accepted from {_time(answer['since'])}"
+        f" to {_time(answer['until'])}:"
+    )
+    sent = "would be sent again" if answer["dry_run"] else "sent again"
+    for count, words in (
+        (answer["found"], "in the safety net"),
+        (answer["present"], "in the mailbox already"),
+        (answer["queued"], "in the queue still"),
+        (answer["resubmitted"], sent),
+        (len(answer["failed"]), "refused"),
+    ):
+        console.print(f"{count:>8} {words}")
+    for shadow_id, reason in list(answer["failed"].items())[:5]:
+        console.print(f"  {shadow_id}: {reason}")
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _time(text: str) -> str:

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 import yaml
 
+from umbra.transport.selection import ShadowPreference, counting
+
 Section = TypeVar("Section")
 
 
@@ -55,10 +57,24 @@ class Peer:
 
 @dataclass(frozen=True)
 class Transport:
-    """Messages in transit. Times in seconds."""
+    """Messages in transit. Times in seconds.
+
+    :param shadow_copies: how many shadows whose copies count must have a message.
+    :param shadow_max_size: MiB of shadow messages that are held for others at most; 0 is no limit
+        but the disk.
+    :param resubmit_after: from a failover until resubmission begins.
+    :param safety_net_hold: for which delivered messages are kept; 0 keeps none.
+    :param safety_net_max_size: MiB of them that are kept at most.
+    """
 
     shadow_policy: ShadowPolicy = ShadowPolicy.DEFER
     shadow_timeout: float = 5.0
+    shadow_copies: int = 1
+    shadow_preference: ShadowPreference = ShadowPreference.PREFER_REMOTE
+    shadow_max_size: int = 0
+    resubmit_after: float = 0.0
+    safety_net_hold: float = 172_800.0
+    safety_net_max_size: int = 10_240
 
 
 @dataclass(frozen=True)
@@ -177,6 +193,7 @@ def _contradictions(config: Config) -> list[str]:
         for item in sorted(set(addresses))
         if addresses.count(item) > 1
     ]
+    findings += _copies(config)
     if config.heartbeat.timeout <= config.heartbeat.interval:
         findings.append(
             f"heartbeat.timeout is {config.heartbeat.timeout:g} s; it must be over "
@@ -188,6 +205,20 @@ def _contradictions(config: Config) -> list[str]:
             "under 2 s a busy agent would close its own ports."
         )
     return findings
+
+
+def _copies(config: Config) -> list[str]:
+    wanted, preference = config.transport.shadow_copies, config.transport.shadow_preference
+    if wanted < 1:
+        return ["transport.shadow_copies is 0; a message needs at least one copy."]
+    sites = {peer.name: peer.site for peer in config.peers}
+    possible = len(counting(sites, sites, config.site, preference))
+    if sites and possible < wanted:
+        return [
+            f"transport.shadow_copies is {wanted}, but only {possible} of the peers can count under"
+            f" {preference} at site {config.site}; no message would be accepted."
+        ]
+    return []
 
 
 class _Reader:
@@ -245,12 +276,9 @@ class _Reader:
                     self._number(label, item, whole=True) for item in self.sequence(label, value)
                 )
             case "ShadowPolicy":
-                if value in list(ShadowPolicy):
-                    return ShadowPolicy(str(value))
-                self.findings.append(
-                    f"{label} is {value!r}; it must be {' or '.join(ShadowPolicy)}."
-                )
-                return None
+                return self._choice(label, value, ShadowPolicy)
+            case "ShadowPreference":
+                return self._choice(label, value, ShadowPreference)
         text = self.text(label, value)
         if label.endswith("address") and text:
             try:
@@ -258,6 +286,12 @@ class _Reader:
             except ValueError:
                 self.findings.append(f"{label} is {text!r}; it must be an IP address.")
         return text
+
+    def _choice(self, label: str, value: object, kind: type[StrEnum]) -> StrEnum | None:
+        if value in list(kind):
+            return kind(str(value))
+        self.findings.append(f"{label} is {value!r}; it must be {' or '.join(kind)}.")
+        return None
 
     def _number(self, label: str, value: object, *, whole: bool) -> float:
         if (
@@ -271,7 +305,8 @@ class _Reader:
             return 0
         if label.endswith(("port", "ports")) and not 0 < value < 65536:
             self.findings.append(f"{label} is {value}; a port is from 1 to 65535.")
-        if label.endswith(("timeout", "interval", "hold")) and value == 0:
+        over = ("timeout", "interval", "fence.hold")
+        if label.endswith(over) and value == 0:
             self.findings.append(f"{label} must be over 0 seconds.")
         return value
 

@@ -15,6 +15,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,11 @@ from umbra.peer.identity import Identity, PeerIdentity
 from umbra.peer.link import PeerLink
 from umbra.peer.server import Handler, PeerServer
 from umbra.systemd import notify, watchdog_interval
+from umbra.transport import times
 from umbra.transport.part import Messages
+from umbra.transport.replay import UnknownMailbox
+from umbra.transport.smtp import SmtpError
+from umbra.transport.store import StoreError
 
 log = logging.getLogger("umbra")
 
@@ -85,12 +90,17 @@ class Agent:
                 peer.name, peer.address, peer.port, identity, hello, lambda: group.epoch
             )
         self._mailboxes = Mailboxes(config, group, paths)
-        self._messages = Messages(config, group, helper, paths, self._mailboxes.delivered)
+        self._messages = Messages(config, group, helper, paths, self._mailboxes)
         self._switchover = Switchover(config, group, helper, self._messages, self._mailboxes)
         group.catch_up = self._catch_up
         group.on_opening = self._messages.resubmit
         self._composer = Composer(
-            config, group, self._messages.held, self._mailboxes.lag, self._notes
+            config,
+            group,
+            self._messages.held,
+            self._messages.load,
+            self._mailboxes.lag,
+            self._notes,
         )
         handlers: dict[str, Handler] = {
             **self._messages.handlers(),
@@ -105,10 +115,12 @@ class Agent:
         )
         self._api = Api(
             self._composer.report,
+            {"queue": self._get_queue},
             {
                 "switchover": self._post_switchover,
                 "failover": self._post_failover,
                 "open": self._post_open,
+                "resubmit": self._post_resubmit,
             },
         )
 
@@ -182,6 +194,12 @@ class Agent:
 
     # -- operations of the API
 
+    async def _get_queue(self) -> dict[str, Any]:
+        try:
+            return await self._messages.queue()
+        except StoreError as error:
+            raise Refused(f"{error}.") from None
+
     async def _post_switchover(self, body: dict[str, Any]) -> dict[str, Any]:
         to, dry_run, timeout_s = (
             body.get("to"),
@@ -218,6 +236,39 @@ class Agent:
 
     async def _post_failover(self, body: dict[str, Any]) -> dict[str, Any]:
         return await self._switchover.failover(accept_loss=body.get("accept_loss") is True)
+
+    async def _post_resubmit(self, body: dict[str, Any]) -> dict[str, Any]:
+        if not self._group.is_primary():
+            raise Refused(
+                f"{self._config.node} is not the primary;"
+                f" messages are replayed on {self._composer.report().primary or 'the primary'}."
+            )
+        now = time.time()
+        recipient, dry_run = body.get("recipient"), body.get("dry_run", False)
+        if not isinstance(recipient, str) or "@" not in recipient or not recipient.isprintable():
+            raise ValueError("recipient must be a mail address")
+        if not isinstance(dry_run, bool):
+            raise ValueError("dry_run must be true or false")
+        hold = self._config.transport.safety_net_hold
+        if not hold:
+            raise Refused("safety_net_hold is 0, so nothing is kept that could be sent again.")
+        since = times.parse(str(body.get("since") or f"{hold:.0f}s"), now)
+        until = times.parse(str(body.get("until") or "0s"), now)
+        if since >= until:
+            raise ValueError(
+                f"since ({times.shown(since)}) must be before until ({times.shown(until)})"
+            )
+        try:
+            result = await self._messages.replay(recipient, since, until, dry_run=dry_run)
+        except (UnknownMailbox, SmtpError, StoreError, OSError) as error:
+            raise Refused(f"{error}.") from None
+        return {
+            "recipient": recipient,
+            "since": times.shown(since),
+            "until": times.shown(until),
+            "dry_run": dry_run,
+            **result,
+        }
 
     async def _post_open(self, body: dict[str, Any]) -> dict[str, Any]:
         return await self._switchover.open_by_force()

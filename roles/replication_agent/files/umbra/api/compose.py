@@ -20,6 +20,7 @@ class Composer:
     """Reads the parts; computes nothing that they do not say.
 
     :param held: returns (messages, bytes) that this node holds for others.
+    :param load: returns why this node should get no more messages to hold, or "".
     :param lag: returns {peer: (changes, seconds)} of what peers lack.
     :param notes: returns findings of the parts that do not make the group degraded.
     """
@@ -29,12 +30,14 @@ class Composer:
         config: Config,
         group: Group,
         held: Callable[[], tuple[int, int]],
+        load: Callable[[], str],
         lag: Callable[[], Mapping[str, Lag]],
         notes: Callable[[], Sequence[Check]],
     ) -> None:
         self._config = config
         self._group = group
         self._held = held
+        self._load = load
         self._lag = lag
         self._notes = notes
         self._boot_id = BOOT_ID.read_text(encoding="ascii").strip()
@@ -55,6 +58,7 @@ class Composer:
             "since": state.durable.since,
             "shadow_messages": messages,
             "shadow_bytes": size,
+            "load": self._load(),
             "lag": self._lag(),
             "reasons": self._group.reasons(),
             "last_change": change.to_json() if change else None,

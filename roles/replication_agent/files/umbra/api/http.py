@@ -21,18 +21,26 @@ from umbra.cluster.switchover import Refused
 MAX_BODY = 64 * 1024
 MAX_SWITCHOVER_S = 600.0
 
+Query = Callable[[], Awaitable[dict[str, Any]]]
 Operation = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 
 
 class Api:
     """Routes of the API.
 
+    :param queries: what a GET of ``/NAME`` answers, beside the report; may raise Refused.
     :param operations: what a POST to ``/NAME`` does; it gets the JSON body and returns the answer,
         or raises Refused.
     """
 
-    def __init__(self, report: Callable[[], GroupReport], operations: dict[str, Operation]) -> None:
+    def __init__(
+        self,
+        report: Callable[[], GroupReport],
+        queries: dict[str, Query],
+        operations: dict[str, Operation],
+    ) -> None:
         self._report = report
+        self._queries = queries
         self._operations = operations
         self._runners: list[web.AppRunner] = []
 
@@ -64,6 +72,8 @@ class Api:
         application.router.add_get("/health", self._health)
         application.router.add_get("/status", self._status)
         application.router.add_get("/metrics", self._metrics)
+        for name, query in self._queries.items():
+            application.router.add_get(f"/{name}", self._answer(query))
         return application
 
     async def _health(self, _: web.Request) -> web.Response:
@@ -75,6 +85,16 @@ class Api:
 
     async def _metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    @staticmethod
+    def _answer(query: Query) -> Callable[[web.Request], Awaitable[web.Response]]:
+        async def handle(_: web.Request) -> web.Response:
+            try:
+                return web.json_response(await query())
+            except Refused as error:
+                return web.json_response({"error": str(error)}, status=409)
+
+        return handle
 
     @staticmethod
     def _handler(operation: Operation) -> Callable[[web.Request], Awaitable[web.Response]]:

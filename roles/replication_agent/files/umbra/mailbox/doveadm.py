@@ -209,12 +209,19 @@ class Doveadm:
             raise DoveadmError(f"doveadm user ended with {reply.code}")
         return not reply.code
 
-    async def has_message(self, user: str, shadow_id: str) -> bool | None:
+    async def has_message(self, user: str, shadow_id: str, message_id: str = "") -> bool | None:
         """Return whether a mailbox of ``user`` has a message with this ``X-Umbra-Id``.
 
         None if there is no such user.
+
+        :param message_id: one with this Message-ID will do as well. One that is not in angle
+            brackets is not looked for: the search is for a part of the header.
         """
-        reply = await self.run(user, "search", "-u", user, "HEADER", "X-Umbra-Id", shadow_id)
+        query = ["HEADER", "X-Umbra-Id", shadow_id]
+        if message_id.startswith("<") and message_id.endswith(">"):
+            # doveadm's OR stands between; a leading one, as in IMAP, ends its server process.
+            query += ["OR", "HEADER", "Message-ID", message_id]
+        reply = await self.run(user, "search", "-u", user, *query)
         if reply.code == "NOUSER":
             return None
         if reply.code:

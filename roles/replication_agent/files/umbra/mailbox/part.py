@@ -211,16 +211,23 @@ class Mailboxes:
 
     async def delivered(self, recipient: str, shadow_id: str) -> bool:
         """Return whether a mailbox of ``recipient`` has the message; OSError if nobody can tell."""
+        return bool(await self.present(recipient, shadow_id, ""))
+
+    async def present(self, recipient: str, shadow_id: str, message_id: str) -> bool | None:
+        """Return whether a mailbox of ``recipient`` has the message, by either id.
+
+        None if there is no such mailbox; OSError if nobody can tell.
+        """
         local, at, domain = recipient.rpartition("@")
         plain = local.split("+", 1)[0] + at + domain
         try:
             for user in dict.fromkeys((recipient, plain)):
-                found = await self._doveadm.has_message(user, shadow_id)
+                found = await self._doveadm.has_message(user, shadow_id, message_id)
                 if found is not None:
                     return found
         except DoveadmError as error:
             raise OSError(str(error)) from None
-        return False
+        return None
 
     def lag(self) -> Mapping[str, Lag]:
         """Return how far each peer is behind, in changes and seconds."""

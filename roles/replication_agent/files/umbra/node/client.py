@@ -87,6 +87,12 @@ class NodeHelper:
         if ids:
             await self._ask("queue-hold", ids=list(ids))
 
+    async def aliases(self, keys: Sequence[str]) -> Mapping[str, str]:
+        """Return what Postfix's virtual alias maps say of ``keys``."""
+        # A key that no line of postmap can carry is in no map.
+        fit = [key for key in keys if key.isprintable() and key.strip() == key != ""]
+        return dict((await self._ask("aliases", keys=fit))["found"])
+
     async def kick(self) -> None:
         """Disconnect all IMAP, POP3 and ManageSieve users."""
         await self._ask("kick")

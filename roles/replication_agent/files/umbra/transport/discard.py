@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,8 +54,11 @@ class Holder(Protocol):
         """Return what is kept there for this node: shadow ids by queue id."""
         ...
 
-    async def discard(self, shadow_ids: list[str]) -> None:
-        """Forget these; ids that are not there do no harm."""
+    async def discard(self, shadow_ids: list[str], *, delivered: bool) -> None:
+        """These have done their duty; ids that are not there do no harm.
+
+        :param delivered: they may be kept for the safety net.
+        """
         ...
 
 
@@ -77,9 +80,10 @@ class PeerHolder:
         except KeyError as error:
             raise PeerError("protocol", f"a line of shadow-list has no {error}") from None
 
-    async def discard(self, shadow_ids: list[str]) -> None:
+    async def discard(self, shadow_ids: list[str], *, delivered: bool) -> None:
         """Ask by ``shadow-discard``."""
-        await self._link.request("shadow-discard", {"shadow_ids": shadow_ids}, timeout=TIMEOUT)
+        args = {"shadow_ids": shadow_ids, "delivered": delivered}
+        await self._link.request("shadow-discard", args, timeout=TIMEOUT)
 
 
 class LocalHolder:
@@ -94,9 +98,11 @@ class LocalHolder:
         pages = self._store.copies(self.name, State.UNSHADOWED)
         return {copy.queue_id: copy.shadow_id async for page in pages for copy in page}
 
-    async def discard(self, shadow_ids: list[str]) -> None:
-        """Delete from the store."""
-        for meta in await self._store.discard(shadow_ids, origin=self.name, state=State.UNSHADOWED):
+    async def discard(self, shadow_ids: list[str], *, delivered: bool) -> None:
+        """Discard in the store."""
+        for meta in await self._store.discard(
+            shadow_ids, origin=self.name, state=State.UNSHADOWED, delivered=delivered
+        ):
             metrics.DISCARDED.inc()
             track(
                 DISCARDED,
@@ -127,6 +133,7 @@ class Copies:
         self._fresh: dict[str, str] = {}
         self._absent: set[str] = set()
         self._doubtful: set[str] = set()
+        self._worthless: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._settled) + len(self._fresh)
@@ -136,6 +143,18 @@ class Copies:
         self._fresh[queue_id] = shadow_id
         if not sure:
             self._doubtful.add(queue_id)
+
+    def refused(self, queue_id: str) -> None:
+        """What is there of this message is not to be kept after its discard."""
+        if queue_id in self._fresh or queue_id in self._settled:
+            self._worthless.add(queue_id)
+
+    def worth(self, ripe: dict[str, str]) -> Iterator[tuple[bool, dict[str, str]]]:
+        """Give ``ripe`` in two parts: what may be kept (True) and what not."""
+        lost = {queue_id: ripe[queue_id] for queue_id in ripe.keys() & self._worthless}
+        for keep, part in ((True, {k: v for k, v in ripe.items() if k not in lost}), (False, lost)):
+            if part:
+                yield keep, part
 
     def begin_listing(self) -> None:
         """A listing of the queue begins: what is added from now on is not judged by it."""
@@ -156,6 +175,7 @@ class Copies:
             self._fresh.pop(queue_id, None)
             self._absent.discard(queue_id)
             self._doubtful.discard(queue_id)
+            self._worthless.discard(queue_id)
 
     def known(self) -> dict[str, str]:
         """Return all copies: shadow ids by queue id."""
@@ -212,6 +232,14 @@ class Discarder:
         """
         self._copies[holder].add(queue_id, shadow_id, sure=sure)
 
+    def refused(self, queue_id: str) -> None:
+        """The message was not accepted, or is not to be kept: its copies are deleted at discard.
+
+        After a restart that is forgotten, and the safety net keeps a message too many.
+        """
+        for copies in self._copies.values():
+            copies.refused(queue_id)
+
     def forget(self) -> None:
         """Forget all copies: this node is primary no more, and they are the new primary's."""
         self._copies = {name: Copies() for name in self._holders}
@@ -219,6 +247,10 @@ class Discarder:
     def outstanding(self, holder: str) -> int:
         """Return how many copies ``holder`` has to keep."""
         return len(self._copies[holder])
+
+    def counts(self) -> dict[str, int]:
+        """Return by holder how many messages in the queue it keeps a copy of."""
+        return {name: len(copies) for name, copies in self._copies.items()}
 
     def covered(self, holder: str) -> set[str]:
         """Return the queue ids of the messages that ``holder`` surely has a copy of."""
@@ -255,18 +287,24 @@ class Discarder:
             log.warning("the queue cannot be listed, nothing is discarded: %s", error)
             return
         for name, copies in self._copies.items():
-            ripe = list(copies.judge(present).items())
-            for start in range(0, len(ripe), BATCH):
-                batch = ripe[start : start + BATCH]
-                try:
-                    await self._holders[name].discard([shadow_id for _, shadow_id in batch])
-                except (PeerError, StoreError) as error:
-                    log.info(
-                        "%d copies at %s wait for their discard: %s", len(ripe) - start, name, error
-                    )
-                    break
-                copies.remove(queue_id for queue_id, _ in batch)
+            for delivered, ripe in copies.worth(copies.judge(present)):
+                await self._discard(name, copies, list(ripe.items()), delivered=delivered)
             metrics.OUTSTANDING.labels(name).set(len(copies))
+
+    async def _discard(
+        self, name: str, copies: Copies, ripe: list[tuple[str, str]], *, delivered: bool
+    ) -> None:
+        for start in range(0, len(ripe), BATCH):
+            batch = ripe[start : start + BATCH]
+            shadow_ids = [shadow_id for _, shadow_id in batch]
+            try:
+                await self._holders[name].discard(shadow_ids, delivered=delivered)
+            except (PeerError, StoreError) as error:
+                log.info(
+                    "%d copies at %s wait for their discard: %s", len(ripe) - start, name, error
+                )
+                return
+            copies.remove(queue_id for queue_id, _ in batch)
 
     async def reconcile(self, holder: str) -> Reconciled:
         """Compare what ``holder`` has with what it should have.

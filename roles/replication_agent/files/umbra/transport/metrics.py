@@ -31,6 +31,10 @@ RESUBMITTED = Counter("umbra_resubmitted_total", "Shadow messages resubmitted af
 DUPLICATES = Counter(
     "umbra_duplicates_dropped_total", "Recipients left out because their mailbox had the message"
 )
+NET_MISSED = Counter(
+    "umbra_safety_net_missed_total", "Messages that this node could not keep after their delivery"
+)
+NET_PURGED = Counter("umbra_safety_net_purged_total", "Messages removed as too old or too much")
 MILTER_ERRORS = Counter(
     "umbra_milter_protocol_errors_total", "Milter connections closed for a protocol error"
 )

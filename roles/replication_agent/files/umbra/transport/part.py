@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import time
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from umbra.api.report import Check
 from umbra.cluster.group import Group
-from umbra.config import Config
+from umbra.config import Config, ShadowPolicy
 from umbra.node.client import NodeHelper
 from umbra.peer.exchange import PeerError
 from umbra.peer.link import PeerLink
 from umbra.peer.server import Handler
+from umbra.transport import selection, view
+from umbra.transport.aliases import Aliases
 from umbra.transport.backfill import BackFill
 from umbra.transport.discard import Discarder, Holder, LocalHolder, PeerHolder
 from umbra.transport.milter_server import MilterServer
 from umbra.transport.ports import Refusal
+from umbra.transport.replay import Replayer
 from umbra.transport.resubmit import Resubmission, Resubmitter
-from umbra.transport.service import ShadowService
+from umbra.transport.safety_net import SafetyNet
+from umbra.transport.service import MAX_STORES, ShadowService
 from umbra.transport.shadowing import Shadowing
 from umbra.transport.store import ShadowStore, State, StoreError
 
@@ -30,6 +35,21 @@ log = logging.getLogger(__name__)
 STATS_INTERVAL = 1.0
 BACK_FILL_PAUSE = 0.2
 BACK_FILL_TIMEOUT = 3600.0
+HEADROOM = 32 * 1024 * 1024
+"""Bytes of room under which new messages are refused at MAIL; those that have begun still fit."""
+MAX_AGE = 4 * 3600.0
+"""Seconds; an older shadow message means mail that the primary cannot get rid of."""
+
+
+LOAD = {
+    "": "There is room for messages.",
+    "disk": "The disk of the shadow store is almost full.",
+    "queue": "The shadow queue has its full size (shadow_max_size).",
+    "busy": "Too many messages are coming in at once.",
+}
+FULL_HERE = Refusal(452, "4.3.1", "No room for messages at this moment, try again later")
+FULL_THERE = Refusal(452, "4.3.1", "The second server has no room for a copy, try again later")
+BUSY_THERE = Refusal(451, "4.3.2", "The second server is busy, try again later")
 
 
 class Paths(Protocol):
@@ -39,6 +59,18 @@ class Paths(Protocol):
     def state(self) -> Path: ...  # noqa: D102
     @property
     def milter(self) -> Path: ...  # noqa: D102
+
+
+class Mailboxes(Protocol):
+    """What the transport asks of the mailboxes; OSError if they cannot tell now."""
+
+    async def delivered(self, recipient: str, shadow_id: str) -> bool:
+        """Return whether a mailbox of ``recipient`` has the message."""
+        ...
+
+    async def present(self, recipient: str, shadow_id: str, message_id: str) -> bool | None:
+        """Return whether it has it by either id; None if there is no such mailbox."""
+        ...
 
 
 class _Face:
@@ -73,12 +105,18 @@ class Messages:
         group: Group,
         helper: NodeHelper,
         paths: Paths,
-        delivered: Callable[[str, str], Awaitable[bool]],
+        mailboxes: Mailboxes,
     ) -> None:
         self._config = config
+        self._sites = {peer.name: peer.site for peer in config.peers}
         self._group = group
         self._helper = helper
-        self._store = ShadowStore(paths.state / "shadow")
+        settings = config.transport
+        self._store = ShadowStore(paths.state / "shadow", keep=settings.safety_net_hold > 0)
+        self._net = SafetyNet(
+            self._store, hold=settings.safety_net_hold, max_size=settings.safety_net_max_size << 20
+        )
+        self._aliases = Aliases(helper.aliases)
         holders: list[Holder] = [
             LocalHolder(self._store, config.node),
             *map(PeerHolder, group.links.values()),
@@ -91,11 +129,14 @@ class Messages:
             self._store,
             self._discarder,
             resubmissions,
-            policy=config.transport.shadow_policy,
-            timeout=config.transport.shadow_timeout,
+            policy=settings.shadow_policy,
+            timeout=settings.shadow_timeout,
+            net=self._net,
+            enough=self._enough,
+            pressure=self._pressure,
         )
         self._milter = MilterServer(paths.milter, self._shadowing)
-        self._service = ShadowService(self._store, lambda: group.epoch)
+        self._service = ShadowService(self._store, lambda: group.epoch, self._full)
         self._back_fill = BackFill(
             config.node, self._store, self._discarder, lambda: self._shadowing.storing_alone
         )
@@ -106,11 +147,22 @@ class Messages:
             resubmissions,
             queue_ids=self._queue_ids,
             committed_ids=self._committed_ids,
-            delivered=delivered,
+            delivered=mailboxes.delivered,
+            targets=self._aliases.targets,
+        )
+        self._replayer = Replayer(
+            config.node,
+            self._store,
+            queue_ids=self._queue_ids,
+            present=mailboxes.present,
+            leading_to=self._aliases.leading_to,
         )
         self._resubmitting = asyncio.Event()
         self._held = (0, 0)
+        self._oldest: float | None = None
         self._own = 0
+        self._room = HEADROOM
+        self._resubmit_at = 0.0
 
     async def open(self) -> None:
         """Open the store."""
@@ -119,6 +171,7 @@ class Messages:
     async def close(self) -> None:
         """Stop listening and close the store; what was not answered is not acknowledged."""
         await self._milter.stop()
+        await self._net.close()
         await self._store.close()
 
     async def listen(self) -> None:
@@ -130,35 +183,110 @@ class Messages:
         return self._service.handlers()
 
     async def run(self) -> None:
-        """Discard, resubmit and count, until cancelled."""
+        """Discard, resubmit, keep, purge and count, until cancelled."""
         if self._group.is_primary():  # it was alone and has opened at once
             self._resubmitting.set()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._discarder.run())
             tasks.create_task(self._resubmit_when_told())
+            tasks.create_task(self._net.run())
             tasks.create_task(self._count())
 
     async def _count(self) -> None:
         while True:
             with suppress(StoreError):
+                self._room = await self._store.room()
                 rows = await self._store.stats()
                 held = [row for row in rows if row.state is State.HELD]
                 self._held = sum(row.count for row in held), sum(row.bytes for row in held)
-                self._own = sum(row.count for row in rows if row.state is not State.HELD)
+                self._oldest = min((row.oldest for row in held), default=None)
+                self._own = sum(
+                    row.count for row in rows if row.state in (State.RESUBMITTING, State.UNSHADOWED)
+                )
             await asyncio.sleep(STATS_INTERVAL)
 
     def held(self) -> tuple[int, int]:
         """Return (messages, bytes) that are held for other nodes; at most a second old."""
         return self._held
 
+    # -- enough copies, too much load
+
+    def _enough(self, holders: Collection[str]) -> bool:
+        settings = self._config.transport
+        return selection.enough(
+            holders, self._sites, self._config.site,
+            settings.shadow_preference, settings.shadow_copies,
+        )  # fmt: skip
+
+    def _full(self) -> bool:
+        limit = self._config.transport.shadow_max_size << 20
+        return 0 < limit <= self._held[1]
+
+    def load(self) -> str:
+        """Return why this node should get no more messages to hold: a word of LOAD, or ""."""
+        if self._room < HEADROOM:
+            return "disk"
+        if self._full():
+            return "queue"
+        return "busy" if self._service.running >= MAX_STORES else ""
+
+    def _pressure(self) -> Refusal | None:
+        """Return why no message is taken at MAIL because of somebody's load.
+
+        What a shadow says is as old as its last heartbeat. Under ``accept`` a full shadow is no
+        reason: then the message is taken here.
+        """
+        shadows = self._group.shadows()
+        if not shadows and self._room < HEADROOM:
+            return FULL_HERE
+        defer = self._config.transport.shadow_policy is ShadowPolicy.DEFER
+        for link in shadows:
+            word = self._group.statuses.get(link.name, {}).get("load", "")
+            if word == "busy" or (word and defer):
+                return BUSY_THERE if word == "busy" else FULL_THERE
+        return None
+
     def checks(self) -> Sequence[Check]:
         """Return the findings of this part."""
+        age = None if self._oldest is None else round(max(0.0, time.time() - self._oldest), 1)
+        load = self.load()
         return [
+            Check("load", not load, load, "", LOAD[load]),
+            *self._copies_check(),
+            Check(
+                "shadow queue age", age is None or age <= MAX_AGE, age, MAX_AGE,
+                "No shadow message is held here."
+                if age is None
+                else f"The oldest shadow message held here is {age:.0f} s old.",
+            ),
             Check(
                 "own messages", True, self._own, None,
                 f"{self._own} messages are kept here until a shadow has them.",
             )
         ]  # fmt: skip
+
+    def _copies_check(self) -> Sequence[Check]:
+        holders = [link.name for link in self._group.shadows()]
+        if not holders:  # alone, or no primary: the reasons of the degradation say it
+            return ()
+        wanted = self._config.transport.shadow_copies
+        found = len(
+            selection.counting(
+                holders, self._sites, self._config.site, self._config.transport.shadow_preference
+            )
+        )
+        return [
+            Check(
+                "shadow copies", found >= wanted, found, wanted,
+                f"{found} shadows that count have each message; {wanted} are wanted.",
+            )
+        ]  # fmt: skip
+
+    async def queue(self) -> dict[str, Any]:
+        """Return what is in transit here, as ``GET /queue`` tells it. StoreError if unreadable."""
+        return view.queue(
+            self._config.node, await self._store.stats(), self._discarder.counts(), time.time()
+        )
 
     async def catch_up(self, peer: str) -> None:
         """Copy to ``peer`` what only this node has; return when nothing is left.
@@ -187,6 +315,9 @@ class Messages:
     async def take_over(self, origin: str, remaining: Mapping[str, Sequence[str]] | None) -> None:
         """Make ``origin``'s messages this node's to resubmit; see ``cluster.switchover``."""
         self._discarder.forget()
+        if remaining is None:
+            pause = self._config.transport.resubmit_after
+            self._resubmit_at = asyncio.get_running_loop().time() + pause
         await self._resubmitter.claim(origin, remaining)
 
     def covered(self, peer: str) -> set[str]:
@@ -205,8 +336,11 @@ class Messages:
         while True:
             await self._resubmitting.wait()
             self._resubmitting.clear()
+            # An agent that starts anew in between does not wait.
+            await asyncio.sleep(self._resubmit_at - asyncio.get_running_loop().time())
             if not self._group.is_primary():
                 continue
+            self._aliases.forget()
             try:
                 # What a crash between promotion and claim has left.
                 for origin in self._group.links:
@@ -219,6 +353,18 @@ class Messages:
                     "resubmitted %d messages, dropped %d duplicates, %d were finished before",
                     report.resubmitted, report.duplicates, report.finished_before,
                 )  # fmt: skip
+
+    async def replay(
+        self, recipient: str, since: float, until: float, *, dry_run: bool
+    ) -> dict[str, Any]:
+        """Replay delivered messages to a mailbox; see ``transport.replay``.
+
+        UnknownMailbox, SmtpError, StoreError or OSError if it cannot be done now.
+        """
+        self._aliases.forget()
+        await self._net.flush()
+        result = await self._replayer.run(recipient, since, until, dry_run=dry_run)
+        return result.to_json()
 
     # -- the queue
 

@@ -46,6 +46,11 @@ _QUEUED = re.compile(r"queued as (\w+)")
 Delivered = Callable[[str, str], Awaitable[bool]]
 
 
+async def itself(address: str) -> Sequence[str]:
+    """Return where mail to an address ends on a host without aliases."""
+    return [address]
+
+
 @dataclass(slots=True)
 class Resubmission:
     """A message that is being resubmitted by this process, as far as the milter has told."""
@@ -73,6 +78,7 @@ class Resubmitter:
         executable ones).
     :param delivered: (recipient, shadow id): whether the mailbox has the message; OSError if that
         cannot be told now. False for a recipient without a mailbox here.
+    :param targets: returns where mail to an address ends, after aliases; OSError likewise.
     """
 
     def __init__(
@@ -85,6 +91,7 @@ class Resubmitter:
         queue_ids: QueueIds,
         committed_ids: QueueIds,
         delivered: Delivered,
+        targets: Callable[[str], Awaitable[Sequence[str]]] = itself,
         host: str = HOST,
         port: int = PORT,
         concurrency: int = CONCURRENCY,
@@ -96,6 +103,7 @@ class Resubmitter:
         self._queue_ids = queue_ids
         self._committed_ids = committed_ids
         self._delivered = delivered
+        self._targets = targets
         self._address = host, port
         self._concurrency = concurrency
 
@@ -190,8 +198,7 @@ class Resubmitter:
                     report.failed[meta.shadow_id] = f"{meta.new_queue_id} is not committed yet"
                     continue
                 try:
-                    left = await self._left(meta)
-                    report.duplicates += len(meta.envelope.recipients) - len(left)
+                    left = await self._left(meta, report)
                     if not left:
                         await self._store.discard(
                             [meta.shadow_id], origin=meta.origin, state=State.RESUBMITTING
@@ -211,18 +218,31 @@ class Resubmitter:
             if client is not None:
                 client.close()
 
-    async def _left(self, meta: Meta) -> list[Recipient]:
+    async def _left(self, meta: Meta, report: Report) -> list[Recipient]:
         left = []
         for recipient in meta.envelope.recipients:
-            if await self._delivered(recipient.address, meta.shadow_id):
-                metrics.DUPLICATES.inc()
-                note = f"recipient={recipient.address!r}"
-                track(
-                    DUPLICATE_DROPPED, meta.queue_id, meta.envelope.message_id, meta.shadow_id, note
-                )
-            else:
+            targets = await self._targets(recipient.address)
+            missing = [item for item in targets if not await self._has(item, meta)]
+            report.duplicates += len(targets) - len(missing)
+            if len(missing) == len(targets):
                 left.append(recipient)
+            else:
+                # An alias of which some have it: the others, each by his own address.
+                left += [Recipient(address, recipient.args) for address in missing]
         return left
+
+    async def _has(self, address: str, meta: Meta) -> bool:
+        if not await self._delivered(address, meta.shadow_id):
+            return False
+        metrics.DUPLICATES.inc()
+        track(
+            DUPLICATE_DROPPED,
+            meta.queue_id,
+            meta.envelope.message_id,
+            meta.shadow_id,
+            f"recipient={address!r}",
+        )
+        return True
 
     async def _send(self, client: SmtpClient, meta: Meta, envelope: Envelope) -> None:
         progress = self._resubmissions[meta.shadow_id] = Resubmission()

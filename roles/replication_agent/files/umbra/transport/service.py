@@ -20,16 +20,25 @@ RECEIVE_TIMEOUT = 300.0
 
 MAX_DISCARD = 2000
 
+MAX_STORES = 200
+"""Messages that come in at once; with more, this node calls itself overloaded."""
+
 
 class ShadowService:
     """Handlers for the peer server.
 
     :param epoch: returns the highest epoch this node knows.
+    :param full: whether the shadow queue has its full size.
     """
 
-    def __init__(self, store: ShadowStore, epoch: Callable[[], int]) -> None:
+    def __init__(
+        self, store: ShadowStore, epoch: Callable[[], int], full: Callable[[], bool] = bool
+    ) -> None:
         self._store = store
         self._epoch = epoch
+        self._full = full
+        self.running = 0
+        """How many messages are coming in now."""
 
     def handlers(self) -> dict[str, Handler]:
         """Return the operations by name."""
@@ -48,6 +57,9 @@ class ShadowService:
         that the primary did not acknowledge; its queue file is gone, so it is discarded later.
         """
         epoch = self._epoch()
+        if self._full():
+            raise PeerError("store-full", "the shadow queue has its full size")
+        self.running += 1
         try:
             async with asyncio.timeout(RECEIVE_TIMEOUT):
                 shadow_id = await self._receive(peer.node, epoch, args, exchange)
@@ -57,10 +69,12 @@ class ShadowService:
             raise PeerError("store-full", str(error)) from None
         except StoreError as error:
             raise PeerError("store-failed", str(error)) from None
+        finally:
+            self.running -= 1
         if self._epoch() != epoch:
             # This node was promoted while the disk worked: the resubmission may have missed the
             # message, so it must not be acknowledged under the old epoch.
-            await self._store.discard([shadow_id], origin=peer.node)
+            await self._store.discard([shadow_id], origin=peer.node, delivered=False)
             raise PeerError("stale-epoch", f"epoch {epoch} ended while the message was stored")
         return {}
 
@@ -102,8 +116,9 @@ class ShadowService:
     async def discard(
         self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
     ) -> dict[str, Any]:
-        """``shadow-discard``: forget messages held for the asking node.
+        """``shadow-discard``: messages held for the asking node have done their duty.
 
+        With ``delivered`` false they were never accepted, and are not kept for the safety net.
         Ids that are not here do no harm.
         """
         shadow_ids = args.get("shadow_ids")
@@ -113,7 +128,8 @@ class ShadowService:
             or not all(map(valid, shadow_ids))
         ):
             raise PeerError("protocol", f"shadow_ids must be a list of at most {MAX_DISCARD} ids")
-        gone = await self._store.discard(shadow_ids, origin=peer.node)
+        delivered = args.get("delivered", True) is not False
+        gone = await self._store.discard(shadow_ids, origin=peer.node, delivered=delivered)
         for meta in gone:
             metrics.DISCARDED.inc()
             track(

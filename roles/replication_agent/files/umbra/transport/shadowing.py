@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from umbra.config import ShadowPolicy
 from umbra.peer.exchange import PeerError
@@ -28,6 +28,7 @@ from umbra.transport.envelope import Envelope, EnvelopeError, Recipient, address
 from umbra.transport.milter import Flow, Transaction
 from umbra.transport.ports import Group, NotPrimary, Refusal
 from umbra.transport.resubmit import Resubmission
+from umbra.transport.safety_net import SafetyNet
 from umbra.transport.store import ShadowStore, ShadowWriter, State, StoreError
 from umbra.transport.tracking import SHADOW_CREATED, SHADOW_FAILED, track
 
@@ -43,6 +44,10 @@ large message may take."""
 LIMIT = 240.0
 """Seconds for any message; Postfix gives up on a milter after 300."""
 
+MAX_IN_FLIGHT = 250
+"""Messages that may be between their end and their answer; the link has so many connections."""
+
+BUSY = Refusal(451, "4.3.2", "Too many messages at this moment, try again later")
 ALONE = Refusal(
     451, "4.7.1", "No second server can take a copy of this message now, try again later"
 )
@@ -62,13 +67,17 @@ class _Refused(Exception):
 class Shadowing:
     """The milter's application: lets no message be acknowledged that is not where it has to be.
 
-    Every peer that :meth:`Group.shadows` names must have the message.
+    Every peer that :meth:`Group.shadows` names is given the message; one that does not take it is
+    taken out of them first.
 
     :param node: this node's name.
     :param resubmissions: ids that are being resubmitted by this process; told here what became of
         them.
     :param timeout: seconds that the shadows have for a message (``shadow_timeout``), plus one for
         each MiB.
+    :param net: gets a copy of each accepted message.
+    :param enough: whether these holders are enough for a message (see ``selection``).
+    :param pressure: why no message is taken now, by this node's or the shadows' load.
     """
 
     def __init__(
@@ -81,6 +90,9 @@ class Shadowing:
         *,
         policy: ShadowPolicy,
         timeout: float,
+        net: SafetyNet | None = None,
+        enough: Callable[[Collection[str]], bool] = bool,
+        pressure: Callable[[], Refusal | None] = lambda: None,
     ) -> None:
         self.node = node
         self.group = group
@@ -89,6 +101,10 @@ class Shadowing:
         self.resubmissions = resubmissions
         self.policy = policy
         self.timeout = timeout
+        self.net = net
+        self.enough = enough
+        self.pressure = pressure
+        self.in_flight = 0
         self.storing_alone = 0
         """Messages that found the group alone and are not in the own store yet."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -96,12 +112,19 @@ class Shadowing:
     def mail(self, transaction: Transaction) -> bytes | None:
         """Refuse at MAIL what would be refused at its end.
 
-        That is: while draining, while not primary, and while alone under ``defer``.
+        That is: while draining, while not primary, under pressure, and while there are not enough
+        shadows under ``defer``.
         """
         refusal = self.group.accepting()
-        if refusal is None and self.policy is ShadowPolicy.DEFER and not self.group.shadows():
-            # What is resubmitted was acknowledged once and goes on even alone.
-            refusal = None if transaction.macro(b"daemon_name") == RESUBMISSION else ALONE
+        # What is resubmitted was acknowledged once and goes on even alone.
+        if refusal is None and transaction.macro(b"daemon_name") != RESUBMISSION:
+            refusal = BUSY if self.in_flight >= MAX_IN_FLIGHT else self.pressure()
+            if (
+                refusal is None
+                and self.policy is ShadowPolicy.DEFER
+                and not self.enough([peer.name for peer in self.group.shadows()])
+            ):
+                refusal = ALONE
         return None if refusal is None else answer(refusal)
 
     def message(self, transaction: Transaction, flow: Flow) -> _Message:
@@ -132,6 +155,8 @@ class _Message:
         self._epoch = 0
         self._first = True
         self._resubmission: Resubmission | None = None
+        self._alone_here = False
+        self._copy: ShadowWriter | None = None
         self._delivery: asyncio.Task[None] | None = None
 
     # -- what the milter says
@@ -150,9 +175,18 @@ class _Message:
     def abort(self) -> None:
         if self._delivery is not None:
             self._delivery.cancel()
+        self._shadowing.discarder.refused(self._queue_id)
+        self._drop_copy()
 
     async def finish(self) -> bytes:
         started = time.monotonic()
+        self._shadowing.in_flight += 1
+        try:
+            return await self._finish(started)
+        finally:
+            self._shadowing.in_flight -= 1
+
+    async def _finish(self, started: float) -> bytes:
         with self._group.begin_work():
             try:
                 refusal = self._group.accepting()
@@ -175,11 +209,36 @@ class _Message:
                 log.info("%s refused: %s", self._queue_id, refused)
                 return answer(refused.refusal)
         metrics.SHADOW_SECONDS.observe(time.monotonic() - started)
+        await self._keep()
         if self._resubmission is not None:
             return milter.ACCEPT  # the id is in its header already
         return milter.add_header(ids.HEADER, self._shadow_id) + milter.ACCEPT
 
     # -- within
+
+    async def _keep(self) -> None:
+        """Give the safety net what was accepted; what comes in by its own port is no news to it."""
+        if self._transaction.macro(b"daemon_name") == RESUBMISSION:
+            self._drop_copy()
+            if self._resubmission is None:  # a replay: the net has it under its first id
+                self._shadowing.discarder.refused(self._queue_id)
+            return
+        net, copy = self._shadowing.net, self._copy
+        if net is None or self._alone_here or not (copy or net.wanted):
+            self._drop_copy()
+            return
+        if copy is None:
+            if self._body.large:
+                return  # it has streamed past
+            copy = self._writer(self._checked_envelope())
+            await self._write(copy, self._body.reader())  # in memory: nothing to wait for
+        self._copy = None
+        net.keep(copy)
+
+    def _drop_copy(self) -> None:
+        if self._copy is not None:
+            self._copy.abort()
+            self._copy = None
 
     def _claim(self, lines: bytes) -> bool:
         """Tell whether this is our own resubmission, whose id header is no part of the content."""
@@ -249,6 +308,13 @@ class _Message:
                 raise _Refused(FULL, str(error)) from None
         envelope = self._checked_envelope()
         peers = self._group.shadows()
+        if (
+            peers
+            and self._shadowing.policy is ShadowPolicy.DEFER
+            and self._resubmission is None
+            and not self._shadowing.enough([peer.name for peer in peers])
+        ):
+            raise _Refused(ALONE, "there are not enough shadows")
         if peers:
             await self._to_shadows(peers, envelope)
         else:
@@ -262,13 +328,15 @@ class _Message:
 
     async def _to_shadows(self, peers: Sequence[PeerLink], envelope: Envelope) -> None:
         writer: ShadowWriter | None = None
+        net = self._shadowing.net
+        kept = net is not None and net.wanted
         if (
             self._body.large
-            and self._shadowing.policy is ShadowPolicy.ACCEPT
+            and (kept or self._shadowing.policy is ShadowPolicy.ACCEPT)
             and self._resubmission is None
         ):
-            # What streams past cannot be read again, so it is kept (unsynced) in case the shadow
-            # fails half way.
+            # What streams past cannot be read again, so it is kept (unsynced) for the safety net,
+            # and in case the shadow fails half way.
             writer = self._writer(envelope)
         try:
             failed = await self._send(peers, writer, envelope)
@@ -280,6 +348,8 @@ class _Message:
             if failed:
                 await self._failed(failed, {peer.name for peer in peers}, writer, envelope)
                 return
+            if kept:
+                self._copy, writer = writer, None
         finally:
             if writer is not None:
                 writer.abort()
@@ -310,7 +380,9 @@ class _Message:
             )
             if error.code == "stale-epoch":
                 raise _Refused(DEMOTED, reason)
-        if self._shadowing.policy is ShadowPolicy.DEFER and self._resubmission is None:
+        holders = asked - failed.keys()
+        needed = self._shadowing.policy is ShadowPolicy.DEFER and self._resubmission is None
+        if needed and not self._shadowing.enough(holders):
             raise _Refused(ALONE, reason)
         try:
             async with asyncio.timeout(LIMIT):
@@ -323,13 +395,14 @@ class _Message:
         left = {peer.name for peer in self._group.shadows()}
         if not left:
             await self._alone(writer, envelope, reason)
-        elif left <= asked - failed.keys():
+        elif left <= holders and (not needed or self._shadowing.enough(left)):
             self._shadowed("+".join(sorted(left)))
         else:
             raise _Refused(ALONE, "the shadows changed meanwhile")
 
     async def _alone(self, writer: ShadowWriter | None, envelope: Envelope, reason: str) -> None:
         """The group is alone: put the message into the own store for the back-fill."""
+        self._alone_here = True
         if self._resubmission is not None:
             return  # it is in the own store; the resubmission keeps it there
         if self._shadowing.policy is ShadowPolicy.DEFER:

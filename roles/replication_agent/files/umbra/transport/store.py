@@ -8,11 +8,13 @@ point leaves at most a file that no row names, and the next start removes it. St
 ``held``          a copy for another node, which has the message in its queue
 ``resubmitting``  the other node is gone and this one carries the message on
 ``unshadowed``    a copy of a message in this node's own queue that no shadow has yet
+``delivered``     the message has left the queue; kept for the safety net, until it is purged
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import sqlite3
@@ -57,7 +59,7 @@ Deleting writes too (to the WAL): a store that filled its disk could never empty
 
 PAGE = 500
 PAGE_SIZE = 4096
-VERSION = 1
+VERSION = 2
 
 _COUNT_NEW = """
 INSERT INTO holding VALUES (NEW.origin, NEW.state, 1, NEW.size)
@@ -67,6 +69,22 @@ _COUNT_OLD = """
 UPDATE holding SET count = count - 1, bytes = bytes - OLD.size
   WHERE origin = OLD.origin AND state = OLD.state;
 """
+
+# Contents lie apart from the rows, so that a change of state writes one small page only.
+_CONTENT = (
+    "CREATE TABLE content (number INTEGER PRIMARY KEY, data BLOB NOT NULL) STRICT",
+    "CREATE INDEX net ON message (delivered) WHERE state = 'delivered'",
+    f"CREATE TRIGGER went AFTER DELETE ON message BEGIN {_COUNT_OLD}"
+    " DELETE FROM content WHERE number = OLD.number; END",
+)
+
+_FROM_1 = (
+    "ALTER TABLE message ADD COLUMN delivered REAL NOT NULL DEFAULT 0",
+    "DROP TRIGGER went",
+    *_CONTENT,
+    "INSERT INTO content SELECT number, content FROM message WHERE content IS NOT NULL",
+    "ALTER TABLE message DROP COLUMN content",
+)
 
 _SCHEMA = (
     """
@@ -82,7 +100,7 @@ _SCHEMA = (
       new_queue_id TEXT NOT NULL DEFAULT '',
       file TEXT NOT NULL,
       envelope TEXT NOT NULL,
-      content BLOB
+      delivered REAL NOT NULL DEFAULT 0
     ) STRICT
     """,
     "CREATE INDEX listing ON message (origin, state)",
@@ -97,14 +115,14 @@ _SCHEMA = (
     ) STRICT, WITHOUT ROWID
     """,
     f"CREATE TRIGGER came AFTER INSERT ON message BEGIN {_COUNT_NEW} END",
-    f"CREATE TRIGGER went AFTER DELETE ON message BEGIN {_COUNT_OLD} END",
+    *_CONTENT,
     "CREATE TRIGGER moved AFTER UPDATE OF origin, state ON message"
     f" BEGIN {_COUNT_OLD} {_COUNT_NEW} END",
 )
 
 _INSERT = """
 INSERT INTO message (shadow_id, origin, queue_id, state, epoch, stored, size, file, envelope,
-content) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+delivered) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 
 _ADOPT = """
@@ -117,6 +135,22 @@ DELETE FROM message WHERE shadow_id = ? AND origin = ? AND state = ?
 RETURNING shadow_id, queue_id, envelope ->> '$.message_id', file
 """
 
+# What stays keeps its file: the empty name says that there is none to remove.
+_KEEP = """
+UPDATE message SET state = 'delivered', delivered = ?
+WHERE shadow_id = ? AND origin = ? AND state = ?
+RETURNING shadow_id, queue_id, envelope ->> '$.message_id', ''
+"""
+
+_OLDEST = """
+SELECT number, size, delivered FROM message WHERE state = 'delivered' ORDER BY delivered LIMIT ?
+"""
+
+_PURGE = """
+DELETE FROM message WHERE number = ?
+RETURNING shadow_id, queue_id, envelope ->> '$.message_id', file
+"""
+
 _META = "shadow_id, origin, queue_id, state, epoch, stored, size, new_queue_id, envelope, file"
 
 
@@ -126,6 +160,7 @@ class State(StrEnum):
     HELD = "held"
     RESUBMITTING = "resubmitting"
     UNSHADOWED = "unshadowed"
+    DELIVERED = "delivered"
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +215,16 @@ class Holding:
 
 
 class ShadowStore:
-    """Shadow messages in ``directory``, which is made if it is missing. One process at a time."""
+    """Shadow messages in ``directory``, which is made if it is missing. One process at a time.
 
-    def __init__(self, directory: Path, *, reserve: int = RESERVE) -> None:
+    :param keep: what is discarded because it was delivered stays, ``delivered``, until
+        :meth:`purge`.
+    """
+
+    def __init__(self, directory: Path, *, reserve: int = RESERVE, keep: bool = False) -> None:
         self._directory = directory
         self._reserve = reserve
+        self._keep = keep
         self._spool = directory / "spool"
         self._committer: Committer | None = None
         self._reader: sqlite3.Connection | None = None
@@ -231,21 +271,71 @@ class ShadowStore:
         return ShadowWriter(self, row, envelope.to_json())
 
     async def discard(
-        self, shadow_ids: Sequence[str], *, origin: str, state: State = State.HELD
+        self,
+        shadow_ids: Sequence[str],
+        *,
+        origin: str,
+        state: State = State.HELD,
+        delivered: bool = True,
     ) -> list[Gone]:
-        """Delete those of ``shadow_ids`` that are there for ``origin`` in ``state``.
+        """Discard those of ``shadow_ids`` that are there for ``origin`` in ``state``.
 
         Return what they were.
+
+        :param delivered: they may be kept for the safety net; if not, they are deleted.
         """
+        now = time.time()
 
         def run(database: sqlite3.Connection) -> list[Gone]:
             gone: list[Gone] = []
             for shadow_id in shadow_ids:
-                rows = database.execute(_DELETE, (shadow_id, origin, state))
-                gone += [Gone(*row) for row in rows]
+                gone += self._discard(database, shadow_id, origin, state, delivered, now)
             return gone
 
         return await self._write(run, settled=self._unlink)
+
+    def _discard(
+        self,
+        database: sqlite3.Connection,
+        shadow_id: str,
+        origin: str,
+        state: State,
+        delivered: bool,
+        now: float,
+    ) -> list[Gone]:
+        if self._keep and delivered:
+            rows = database.execute(_KEEP, (now, shadow_id, origin, state))
+        else:
+            rows = database.execute(_DELETE, (shadow_id, origin, state))
+        return [Gone(*row) for row in rows]
+
+    async def purge(self, before: float, max_bytes: int, limit: int) -> int:
+        """Delete of what is ``delivered`` the oldest; return how many, ``limit`` at most.
+
+        :param before: what was delivered before this time (seconds since 1970) goes.
+        :param max_bytes: so much content may stay.
+        """
+
+        def run(database: sqlite3.Connection) -> list[Gone]:
+            (held,) = database.execute(
+                "SELECT COALESCE(SUM(bytes), 0) FROM holding WHERE state = 'delivered'"
+            ).fetchone()
+            gone: list[Gone] = []
+            for number, size, delivered in database.execute(_OLDEST, (limit,)).fetchall():
+                if delivered >= before and held <= max_bytes:
+                    break
+                gone += [Gone(*row) for row in database.execute(_PURGE, (number,))]
+                held -= size
+            return gone
+
+        gone = await self._write(run, settled=self._unlink)
+        return len(gone)
+
+    async def room(self) -> int:
+        """Return how many bytes new messages still have; under 0, none is taken."""
+        [(pages,)] = await self._read("PRAGMA freelist_count", ())
+        disk = await self._in(self._files, lambda: os.statvfs(self._directory))
+        return disk.f_bavail * disk.f_frsize + int(pages) * PAGE_SIZE - self._reserve
 
     async def claim(
         self, origin: str, remaining: Mapping[str, Sequence[str]] | None, narrow: Narrow
@@ -257,8 +347,9 @@ class ShadowStore:
         :param remaining: by queue id, who had not got the message when the origin gave it up; a
             message that is not named there is deleted. None if unknown.
         :param narrow: returns the envelope with the remaining recipients only.
-        :returns: what was deleted.
+        :returns: what was discarded.
         """
+        now = time.time()
 
         def narrowed(database: sqlite3.Connection, shadow_id: str, left: Sequence[str]) -> str:
             [(text,)] = database.execute(
@@ -281,8 +372,7 @@ class ShadowStore:
                             (narrowed(database, shadow_id, left), shadow_id),
                         )
                     else:
-                        rows = database.execute(_DELETE, (shadow_id, origin, State.HELD))
-                        gone += [Gone(*row) for row in rows]
+                        gone += self._discard(database, shadow_id, origin, State.HELD, True, now)
             database.execute(
                 "UPDATE message SET state = ? WHERE origin = ? AND state = ?",
                 (State.RESUBMITTING, origin, State.HELD),
@@ -352,6 +442,42 @@ class ShadowStore:
             for row in rows:
                 yield _meta(row)
 
+    async def delivered(
+        self, addresses: Sequence[str], since: str, until: str
+    ) -> AsyncIterator[Meta]:
+        """Give what is ``delivered`` and had one of the recipients ``addresses``, in lower case.
+
+        In the order in which it was accepted.
+
+        :param since, until: shadow ids, which are ordered by time; ``until`` itself is left out.
+        """
+        last = since
+        wanted = json.dumps(list(addresses))
+        while True:
+            rows = await self._read(
+                f"SELECT {_META} FROM message"
+                " WHERE shadow_id > ? AND shadow_id < ? AND state = 'delivered' AND EXISTS"
+                " (SELECT 1 FROM json_each(envelope, '$.recipients') AS recipient"
+                "  WHERE lower(recipient.value ->> 0) IN (SELECT value FROM json_each(?)))"
+                " ORDER BY shadow_id LIMIT 50",
+                (last, until, wanted),
+            )
+            if not rows:
+                return
+            last = rows[-1][0]
+            for row in rows:
+                yield _meta(row)
+
+    async def recipients(self, since: str, until: str) -> list[str]:
+        """Return who had something of what is ``delivered``, in lower case; ids as before."""
+        rows = await self._read(
+            "SELECT DISTINCT lower(recipient.value ->> 0)"
+            " FROM message, json_each(envelope, '$.recipients') AS recipient"
+            " WHERE shadow_id > ? AND shadow_id < ? AND state = 'delivered'",
+            (since, until),
+        )
+        return [address for (address,) in rows]
+
     async def find(self, shadow_id: str) -> Meta | None:
         """Return what is known of a message, None if it is not here."""
         rows = await self._read(f"SELECT {_META} FROM message WHERE shadow_id = ?", (shadow_id,))
@@ -361,7 +487,8 @@ class ShadowStore:
         """Give a message's content piece by piece. StoreError if it is gone or cannot be read."""
         if not meta.file:
             rows = await self._read(
-                "SELECT content FROM message WHERE shadow_id = ?", (meta.shadow_id,)
+                "SELECT data FROM message JOIN content USING (number) WHERE shadow_id = ?",
+                (meta.shadow_id,),
             )
             if not rows:
                 raise StoreError(f"{meta.shadow_id} is not here any more")
@@ -477,11 +604,9 @@ class ShadowStore:
         database.execute("PRAGMA journal_mode = WAL")
         version = database.execute("PRAGMA user_version").fetchone()[0]
         if version == 0:
-            database.execute("BEGIN IMMEDIATE")
-            for statement in _SCHEMA:
-                database.execute(statement)
-            database.execute(f"PRAGMA user_version = {VERSION}")
-            database.execute("COMMIT")
+            self._make(database, _SCHEMA)
+        elif version == 1:
+            self._make(database, _FROM_1)
         elif version != VERSION:
             raise StoreError(
                 f"the shadow store in {self._directory} is of version {version},"
@@ -505,6 +630,15 @@ class ShadowStore:
             if not path.exists() or path.stat().st_size != size:
                 log.error("shadow store: the content of %s is damaged", name)
 
+    @staticmethod
+    def _make(database: sqlite3.Connection, statements: Sequence[str]) -> None:
+        # All or nothing: dying on the way leaves the old version.
+        database.execute("BEGIN IMMEDIATE")
+        for statement in statements:
+            database.execute(statement)
+        database.execute(f"PRAGMA user_version = {VERSION}")
+        database.execute("COMMIT")
+
 
 class ShadowWriter:
     """A message on its way into the store.
@@ -517,6 +651,7 @@ class ShadowWriter:
         self._row = row
         self._envelope = envelope
         self._parts: list[bytes] = []
+        self.shadow_id: str = row[0]
         self._buffered = 0
         self._size = 0
         self._file: spool.SpoolFile | None = None
@@ -530,10 +665,17 @@ class ShadowWriter:
         if self._buffered > ROW_LIMIT:
             await self._flush()
 
-    async def commit(self) -> None:
+    @property
+    def buffered(self) -> int:
+        """How many bytes it holds in memory."""
+        return self._buffered
+
+    async def commit(self, *, delivered: bool = False) -> None:
         """Make the message durable.
 
         A message that is here already stays and takes this origin, queue id and state.
+
+        :param delivered: store it for the safety net; then one that is here stays as it is.
 
         The shadow id stands for the content: both nodes got it from the same primary, so it is not
         compared. StoreFull or StoreError: it is not here. Cancelled: unknown.
@@ -548,7 +690,10 @@ class ShadowWriter:
         file, self._file = self._file, None
         parts, self._parts = self._parts, []
         before = self._store._sync_spool if file else None
-        row = (*self._row, self._size, file.path.name if file else "", self._envelope)
+        at = time.time() if delivered else 0.0
+        row = (*self._row, self._size, file.path.name if file else "", self._envelope, at)
+        if delivered:
+            row = (*row[:3], str(State.DELIVERED), *row[4:])
 
         def insert(database: sqlite3.Connection) -> bool:
             if file is None:
@@ -556,8 +701,12 @@ class ShadowWriter:
                 (pages,) = database.execute("PRAGMA freelist_count").fetchone()
                 self._store._check_room(pages * PAGE_SIZE)
             try:
-                database.execute(_INSERT, (*row, None if file else b"".join(parts)))
+                number = database.execute(_INSERT, row).lastrowid
+                if file is None:
+                    database.execute("INSERT INTO content VALUES (?, ?)", (number, b"".join(parts)))
             except sqlite3.IntegrityError:
+                if delivered:
+                    return False
                 shadow_id, origin, queue_id, state, epoch, *_ = row
                 database.execute(
                     _ADOPT, (origin, queue_id, state, epoch, self._envelope, shadow_id)

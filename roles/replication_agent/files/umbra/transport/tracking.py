@@ -12,6 +12,7 @@ DISCARDED = "discarded"
 RESUBMITTED = "resubmitted"
 DUPLICATE_DROPPED = "duplicate-dropped"
 BACK_FILLED = "back-filled"
+REPLAYED = "replayed"
 
 
 def track(event: str, queue_id: str, message_id: str, shadow_id: str, note: str = "") -> None:

@@ -1,0 +1,43 @@
+"""What the operator sees of messages in transit; a pure function of what the parts know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from umbra.transport.store import Holding, State
+
+NEXT = {
+    State.HELD: "held: discarded when {origin} has delivered them",
+    State.RESUBMITTING: "resubmitting: carried on here, because {origin} is gone",
+    State.UNSHADOWED: "unshadowed: copied to a shadow as soon as there is one",
+    State.DELIVERED: "delivered: kept for umbractl resubmit",
+}
+
+
+def queue(
+    node: str, rows: Sequence[Holding], copies: Mapping[str, int], now: float
+) -> dict[str, Any]:
+    """Return the body of ``GET /queue``.
+
+    :param rows: what the store of ``node`` has.
+    :param copies: by holder, how many messages in the own queue it keeps a copy of.
+    :param now: in seconds since 1970.
+    """
+    return {
+        "node": node,
+        "messages": [
+            {
+                "origin": row.origin,
+                "state": str(row.state),
+                "messages": row.count,
+                "bytes": row.bytes,
+                "oldest_s": round(max(0.0, now - row.oldest), 1),
+                "next": NEXT[row.state].format(origin=row.origin),
+            }
+            for row in sorted(rows, key=lambda row: (row.origin, row.state))
+        ],
+        "copies": [
+            {"holder": holder, "messages": count} for holder, count in sorted(copies.items())
+        ],
+    }

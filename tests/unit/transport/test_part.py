@@ -1,0 +1,211 @@
+"""The transport as a part: who is told to wait, and what the checks say."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from tests.unit.transport.support import ENVELOPE, FakeLink
+
+from umbra import config
+from umbra.cluster.group import Group
+from umbra.peer.exchange import PeerError
+from umbra.transport import ids, part
+from umbra.transport.part import HEADROOM, Messages
+from umbra.transport.resubmit import Report
+
+RAW: dict[str, Any] = {
+    "group": "mail",
+    "node": "a",
+    "site": "alpha",
+    "role": "primary",
+    "link": {"address": "10.86.0.1", "port": 8686},
+    "api": {"address": "10.86.0.1", "port": 8687},
+    "peers": [{"name": "b", "site": "beta", "address": "10.86.0.2"}],
+}
+
+
+@dataclass
+class Paths:
+    state: Path
+    milter: Path
+
+
+class PlayedGroup:
+    """A group with one shadow, whose heartbeat says ``load``."""
+
+    def __init__(self) -> None:
+        self.links = {"b": FakeLink("b", {})}
+        self.synchronous = True
+        self.statuses: dict[str, dict[str, Any]] = {"b": {"load": ""}}
+        self.epoch = 1
+
+    def is_primary(self) -> bool:
+        return True
+
+    def shadows(self) -> list[FakeLink]:
+        return [self.links["b"]] if self.synchronous else []
+
+
+class NoMailboxes:
+    async def delivered(self, recipient: str, shadow_id: str) -> bool:
+        return False
+
+    async def present(self, recipient: str, shadow_id: str, message_id: str) -> bool | None:
+        return None
+
+
+class Helper:
+    async def queue(self) -> dict[str, str]:
+        return {}
+
+    async def aliases(self, keys: list[str]) -> dict[str, str]:
+        return {}
+
+
+def messages(tmp_path: Path, group: PlayedGroup, **transport: Any) -> Messages:
+    settings = config.parse({**RAW, "transport": transport})
+    return Messages(
+        settings,
+        cast(Group, group),
+        cast(Any, Helper()),
+        Paths(tmp_path, tmp_path / "m"),
+        NoMailboxes(),
+    )
+
+
+@pytest.fixture
+def group() -> PlayedGroup:
+    return PlayedGroup()
+
+
+@pytest.fixture
+async def made(tmp_path: Path, group: PlayedGroup) -> AsyncIterator[Messages]:
+    made = messages(tmp_path, group, shadow_max_size=1)
+    await made.open()
+    yield made
+    await made.close()
+
+
+@pytest.mark.parametrize(
+    ("policy", "load", "code"),
+    [
+        ("defer", "", None),
+        ("defer", "disk", 452),
+        ("defer", "queue", 452),
+        ("defer", "busy", 451),
+        ("accept", "disk", None),
+        ("accept", "queue", None),
+        ("accept", "busy", 451),
+    ],
+)
+async def test_the_load_of_the_shadow_is_answered_at_mail(
+    tmp_path: Path, group: PlayedGroup, policy: str, load: str, code: int | None
+) -> None:
+    made = messages(tmp_path, group, shadow_policy=policy)
+    group.statuses["b"]["load"] = load
+    refusal = made._shadowing.pressure()
+    assert (refusal.code if refusal else None) == code
+
+
+async def test_alone_the_own_disk_decides(tmp_path: Path, group: PlayedGroup) -> None:
+    made = messages(tmp_path, group, shadow_policy="accept")
+    made._room = HEADROOM - 1
+    assert made._shadowing.pressure() is None, "the shadow takes it"
+    group.synchronous = False
+    refusal = made._shadowing.pressure()
+    assert refusal is not None
+    assert refusal.code == 452
+
+
+async def test_a_full_queue_is_told_and_refuses(
+    made: Messages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(part, "STATS_INTERVAL", 0.01)
+    assert made.load() == ""
+    writer = made._store.begin(ids.new(), origin="b", queue_id="q", envelope=ENVELOPE, epoch=1)
+    for _ in range(17):
+        await writer.write(bytes(65536))
+    await writer.commit()
+    task = asyncio.create_task(made._count())
+    async with asyncio.timeout(5):
+        while not made.load():  # noqa: ASYNC110 (the counting task has no event)
+            await asyncio.sleep(0.01)
+    assert made.load() == "queue"
+    [check] = [check for check in made.checks() if check.name == "load"]
+    assert not check.passed
+    link = FakeLink("a", made.handlers(), caller="b")
+    args = {
+        "shadow_id": ids.new(), "queue_id": "q2", "envelope": ENVELOPE.to_object(),
+    }  # fmt: skip
+    with pytest.raises(PeerError) as caught:
+        await link.request("shadow-store", args, timeout=5)
+    assert caught.value.code == "store-full"
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_the_age_of_the_queue_is_a_check(made: Messages) -> None:
+    def age() -> Any:
+        return next(check for check in made.checks() if check.name == "shadow queue age")
+
+    assert age().passed
+    made._oldest = 1.0
+    assert not age().passed
+    assert age().value > part.MAX_AGE
+
+
+async def test_too_few_copies_are_shown(tmp_path: Path, group: PlayedGroup) -> None:
+    made = messages(tmp_path, group)
+    found = {check.name: check.passed for check in made.checks()}
+    assert found["shadow copies"]
+    made._config = replace(made._config, transport=replace(made._config.transport, shadow_copies=2))
+    found = {check.name: check.passed for check in made.checks()}
+    assert not found["shadow copies"]
+    group.synchronous = False  # alone: the group's reasons say it
+    assert "shadow copies" not in {check.name for check in made.checks()}
+
+
+async def test_the_queue_view_reads_the_store(made: Messages) -> None:
+    writer = made._store.begin(ids.new(), origin="b", queue_id="q", envelope=ENVELOPE, epoch=1)
+    await writer.commit()
+    view = await made.queue()
+    assert [(row["origin"], row["state"], row["messages"]) for row in view["messages"]] == [
+        ("b", "held", 1)
+    ]
+    assert [row["holder"] for row in view["copies"]] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("remaining", "waits"), [(None, True), ({}, False)], ids=["failover", "switchover"]
+)
+async def test_only_a_failover_waits_before_it_resubmits(
+    tmp_path: Path,
+    group: PlayedGroup,
+    monkeypatch: pytest.MonkeyPatch,
+    remaining: dict[str, list[str]] | None,
+    waits: bool,
+) -> None:
+    made = messages(tmp_path, group, resubmit_after=0.5)
+    await made.open()
+    ran = asyncio.Event()
+
+    async def run() -> Report:
+        ran.set()
+        return Report()
+
+    monkeypatch.setattr(made._resubmitter, "run", run)
+    task = asyncio.create_task(made._resubmit_when_told())
+    began = asyncio.get_running_loop().time()
+    await made.take_over("b", remaining)
+    made.resubmit()
+    async with asyncio.timeout(5):
+        await ran.wait()
+    assert (asyncio.get_running_loop().time() - began >= 0.5) is waits
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await made.close()
