@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from typing import Any, NoReturn
 
 import click
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
 from umbra import __version__
-from umbra.api.client import ApiError, call
+from umbra.api.client import ApiError, call, stream
 
 
 def main() -> None:
@@ -107,6 +109,68 @@ def open_(force: bool) -> None:
     click.echo(f"This node is open as primary, epoch {result['epoch']}.")
 
 
+@cli.command()
+@click.argument("users", nargs=-1, metavar="[USER]...")
+@click.option("--repair", is_flag=True, help="Make the copies that differ what the primary has.")
+@click.option("--bodies", is_flag=True, help="Compare the content of messages too; reads it all.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each result.")
+def verify(users: tuple[str, ...], repair: bool, bodies: bool, as_json: bool) -> None:
+    """Compare the mailboxes of the primary and each shadow, all users' unless some are named.
+
+    Ends with 0 if all are the same or were repaired, else with 1.
+    """
+    rows = stream("/verify", {"users": users, "repair": repair, "bodies": bodies})
+    total = next(rows, {}).get("total", 0)
+    counts: Counter[str] = Counter()
+    told: list[dict[str, Any]] = []
+    done = False
+    hidden = as_json or not sys.stderr.isatty()
+    with Progress(console=Console(stderr=True), disable=hidden, transient=True) as progress:
+        task = progress.add_task("comparing", total=total)
+        for row in rows:
+            if row.get("done"):
+                done = True
+                break
+            counts[row["outcome"]] += 1
+            progress.advance(task)
+            if as_json:
+                click.echo(json.dumps(row))
+            elif row["outcome"] != "equal":
+                told.append(row)
+    if not as_json:
+        _print_verified(told, counts)
+    if not done:
+        _fail("the agent ended before all was compared.")
+    raise SystemExit(0 if counts["equal"] + counts["repaired"] == total else 1)
+
+
+def _print_verified(rows: list[dict[str, Any]], counts: Counter[str]) -> None:
+    if rows:
+        table = Table(box=None, pad_edge=False)
+        for name in ("user", "node", "outcome", "mailbox", "what", "primary", "there"):
+            table.add_column(name, overflow="fold")
+        for row in sorted(rows, key=lambda row: (row["user"], row["peer"])):
+            head = [row["user"], row["peer"], row["outcome"]]
+            if not row["differences"]:
+                table.add_row(*map(Text, [*head, "", row["reason"], "", ""]))
+            for item in row["differences"]:
+                values = [item["mailbox"], item["what"], item["here"] or "-", item["there"] or "-"]
+                table.add_row(*map(Text, [*head, *values]))
+                head = ["", "", ""]
+            if row["differences"] and (left := row["count"] - len(row["differences"])):
+                table.add_row("", "", "", "", f"and {left} more", "", "")
+            if row["differences"] and row["reason"]:
+                table.add_row("", "", "", "", Text(row["reason"]), "", "")
+        _console().print(table)
+    words = [f"{count} {outcome}" for outcome, count in sorted(counts.items())]
+    click.echo(", ".join(words) if words else "There is nobody to compare.")
+
+
+def _console() -> Console:
+    # In a playbook's output there is no terminal whose width must be kept.
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
 def _confirm_loss(report: dict[str, Any]) -> None:
     me = report["node"]
     for node in report["nodes"]:
@@ -125,8 +189,7 @@ def _confirm_loss(report: dict[str, Any]) -> None:
 
 
 def _print_status(report: dict[str, Any]) -> None:
-    # In a playbook's output there is no terminal whose width must be kept.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console = _console()
     table = Table(box=None, pad_edge=False)
     for name in ("node", "site", "role", "state"):
         table.add_column(name, no_wrap=True)

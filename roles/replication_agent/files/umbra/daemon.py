@@ -15,7 +15,8 @@ import logging
 import os
 import signal
 import sys
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from umbra.cluster.group import Group, Protect
 from umbra.cluster.static import StateError, StateFile
 from umbra.cluster.switchover import Refused, Switchover
 from umbra.config import Config, ConfigError, load
+from umbra.mailbox.carrier import valid_user
+from umbra.mailbox.doveadm import DoveadmError
 from umbra.mailbox.part import Mailboxes
 from umbra.node.client import NodeHelper
 from umbra.peer import frames
@@ -109,6 +112,7 @@ class Agent:
                 "failover": self._post_failover,
                 "open": self._post_open,
             },
+            {"verify": self._post_verify},
         )
 
     async def run(self) -> None:
@@ -217,6 +221,30 @@ class Agent:
 
     async def _post_failover(self, body: dict[str, Any]) -> dict[str, Any]:
         return await self._switchover.failover(accept_loss=body.get("accept_loss") is True)
+
+    async def _post_verify(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        users = body.get("users", [])
+        if not isinstance(users, list) or not all(valid_user(user) for user in users):
+            raise ValueError("users must be a list of users' names")
+        self._must_be_primary("Users are compared")
+        try:
+            async with aclosing(
+                self._mailboxes.verify(
+                    users,
+                    bodies=body.get("bodies") is True,
+                    repair=body.get("repair") is True,
+                )
+            ) as rows:
+                async for row in rows:
+                    yield row
+        except DoveadmError as error:
+            raise Refused(f"{error}.") from None
+        yield {"done": True}
+
+    def _must_be_primary(self, what: str) -> None:
+        if not self._group.is_primary():
+            primary = self._composer.report().primary
+            raise Refused(f"{what} on the primary{f', {primary}' if primary else ''}.")
 
     async def _post_open(self, body: dict[str, Any]) -> dict[str, Any]:
         return await self._switchover.open_by_force()

@@ -40,6 +40,7 @@ PRIMARY_OPERATIONS = frozenset(
         "shadow-list",
         "shadow-discard",
         "dsync",
+        "scripts",
         "merged",
         "handover-prepare",
         "handover",

@@ -52,6 +52,9 @@ NOTIFICATIONS = Counter(
 CARRIED = Counter(
     "umbra_mirror_carried_bytes_total", "Bytes of dsync streams", ["peer", "direction"]
 )
+VERIFIED = Counter(
+    "umbra_mirror_verified_total", "Comparisons of one user by outcome", ["peer", "outcome"]
+)
 REFUSED = Counter("umbra_mirror_refused_total", "dsync connections refused", ["side"])
 
 _mirrors: WeakSet[PeerMirror] = WeakSet()

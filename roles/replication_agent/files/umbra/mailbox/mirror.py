@@ -46,6 +46,8 @@ RETRY_DELAY = (0.05, 1.0)
 ATTEMPTS = 5
 # or after so many syncs in a row that were overtaken by further changes.
 CHANGED_ATTEMPTS = 50
+# How often it is looked whether a sync that a person asked for is done (seconds).
+RESYNC_LOOK = 0.05
 # Each user's mailboxes are compared without a state once in this time (seconds), spread evenly.
 DEEP_PERIOD = 24 * 3600.0
 
@@ -492,6 +494,23 @@ class PeerMirror:
                 self._ledger.keep(self.peer, user, None)
         self._queue.note(users)
         self._pump()
+
+    async def resync(self, user: str) -> None:
+        """Compare ``user`` without a state, mend the peer's copy, and return when that is done.
+
+        :raises CatchUpFailed: nothing is copied to this peer now, or the user cannot be mirrored.
+        """
+        self.findings.pop(user, None)
+        if self.phase is not Phase.RECORDING:
+            self.recheck([user], deep=True)
+        while True:
+            if self.phase is Phase.RECORDING:
+                raise CatchUpFailed(f"nothing is copied to {self.peer} now: {self._reason}", {})
+            if user in self.findings:
+                raise CatchUpFailed(self.findings[user], {})
+            if not self._queue.lacks(user):
+                return
+            await asyncio.sleep(RESYNC_LOOK)
 
     # for people
 

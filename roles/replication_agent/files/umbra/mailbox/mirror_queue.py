@@ -123,6 +123,11 @@ class MirrorQueue(Generic[Ticket]):
         entry = self._users[user]
         return bool(entry.covered or entry.waiting)
 
+    def lacks(self, user: str) -> bool:
+        """Return whether ``user`` is noted, or a sync that shall settle the note runs."""
+        entry = self._users.get(user)
+        return entry is not None and (entry.noted or entry.noted_covered)
+
     def _of(self, user: str) -> _User[Ticket]:
         entry = self._users.get(user)
         if entry is None:

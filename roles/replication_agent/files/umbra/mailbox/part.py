@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, aclosing
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote
@@ -16,10 +16,13 @@ from umbra.cluster.group import Group
 from umbra.cluster.machine import Merged
 from umbra.config import Config
 from umbra.mailbox.carrier import DsyncCarrier, DsyncHandler
+from umbra.mailbox.describe import DescribeHandler, Dovecot, Peer
 from umbra.mailbox.doveadm import Doveadm, DoveadmError
 from umbra.mailbox.ledger import Ledger
 from umbra.mailbox.mirror import CatchUpFailed, Mirror, PeerMirror
 from umbra.mailbox.notify import NotifyServer
+from umbra.mailbox.scripts import ScriptCarrier, ScriptsHandler
+from umbra.mailbox.verify import Verifier
 from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import PeerIdentity
 from umbra.peer.server import Handler
@@ -76,12 +79,17 @@ class Mailboxes:
             DsyncCarrier(self._dsync, link, self._doveadm) for link in group.links.values()
         ]
         face = _Face(group)
+        dovecot = Dovecot(self._doveadm)
+        self._scripts = {
+            name: ScriptCarrier(carrier, link, dovecot)
+            for (name, link), carrier in zip(group.links.items(), self._carriers, strict=True)
+        }
         self._peers = {
             name: PeerMirror(
                 name, face, self._ledger, self._doveadm, carrier,
                 workers=config.mailbox.workers, timeout=config.mailbox.mirror_timeout,
             )
-            for name, carrier in zip(group.links, self._carriers, strict=True)
+            for name, carrier in self._scripts.items()
         }  # fmt: skip
         self._mirror = Mirror(
             face, self._doveadm, self._peers, sweep_interval=config.mailbox.sweep_interval
@@ -89,6 +97,11 @@ class Mailboxes:
         token = paths.token.read_text(encoding="ascii").strip()
         self._notify = NotifyServer(NOTIFY_ADDRESS, NOTIFY_PORT, token, self._mirror.changed)
         self._dsync_handler = DsyncHandler(group.is_primary)
+        self._scripts_handler = ScriptsHandler(group.is_primary, dovecot)
+        self._describe_handler = DescribeHandler(dovecot)
+        self._verifier = Verifier(
+            dovecot, {name: Peer(link) for name, link in group.links.items()}, self._peers
+        )
         self._losing: set[asyncio.Task[None]] = set()
         group.on_lost = self._lost
         group.on_demotion = self._mirror.stop
@@ -114,7 +127,12 @@ class Mailboxes:
 
     def handlers(self) -> dict[str, Handler]:
         """Return the operations of the peer link."""
-        return {"dsync": self._dsync_handler, "merged": self._handle_merged}
+        return {
+            "dsync": self._dsync_handler,
+            "scripts": self._scripts_handler,
+            "merged": self._handle_merged,
+            "describe": self._describe_handler,
+        }
 
     async def _handle_merged(
         self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
@@ -208,6 +226,19 @@ class Mailboxes:
         self._mirror.stop()
 
     # -- for others
+
+    async def verify(
+        self, users: Sequence[str], *, bodies: bool, repair: bool
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """Compare ``users`` (none: all) with every peer; see ``Verifier.run``.
+
+        The first item is ``{"total": N}``. DoveadmError if nobody can tell who there is.
+        """
+        users = users or await self._doveadm.users()
+        yield {"total": len(users) * len(self._peers)}
+        async with aclosing(self._verifier.run(users, bodies=bodies, repair=repair)) as results:
+            async for result in results:
+                yield result
 
     async def delivered(self, recipient: str, shadow_id: str) -> bool:
         """Return whether a mailbox of ``recipient`` has the message; OSError if nobody can tell."""
