@@ -200,6 +200,11 @@ class Group:
                 if busy
                 else state.alone_reason
             )
+            found += [
+                f"{name}: {view.reason}"
+                for name, view in state.peers.items()
+                if not view.reachable and view.reason and view.reason not in state.alone_reason
+            ]
         if self.effect_error:
             found.append(self.effect_error)
         return found
