@@ -45,6 +45,9 @@ class World:
     async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
         return SyncResult(self.outcome, "state")
 
+    def progress(self, user: str) -> float:
+        return 0.0
+
     def cut(self) -> None:
         pass
 

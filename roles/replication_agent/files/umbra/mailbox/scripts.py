@@ -54,6 +54,10 @@ class ScriptCarrier:
             self._changed.add(user)
         return result
 
+    def progress(self, user: str) -> float:
+        """See ``Carrier.progress``."""
+        return self._carrier.progress(user)
+
     def cut(self) -> None:
         """Break all syncs that run."""
         self._carrier.cut()
