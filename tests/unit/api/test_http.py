@@ -133,3 +133,24 @@ def test_umbractl_verify(
     listed = CliRunner().invoke(cli.cli, ["verify", "--json"])
     printed = [json.loads(line) for line in listed.output.splitlines() if line.startswith("{")]
     assert printed == [row for row in rows if "user" in row]
+
+
+def test_umbractl_suspend_and_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def answer(method: str, path: str, body: object, timeout: float) -> dict[str, Any]:
+        asked.append((method, path, body))
+        return {"changed": path == "/resume" and body == {"user": ""}}
+
+    monkeypatch.setattr(cli, "call", answer)
+    run = CliRunner().invoke
+    assert run(cli.cli, ["suspend"]).exit_code == 2, "a reason is needed"
+    result = run(cli.cli, ["suspend", "a@example.org", "--reason", "moves"])
+    assert "mirror of a@example.org is suspended" in result.output
+    assert "mirror of all mailboxes is resumed" in run(cli.cli, ["resume"]).output
+    assert "was not suspended" in run(cli.cli, ["resume", "b@example.org"]).output
+    assert asked == [
+        ("POST", "/suspend", {"user": "a@example.org", "reason": "moves"}),
+        ("POST", "/resume", {"user": ""}),
+        ("POST", "/resume", {"user": "b@example.org"}),
+    ]

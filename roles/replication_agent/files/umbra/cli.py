@@ -110,6 +110,34 @@ def open_(force: bool) -> None:
 
 
 @cli.command()
+@click.argument("user", default="", metavar="[USER]")
+@click.option("--reason", required=True, metavar="TEXT", help="Shown with the status.")
+def suspend(user: str, reason: str) -> None:
+    """Copy no mailbox changes to the shadow any more, of USER or of everybody.
+
+    They are recorded, and copied after umbractl resume. Until then the group is degraded.
+    """
+    call("POST", "/suspend", {"user": user, "reason": reason}, timeout=60)
+    click.echo(
+        f"The mirror of {user or 'all mailboxes'} is suspended: what changes from now on is on this"
+        " node only, and the group is degraded, until umbractl resume."
+    )
+
+
+@cli.command()
+@click.argument("user", default="", metavar="[USER]")
+def resume(user: str) -> None:
+    """Copy mailbox changes to the shadow again, what was recorded meanwhile first."""
+    result = call("POST", "/resume", {"user": user}, timeout=60)
+    whose = user or "all mailboxes"
+    click.echo(
+        f"The mirror of {whose} is resumed; umbractl status shows how it catches up."
+        if result["changed"]
+        else f"The mirror of {whose} was not suspended."
+    )
+
+
+@cli.command()
 @click.argument("users", nargs=-1, metavar="[USER]...")
 @click.option("--repair", is_flag=True, help="Make the copies that differ what the primary has.")
 @click.option("--bodies", is_flag=True, help="Compare the content of messages too; reads it all.")

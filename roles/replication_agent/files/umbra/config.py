@@ -34,6 +34,13 @@ class ShadowPolicy(StrEnum):
     ACCEPT = "accept"
 
 
+class MirrorMode(StrEnum):
+    """Whether a mailbox change waits for the shadow."""
+
+    SYNC = "sync"
+    ASYNC = "async"
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """Where something listens."""
@@ -65,6 +72,7 @@ class Transport:
 class Mailbox:
     """Mailbox changes. Times in seconds; ``mirror_workers`` 0 means twice the cores."""
 
+    mirror_mode: MirrorMode = MirrorMode.SYNC
     mirror_timeout: float = 5.0
     mirror_workers: int = 0
     sweep_interval: float = 60.0
@@ -245,12 +253,9 @@ class _Reader:
                     self._number(label, item, whole=True) for item in self.sequence(label, value)
                 )
             case "ShadowPolicy":
-                if value in list(ShadowPolicy):
-                    return ShadowPolicy(str(value))
-                self.findings.append(
-                    f"{label} is {value!r}; it must be {' or '.join(ShadowPolicy)}."
-                )
-                return None
+                return self._choice(label, value, ShadowPolicy)
+            case "MirrorMode":
+                return self._choice(label, value, MirrorMode)
         text = self.text(label, value)
         if label.endswith("address") and text:
             try:
@@ -258,6 +263,12 @@ class _Reader:
             except ValueError:
                 self.findings.append(f"{label} is {text!r}; it must be an IP address.")
         return text
+
+    def _choice(self, label: str, value: object, choices: type[StrEnum]) -> StrEnum | None:
+        if value in list(choices):
+            return choices(str(value))
+        self.findings.append(f"{label} is {value!r}; it must be {' or '.join(choices)}.")
+        return None
 
     def _number(self, label: str, value: object, *, whole: bool) -> float:
         if (

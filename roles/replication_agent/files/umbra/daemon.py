@@ -35,6 +35,7 @@ from umbra.config import Config, ConfigError, load
 from umbra.mailbox.carrier import valid_user
 from umbra.mailbox.doveadm import DoveadmError
 from umbra.mailbox.part import Mailboxes
+from umbra.mailbox.suspension import SuspensionError
 from umbra.node.client import NodeHelper
 from umbra.peer import frames
 from umbra.peer.exchange import Exchange, PeerError
@@ -111,6 +112,8 @@ class Agent:
                 "switchover": self._post_switchover,
                 "failover": self._post_failover,
                 "open": self._post_open,
+                "suspend": self._post_suspend,
+                "resume": self._post_resume,
             },
             {"verify": self._post_verify},
         )
@@ -222,6 +225,32 @@ class Agent:
     async def _post_failover(self, body: dict[str, Any]) -> dict[str, Any]:
         return await self._switchover.failover(accept_loss=body.get("accept_loss") is True)
 
+    async def _post_suspend(self, body: dict[str, Any]) -> dict[str, Any]:
+        user, reason = self._suspendable(body), body.get("reason")
+        if not isinstance(reason, str) or not reason.isprintable() or not 0 < len(reason) <= 200:
+            raise ValueError("reason must be a text of at most 200 characters")
+        if user and not await self._mailboxes.knows(user):
+            raise Refused(f"the user {user} is unknown.")
+        try:
+            await self._mailboxes.suspend(user, reason)
+        except OSError as error:
+            raise Refused(f"it could not be written down: {error}.") from None
+        return {"user": user, "suspended": True}
+
+    async def _post_resume(self, body: dict[str, Any]) -> dict[str, Any]:
+        user = self._suspendable(body)
+        try:
+            return {"user": user, "changed": await self._mailboxes.unsuspend(user)}
+        except OSError as error:
+            raise Refused(f"it could not be written down: {error}.") from None
+
+    def _suspendable(self, body: dict[str, Any]) -> str:
+        user = body.get("user", "")
+        if user != "" and not valid_user(user):
+            raise ValueError("user must be a user's name, or nothing for all")
+        self._must_be_primary("The mirror is suspended and resumed")
+        return str(user)
+
     async def _post_verify(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         users = body.get("users", [])
         if not isinstance(users, list) or not all(valid_user(user) for user in users):
@@ -271,7 +300,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         uvloop.run(Agent(config, Paths(config=options.config)).run())
-    except (StateError, OSError, ExceptionGroup) as error:
+    except (StateError, SuspensionError, OSError, ExceptionGroup) as error:
         log.error("umbra-agent ends: %s", error, exc_info=isinstance(error, ExceptionGroup))
         return 1
     return 0

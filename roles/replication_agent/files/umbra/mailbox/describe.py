@@ -251,8 +251,8 @@ def _rows(fields: list[str], width: int) -> list[list[str]]:
 def _message(values: Any) -> Message:
     try:
         uid, guid, flags, size, received, *body = values
-        # \Recent belongs to the next session that selects the mailbox, not to the message; the
-        # order of keywords is that of their first use on this node.
+        # \Recent is not of the message but of who selects the mailbox next; the order of keywords
+        # is that of their first use on this node.
         kept = " ".join(sorted(flag for flag in str(flags).split(" ") if flag != "\\Recent"))
         return Message(int(uid), str(guid), kept, str(size), str(received), *map(str, body))
     except (TypeError, ValueError):

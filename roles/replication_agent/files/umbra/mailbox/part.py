@@ -12,16 +12,18 @@ from typing import Any, Protocol
 from urllib.parse import unquote
 
 from umbra.api.report import Check
-from umbra.cluster.group import Group
+from umbra.cluster.group import Group, now
 from umbra.cluster.machine import Merged
-from umbra.config import Config
+from umbra.cluster.state import Phase as GroupPhase
+from umbra.config import Config, MirrorMode
 from umbra.mailbox.carrier import DsyncCarrier, DsyncHandler
 from umbra.mailbox.describe import DescribeHandler, Dovecot, Peer
 from umbra.mailbox.doveadm import Doveadm, DoveadmError
 from umbra.mailbox.ledger import Ledger
-from umbra.mailbox.mirror import CatchUpFailed, Mirror, PeerMirror
+from umbra.mailbox.mirror import CatchUpFailed, Mirror, PeerMirror, Phase
 from umbra.mailbox.notify import NotifyServer
 from umbra.mailbox.scripts import ScriptCarrier, ScriptsHandler
+from umbra.mailbox.suspension import Suspensions
 from umbra.mailbox.verify import Verifier
 from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import PeerIdentity
@@ -33,6 +35,7 @@ NOTIFY_ADDRESS, NOTIFY_PORT = "127.0.0.1", 8688
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 MISSED_INTERVAL = 2.0
 MERGED_TIMEOUT = 5.0
+RELAX_INTERVAL = 1.0
 
 Lag = tuple[int, float]
 
@@ -59,8 +62,8 @@ class _Face:
     def is_primary(self) -> bool:
         return self._group.is_primary()
 
-    async def mirror_failed(self, peer: str, reason: str) -> None:
-        await self._group.mirror_failed(peer, reason)
+    async def mirror_failed(self, peer: str, reason: str, *, lost: bool = True) -> None:
+        await self._group.mirror_failed(peer, reason, lost=lost)
 
     def begin_work(self) -> AbstractContextManager[None]:
         return self._group.changes.begin()
@@ -71,6 +74,11 @@ class Mailboxes:
 
     def __init__(self, config: Config, group: Group, paths: Paths) -> None:
         self._group = group
+        self._node = config.node
+        self._mode = config.mailbox.mirror_mode
+        self._hurrying = False
+        self._suspensions = Suspensions(paths.state / "mirror")
+        self._suspending = asyncio.Lock()
         self._missed = paths.missed
         self._dsync = paths.run / "dsync"
         self._doveadm = Doveadm()
@@ -105,11 +113,15 @@ class Mailboxes:
         self._losing: set[asyncio.Task[None]] = set()
         group.on_lost = self._lost
         group.on_demotion = self._mirror.stop
+        group.limits = self._limits
         self._compared: set[str] = set()
 
     async def open(self) -> None:
         """Open the ledger and the sockets of dsync."""
         await self._ledger.open()
+        # Before the first change comes: a suspension that is not known yet would be protection.
+        self._suspensions.load()
+        await self._keep_to_limit("the agent has just started")
         for carrier in self._carriers:
             await carrier.start()
 
@@ -145,6 +157,7 @@ class Mailboxes:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._mirror.run())
             tasks.create_task(self._make_up_for_missed())
+            tasks.create_task(self._relax())
 
     async def _make_up_for_missed(self) -> None:
         """Sync the users whose changes Dovecot could not tell the agent.
@@ -163,6 +176,84 @@ class Mailboxes:
                     await peer.missed(names)
                 except (OSError, PermissionError) as error:
                     log.error("the mirror to %s could not be given up: %s", peer.peer, error)
+
+    # -- what the operator wants of the mirror
+
+    def _limit(self) -> Phase:
+        """Return how far the mirrors may go on the way to protected."""
+        if self._suspensions.group:
+            return Phase.RECORDING
+        if self._mode is MirrorMode.ASYNC and not self._hurrying:
+            return Phase.CATCHING_UP
+        return Phase.JOINING if self._suspensions.users else Phase.PROTECTED
+
+    def _limits(self) -> Sequence[str]:
+        found = self._suspensions.sentences(self._node)
+        if self._mode is MirrorMode.ASYNC and not self._suspensions.group and not self._hurrying:
+            found.append(
+                "mailboxes are mirrored asynchronously:"
+                f" the last changes may be only on {self._node}"
+            )
+        return found
+
+    async def _keep_to_limit(self, reason: str) -> None:
+        for peer in self._peers.values():
+            await peer.keep_to(self._limit(), self._suspensions.users, reason)
+
+    async def _relax(self) -> None:
+        """After a switchover nothing is missing and changes wait: back to what is wanted.
+
+        Both nodes may die in between: the one that starts is alone until it has caught up.
+        """
+        while True:
+            await asyncio.sleep(RELAX_INTERVAL)
+            if self._group.state.phase is not GroupPhase.PRIMARY:
+                continue
+            try:
+                async with self._suspending:
+                    await self._keep_to_limit("; ".join(self._limits()))
+            except (OSError, PermissionError) as error:
+                log.error("the mirror could not be held back: %s", error)
+
+    async def suspend(self, user: str, reason: str) -> None:
+        """Copy no changes of ``user`` ("" for all users) any more; returns when that is durable.
+
+        OSError if it is not.
+        """
+        async with self._suspending:
+            await asyncio.to_thread(self._suspensions.suspend, user, reason, now())
+            await self._keep_to_limit("; ".join(self._limits()))
+        log.warning("the mirror of %s is suspended: %s", user or "all mailboxes", reason)
+
+    async def unsuspend(self, user: str) -> bool:
+        """Take ``suspend`` back and catch up; False if nothing was suspended."""
+        async with self._suspending:
+            if not await asyncio.to_thread(self._suspensions.resume, user):
+                return False
+            await self._keep_to_limit("; ".join(self._limits()))
+        log.warning("the mirror of %s is resumed", user or "all mailboxes")
+        return True
+
+    @property
+    def only_asynchronous(self) -> bool:
+        """Whether nothing but the mode ``async`` keeps mailboxes from being protected."""
+        return (
+            self._mode is MirrorMode.ASYNC
+            and not self._suspensions.rows
+            and all(peer.steady for peer in self._peers.values())
+        )
+
+    async def hurry(self, timeout: float) -> None:
+        """Mode ``async``: let changes wait; return when all are there, or after ``timeout`` s."""
+        if self._mode is MirrorMode.SYNC:
+            return
+        self._hurrying = True
+        await self._keep_to_limit("")
+        await self._group.protected_within(timeout)
+
+    def at_ease(self) -> None:
+        """Take ``hurry`` back; ``_relax`` notices."""
+        self._hurrying = False
 
     # -- the role
 
@@ -198,19 +289,31 @@ class Mailboxes:
         binding = self._binding(peer, self._group.epoch)
         merge = not self._group.statuses.get(peer, {}).get("merged")
 
-        async def all_there() -> None:
+        async def copied() -> None:
             if merge:
                 # Dying before it is told: the mailboxes are merged again, which changes nothing.
                 await self._group.links[peer].request("merged", {}, timeout=MERGED_TIMEOUT)
-            await protect()
+            self._compared.add(binding)
 
-        try:
-            await self._peers[peer].catch_up(
-                all_there, everyone=binding not in self._compared, binding=binding, merge=merge
-            )
-        except CatchUpFailed as error:
-            raise PeerError("catch-up", str(error)) from None
-        self._compared.add(binding)
+        while True:
+            while self._limit() is Phase.RECORDING:
+                await asyncio.sleep(RELAX_INTERVAL)
+                if peer not in self._group.synchronous():
+                    raise PeerError(
+                        "unreachable", f"{peer} was lost while its mirror was suspended"
+                    )
+            try:
+                await self._peers[peer].catch_up(
+                    protect,
+                    everyone=binding not in self._compared,
+                    binding=binding,
+                    merge=merge and binding not in self._compared,
+                    copied=copied,
+                )
+                return
+            except CatchUpFailed as error:
+                if self._limit() is not Phase.RECORDING or peer not in self._group.synchronous():
+                    raise PeerError("catch-up", str(error)) from None
 
     async def resume(self, peer: str, epoch: int) -> None:
         """Wait for ``peer`` from now on: it hands over to us, so it has what we have.
@@ -252,6 +355,13 @@ class Mailboxes:
         except DoveadmError as error:
             raise OSError(str(error)) from None
         return False
+
+    async def knows(self, user: str) -> bool:
+        """Return whether there is such a user; OSError if nobody can tell."""
+        try:
+            return await self._doveadm.exists(user)
+        except DoveadmError as error:
+            raise OSError(str(error)) from None
 
     def lag(self) -> Mapping[str, Lag]:
         """Return how far each peer is behind, in changes and seconds."""
