@@ -154,3 +154,32 @@ def test_umbractl_suspend_and_resume(monkeypatch: pytest.MonkeyPatch) -> None:
         ("POST", "/resume", {"user": ""}),
         ("POST", "/resume", {"user": "b@example.org"}),
     ]
+
+
+SEEDING = {"phase": "catching-up", "users": 3, "total": 9, "bytes": 10, "bytes_per_s": 5_000_000,
+           "remaining_s": 4, "reasons": []}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rows", "status", "words"),
+    [
+        ([SEEDING, {"done": True}], 0, "mail-b has a whole copy."),
+        ([SEEDING, {"done": False, "reasons": []}], 1, "mail-b is not complete"),
+        ([SEEDING], 1, "mail-b is not complete"),
+    ],
+)
+def test_umbractl_seed(
+    monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]], status: int, words: str
+) -> None:
+    asked: list[object] = []
+
+    def answer(path: str, body: object) -> Any:
+        asked.append((path, body))
+        return iter(rows)
+
+    monkeypatch.setattr(cli, "stream", answer)
+    result = CliRunner().invoke(cli.cli, ["seed", "mail-b", "--rate", "2.5"])
+    assert (result.exit_code, words in result.output) == (status, True)
+    assert asked == [("/seed", {"node": "mail-b", "rate": 2_500_000.0})]
+    listed = CliRunner().invoke(cli.cli, ["seed", "mail-b", "--json"])
+    assert json.loads(listed.output.splitlines()[0]) == SEEDING

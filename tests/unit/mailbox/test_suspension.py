@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from umbra.mailbox.suspension import SuspensionError, Suspensions
+from umbra.mailbox.document import DocumentError
+from umbra.mailbox.suspension import Suspensions
 
 
 def test_they_are_on_disk(tmp_path: Path) -> None:
@@ -37,5 +38,5 @@ def test_they_are_on_disk(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "[]", '{"a": 1}', '{"a": {"reason": "x"}}', "{"])
 def test_a_damaged_file(tmp_path: Path, text: str) -> None:
     (tmp_path / "suspended.json").write_text(text)
-    with pytest.raises(SuspensionError, match=r"suspended\.json"):
+    with pytest.raises(DocumentError, match=r"suspended\.json"):
         Suspensions(tmp_path).load()

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import click
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -135,6 +135,46 @@ def resume(user: str) -> None:
         if result["changed"]
         else f"The mirror of {whose} was not suspended."
     )
+
+
+@cli.command()
+@click.argument("node")
+@click.option(
+    "--rate", type=click.FloatRange(min=0), default=0.0, show_default=True, metavar="MB/S",
+    help="Send no more than so many megabytes a second; 0 for no limit.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object each second.")
+def seed(node: str, rate: float, as_json: bool) -> None:
+    """Build the copy of NODE anew while this node serves, or watch a seeding that runs.
+
+    Whoever stops watching stops nothing. An interrupted one goes on by itself; --rate of a second
+    call holds from then on.
+    """
+    rows = stream("/seed", {"node": node, "rate": rate * 1e6})
+    done = False
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("users,"),
+        TextColumn("{task.fields[speed]}"),
+    )  # fmt: skip
+    hidden = as_json or not sys.stderr.isatty()
+    with Progress(*columns, console=Console(stderr=True), disable=hidden) as progress:
+        task = progress.add_task(node, total=None, speed="")
+        for row in rows:
+            if as_json:
+                click.echo(json.dumps(row))
+            if "done" in row:
+                done = row["done"]
+                break
+            left = f", {row['remaining_s']} s left" if row["remaining_s"] is not None else ""
+            progress.update(
+                task, total=row["total"] or None, completed=row["users"],
+                description=f"{node} {row['phase']}",
+                speed=f"{row['bytes_per_s'] / 1e6:.1f} MB/s{left}",
+            )  # fmt: skip
+    if not done:
+        _fail(f"{node} is not complete; umbractl status tells why.")
+    if not as_json:
+        click.echo(f"{node} has a whole copy.")
 
 
 @cli.command()

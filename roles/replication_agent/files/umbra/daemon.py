@@ -33,9 +33,10 @@ from umbra.cluster.static import StateError, StateFile
 from umbra.cluster.switchover import Refused, Switchover
 from umbra.config import Config, ConfigError, load
 from umbra.mailbox.carrier import valid_user
+from umbra.mailbox.document import DocumentError
 from umbra.mailbox.doveadm import DoveadmError
 from umbra.mailbox.part import Mailboxes
-from umbra.mailbox.suspension import SuspensionError
+from umbra.mailbox.seeding import LEAST_RATE
 from umbra.node.client import NodeHelper
 from umbra.peer import frames
 from umbra.peer.exchange import Exchange, PeerError
@@ -115,7 +116,7 @@ class Agent:
                 "suspend": self._post_suspend,
                 "resume": self._post_resume,
             },
-            {"verify": self._post_verify},
+            {"verify": self._post_verify, "seed": self._post_seed},
         )
 
     async def run(self) -> None:
@@ -270,6 +271,27 @@ class Agent:
             raise Refused(f"{error}.") from None
         yield {"done": True}
 
+    async def _post_seed(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        node, rate = body.get("node"), body.get("rate", 0)
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+            raise ValueError("rate must be a number of bytes a second")
+        if rate and rate < LEAST_RATE:
+            raise ValueError(f"rate must be 0 for no limit, or at least {LEAST_RATE:g}")
+        self._must_be_primary("Nodes are seeded")
+        if node not in self._group.links:
+            raise Refused(f"{node} is no other node of this group.")
+        if not self._group.answers(str(node)):
+            raise Refused(f"{node} does not answer.")
+        if self._mailboxes.suspended:
+            raise Refused("the mirror of all mailboxes is suspended: umbractl resume.")
+        async with aclosing(self._mailboxes.seed(str(node), float(rate))) as rows:
+            async for row in rows:
+                yield row
+        if not self._group.is_primary():
+            yield {"done": False, "reasons": [f"{self._config.node} is not primary any more"]}
+        else:
+            yield {"done": True}
+
     def _must_be_primary(self, what: str) -> None:
         if not self._group.is_primary():
             primary = self._composer.report().primary
@@ -300,7 +322,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         uvloop.run(Agent(config, Paths(config=options.config)).run())
-    except (StateError, SuspensionError, OSError, ExceptionGroup) as error:
+    except (StateError, DocumentError, OSError, ExceptionGroup) as error:
         log.error("umbra-agent ends: %s", error, exc_info=isinstance(error, ExceptionGroup))
         return 1
     return 0

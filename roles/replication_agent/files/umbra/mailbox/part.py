@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing
 from pathlib import Path
+from time import monotonic
 from typing import Any, Protocol
 from urllib.parse import unquote
 
@@ -23,6 +25,7 @@ from umbra.mailbox.ledger import Ledger
 from umbra.mailbox.mirror import CatchUpFailed, Mirror, PeerMirror, Phase
 from umbra.mailbox.notify import NotifyServer
 from umbra.mailbox.scripts import ScriptCarrier, ScriptsHandler
+from umbra.mailbox.seeding import Pacer, Seed, Seeds
 from umbra.mailbox.suspension import Suspensions
 from umbra.mailbox.verify import Verifier
 from umbra.peer.exchange import Exchange, PeerError
@@ -36,6 +39,7 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 MISSED_INTERVAL = 2.0
 MERGED_TIMEOUT = 5.0
 RELAX_INTERVAL = 1.0
+SEED_INTERVAL = 1.0
 
 Lag = tuple[int, float]
 
@@ -83,8 +87,11 @@ class Mailboxes:
         self._dsync = paths.run / "dsync"
         self._doveadm = Doveadm()
         self._ledger = Ledger(paths.state / "mirror")
+        self._seeds = Seeds(paths.state / "mirror")
+        self._pacers = {name: Pacer(functools.partial(self._rate, name)) for name in group.links}
         self._carriers = [
-            DsyncCarrier(self._dsync, link, self._doveadm) for link in group.links.values()
+            DsyncCarrier(self._dsync, link, self._doveadm, self._pacers[name])
+            for name, link in group.links.items()
         ]
         face = _Face(group)
         dovecot = Dovecot(self._doveadm)
@@ -121,6 +128,7 @@ class Mailboxes:
         await self._ledger.open()
         # Before the first change comes: a suspension that is not known yet would be protection.
         self._suspensions.load()
+        self._seeds.load()
         await self._keep_to_limit("the agent has just started")
         for carrier in self._carriers:
             await carrier.start()
@@ -188,7 +196,10 @@ class Mailboxes:
         return Phase.JOINING if self._suspensions.users else Phase.PROTECTED
 
     def _limits(self) -> Sequence[str]:
-        found = self._suspensions.sentences(self._node)
+        found = [
+            f"{peer} is being seeded since {seed.since}" for peer, seed in self._seeds.rows.items()
+        ]
+        found += self._suspensions.sentences(self._node)
         if self._mode is MirrorMode.ASYNC and not self._suspensions.group and not self._hurrying:
             found.append(
                 "mailboxes are mirrored asynchronously:"
@@ -235,11 +246,17 @@ class Mailboxes:
         return True
 
     @property
+    def suspended(self) -> bool:
+        """Whether the mirror of all mailboxes is suspended."""
+        return self._suspensions.group
+
+    @property
     def only_asynchronous(self) -> bool:
         """Whether nothing but the mode ``async`` keeps mailboxes from being protected."""
         return (
             self._mode is MirrorMode.ASYNC
             and not self._suspensions.rows
+            and not self._seeds.rows
             and all(peer.steady for peer in self._peers.values())
         )
 
@@ -254,6 +271,49 @@ class Mailboxes:
     def at_ease(self) -> None:
         """Take ``hurry`` back; ``_relax`` notices."""
         self._hurrying = False
+
+    # -- seeding
+
+    def _rate(self, peer: str) -> float:
+        """Return how fast may be sent to ``peer``; changes that somebody waits for are not held."""
+        seed = self._seeds.rows.get(peer)
+        waits = self._peers[peer].phase is not Phase.CATCHING_UP
+        return 0.0 if seed is None or waits else seed.rate
+
+    async def seed(self, peer: str, rate: float) -> AsyncGenerator[dict[str, Any], None]:
+        """Build the copy of ``peer`` anew, or go on with that, and yield the progress each second.
+
+        Ends when all users are copied, or this node is not primary any more. Who stops listening
+        stops nothing.
+
+        :param rate: bytes a second at most, 0 for no limit.
+        """
+        mirror, pacer = self._peers[peer], self._pacers[peer]
+        known = self._seeds.rows.get(peer)
+        # First on disk: if the agent dies after this, the next one compares all users anyway, and
+        # the worst is that it trusts the states, which dropping them first would not change.
+        await asyncio.to_thread(self._seeds.put, peer, Seed(known.since if known else now(), rate))
+        if known is None:
+            log.warning("%s is seeded, at %s bytes/s", peer, rate or "any number of")
+            self._compared.clear()
+            await self._ledger.bind(peer, "")
+            # A catch-up that runs already must begin again, so it is made to fail.
+            lost = mirror.phase is not Phase.PROTECTED
+            await mirror.lose(f"{peer} is being seeded", cut=True, lost=lost)
+        sent, started = pacer.sent, monotonic()
+        while peer in self._seeds.rows and self._group.is_primary():
+            await asyncio.sleep(SEED_INTERVAL)
+            progress = mirror.progress()
+            left = progress["total"] - progress["done"]
+            yield {
+                "phase": mirror.phase.value,
+                "users": int(progress["done"]),
+                "total": int(progress["total"]),
+                "bytes": pacer.sent - sent,
+                "bytes_per_s": round((pacer.sent - sent) / (monotonic() - started)),
+                "remaining_s": round(left / progress["rate"]) if progress["rate"] else None,
+                "reasons": self._group.reasons(),
+            }
 
     # -- the role
 
@@ -294,6 +354,9 @@ class Mailboxes:
                 # Dying before it is told: the mailboxes are merged again, which changes nothing.
                 await self._group.links[peer].request("merged", {}, timeout=MERGED_TIMEOUT)
             self._compared.add(binding)
+            if peer in self._seeds.rows:
+                await asyncio.to_thread(self._seeds.put, peer, None)
+                log.warning("the seeding of %s is complete", peer)
 
         while True:
             while self._limit() is Phase.RECORDING:

@@ -7,14 +7,11 @@ lasts.
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-
-class SuspensionError(Exception):
-    """The file cannot be used; one sentence for people."""
+from umbra.mailbox import document
+from umbra.mailbox.document import DocumentError
 
 
 @dataclass(frozen=True)
@@ -36,14 +33,12 @@ class Suspensions:
         self.rows: dict[str, Suspension] = {}
 
     def load(self) -> None:
-        """Read what is on disk. SuspensionError if it is damaged."""
+        """Read what is on disk. DocumentError if it is damaged."""
         try:
-            raw = json.loads(self._path.read_text(encoding="utf-8"))
-            self.rows = {str(user): Suspension(**row) for user, row in raw.items()}
-        except FileNotFoundError:
-            self.rows = {}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise SuspensionError(f"{self._path} cannot be used: {error}") from None
+            rows = document.read(self._path)
+            self.rows = {user: Suspension(**row) for user, row in rows.items()}
+        except TypeError as error:
+            raise DocumentError(f"{self._path} cannot be used: {error}") from None
 
     def suspend(self, user: str, reason: str, since: str) -> None:
         """Note a suspension, durably; a later reason replaces the former. OSError if it is not."""
@@ -76,16 +71,5 @@ class Suspensions:
         ]
 
     def _save(self, rows: dict[str, Suspension]) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        temporary = self._path.with_suffix(".new")
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump({user: asdict(row) for user, row in rows.items()}, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._path)
-        directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        document.write(self._path, {user: asdict(row) for user, row in rows.items()})
         self.rows = rows
