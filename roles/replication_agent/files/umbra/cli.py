@@ -157,7 +157,7 @@ def seed(node: str, rate: float, as_json: bool) -> None:
         TextColumn("{task.fields[speed]}"),
     )  # fmt: skip
     hidden = as_json or not sys.stderr.isatty()
-    with Progress(*columns, console=Console(stderr=True), disable=hidden) as progress:
+    with Progress(*columns, console=Console(stderr=True, quiet=hidden), disable=hidden) as progress:
         task = progress.add_task(node, total=None, speed="")
         for row in rows:
             if as_json:
@@ -193,7 +193,9 @@ def verify(users: tuple[str, ...], repair: bool, bodies: bool, as_json: bool) ->
     told: list[dict[str, Any]] = []
     done = False
     hidden = as_json or not sys.stderr.isatty()
-    with Progress(console=Console(stderr=True), disable=hidden, transient=True) as progress:
+    with Progress(
+        console=Console(stderr=True, quiet=hidden), disable=hidden, transient=True
+    ) as progress:
         task = progress.add_task("comparing", total=total)
         for row in rows:
             if row.get("done"):

@@ -59,6 +59,7 @@ class Paths:
     run: Path = Path("/run/umbra")
     helper: Path = Path("/run/umbra-helper/helper.sock")
     missed: Path = Path("/var/lib/umbra-missed")
+    events: Path = Path("/var/lib/umbra-events/sieve")
     milter: Path = Path("/var/spool/postfix/umbra/milter.sock")
 
     @property

@@ -205,7 +205,7 @@ class PeerMirror:
 
     async def run(self) -> None:
         """Run syncs until cancelled."""
-        self._queue.note(self._ledger.changed(self.peer))
+        self._note(self._ledger.changed(self.peer))
         try:
             async with asyncio.TaskGroup() as self._tasks:
                 self._pump()

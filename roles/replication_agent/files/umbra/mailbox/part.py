@@ -21,6 +21,7 @@ from umbra.config import Config, MirrorMode
 from umbra.mailbox.carrier import DsyncCarrier, DsyncHandler
 from umbra.mailbox.describe import DescribeHandler, Dovecot, Peer
 from umbra.mailbox.doveadm import Doveadm, DoveadmError
+from umbra.mailbox.events import ScriptEvents
 from umbra.mailbox.ledger import Ledger
 from umbra.mailbox.mirror import CatchUpFailed, Mirror, PeerMirror, Phase
 from umbra.mailbox.notify import NotifyServer
@@ -38,6 +39,8 @@ NOTIFY_ADDRESS, NOTIFY_PORT = "127.0.0.1", 8688
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 MISSED_INTERVAL = 2.0
 MERGED_TIMEOUT = 5.0
+EVENTS_INTERVAL = 0.5
+EVENTS_RETRY = 60.0
 RELAX_INTERVAL = 1.0
 SEED_INTERVAL = 1.0
 
@@ -55,6 +58,8 @@ class Paths(Protocol):
     def token(self) -> Path: ...  # noqa: D102
     @property
     def missed(self) -> Path: ...  # noqa: D102
+    @property
+    def events(self) -> Path: ...  # noqa: D102
 
 
 class _Face:
@@ -84,6 +89,7 @@ class Mailboxes:
         self._suspensions = Suspensions(paths.state / "mirror")
         self._suspending = asyncio.Lock()
         self._missed = paths.missed
+        self._events = paths.events
         self._dsync = paths.run / "dsync"
         self._doveadm = Doveadm()
         self._ledger = Ledger(paths.state / "mirror")
@@ -166,6 +172,7 @@ class Mailboxes:
             tasks.create_task(self._mirror.run())
             tasks.create_task(self._make_up_for_missed())
             tasks.create_task(self._relax())
+            tasks.create_task(self._follow_scripts())
 
     async def _make_up_for_missed(self) -> None:
         """Sync the users whose changes Dovecot could not tell the agent.
@@ -184,6 +191,23 @@ class Mailboxes:
                     await peer.missed(names)
                 except (OSError, PermissionError) as error:
                     log.error("the mirror to %s could not be given up: %s", peer.peer, error)
+
+    async def _follow_scripts(self) -> None:
+        """Mirror changes of Sieve scripts soon after they were made."""
+        events = ScriptEvents(self._events)
+        while True:
+            await asyncio.sleep(EVENTS_INTERVAL)
+            try:
+                users = await asyncio.to_thread(events.take)
+            except OSError as error:
+                log.warning("changes of Sieve scripts cannot be read: %s", error)
+                await asyncio.sleep(EVENTS_RETRY)
+                continue
+            if users and self._group.is_primary():
+                for name, peer in self._peers.items():
+                    for user in users:
+                        self._scripts[name].changed(user)
+                    peer.recheck(users)
 
     # -- what the operator wants of the mirror
 
