@@ -103,6 +103,7 @@ class Model(RuleBasedStateMachine):
         assert self.queue.running == len(self.running)
         assert self.queue.noted == len(self.noted)
         assert self.queue.held <= set(self.noted) - self.queue.suspended
+        assert self.queue.wanting() == set(self.noted) - self.queue.suspended
         assert self.queue.paused == len(set(self.noted) & self.queue.suspended)
 
     def teardown(self) -> None:

@@ -92,10 +92,12 @@ class Work:
 class Group:
     """The node in its redundancy group.
 
-    ``limits`` says why the mirror may not become protected, by the operator's wish.
     Its maker sets ``links``; ``catch_up``, which copies to a peer what it lacks and calls its
     second argument at a moment when nothing is missing there; ``on_lost`` (peer, reason) and
-    ``on_demotion``, called when a peer is no longer waited for and when this node stops to serve.
+    ``on_demotion``, called when a peer is no longer waited for and when this node stops to serve;
+    ``on_opening``, called when this node serves again after a start or a handover that came to
+    nothing (a promotion has its own order of steps); ``limits``, which says why the mirror may not
+    become protected, by the operator's wish.
     """
 
     def __init__(self, config: Config, states: StateFile, helper: NodeHelper) -> None:
@@ -107,6 +109,7 @@ class Group:
         self.on_lost: Callable[[str, str], None] = lambda peer, reason: None
         self.on_demotion: Callable[[], None] = lambda: None
         self.limits: Callable[[], Sequence[str]] = lambda: ()
+        self.on_opening: Callable[[], None] = lambda: None
         self._lock = asyncio.Lock()
         self._changed = asyncio.Event()
         self._moved = asyncio.Condition()
@@ -259,6 +262,8 @@ class Group:
                     self._moved.notify_all()
             if old.serving and not new.serving:
                 self.on_demotion()
+            if new.serving and not old.serving and not isinstance(event, machine.Promote):
+                self.on_opening()
             for name, view in old.peers.items():
                 if view.synchronous and not new.peers[name].synchronous:
                     self.on_lost(name, new.peers[name].reason or "this node is not primary")

@@ -191,6 +191,7 @@ class PeerMirror:
         self._noted_at: dict[str, float] = {}
         self._attempts: dict[str, int] = {}
         self._unmerged: set[str] = set()
+        self._first_round: set[str] = set()
         self._progress = asyncio.Event()
         self._reason = "the agent has just started"
         self._lost = True
@@ -259,6 +260,7 @@ class PeerMirror:
         self.limit = limit
         news = suspended - self._queue.suspended
         self._queue.suspend(suspended)
+        self._first_round -= suspended
         if self.phase.rank > limit.rank or (news and self.phase.waits):
             await self.lose(reason, lost=False)
         self._progress.set()
@@ -388,7 +390,8 @@ class PeerMirror:
         self._attempts.pop(user, None)
         self.findings.pop(user, None)
         tickets, settled = self._queue.done(user)
-        self.done += 1
+        self._first_round.discard(user)
+        self.done = self.total - len(self._first_round)
         metrics.COALESCED.labels(self.peer).inc(max(0, len(tickets) - 1))
         for number in tickets:
             metrics.WAIT_SECONDS.labels(self.peer).observe(monotonic() - self._arrived.pop(number))
@@ -466,19 +469,22 @@ class PeerMirror:
         except DoveadmError as error:
             raise CatchUpFailed(str(error), {}) from None
         self._note(list(self._queue.held))
-        self.done, self.total = 0, self._queue.noted - self._queue.paused
+        self._first_round = self._queue.wanting()
+        self.done, self.total = 0, len(self._first_round)
+        # Who is compared from scratch may take hours: nobody shall wait behind that.
+        few = 0 if everyone or merge or not bound else self._few
         self._started = monotonic()
         self.phase = Phase.CATCHING_UP
         log.info("catch-up of %s: %d users", self.peer, self.total)
         self._pump()
         while True:
             self._progress.clear()
-            complete = self.done >= self.total and not self._unmerged & self._queue.suspended
+            complete = not self._first_round and not self._unmerged & self._queue.suspended
             if copied is not None and complete:
                 await self._say(copied)
                 copied = None
             noted = self._queue.noted - self._queue.paused
-            phase = next_phase(self.phase, noted, self._few, self.done < self.total)
+            phase = next_phase(self.phase, noted, few, bool(self._first_round))
             if phase.rank > self.limit.rank:
                 phase = self.limit
             if phase is Phase.PROTECTED:

@@ -135,6 +135,10 @@ class MirrorQueue(Generic[Ticket]):
             if user in self._users:
                 self._enqueue(user)
 
+    def wanting(self) -> set[str]:
+        """Return the users who are noted and not suspended."""
+        return {user for user in self._users if self.lacks(user)} - self.suspended
+
     @property
     def paused(self) -> int:
         """How many users are noted and suspended."""
