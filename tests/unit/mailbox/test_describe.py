@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any, cast
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from umbra.mailbox.compare import Difference, Found, of_descriptions, of_messages, to_look_into
@@ -255,6 +255,7 @@ ROWS = st.dictionaries(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(ROWS, ROWS)
 def test_merge_finds_exactly_the_messages_that_differ(
     left: dict[int, Message], right: dict[int, Message]
