@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from umbra import config
-from umbra.config import ConfigError, ShadowPolicy
+from umbra.config import ConfigError, MirrorMode, ShadowPolicy
 
 GOOD: dict[str, Any] = {
     "group": "mail",
@@ -29,6 +29,9 @@ def test_a_right_configuration_is_read() -> None:
     assert read.transport.shadow_timeout == 3
     assert read.peers[0].port == 8686
     assert read.mailbox.workers > 0
+    assert read.mailbox.mirror_mode is MirrorMode.SYNC
+    lazy = config.parse({**GOOD, "mailbox": {"mirror_mode": "async"}})
+    assert lazy.mailbox.mirror_mode is MirrorMode.ASYNC
 
 
 def test_the_safety_net_can_be_switched_off() -> None:
@@ -53,6 +56,7 @@ def test_the_safety_net_can_be_switched_off() -> None:
         (("transport", "shadow_policy"), "drop", "it must be defer or accept."),
         (("transport", "shadow_timeout"), 0, "transport.shadow_timeout must be over 0 seconds."),
         (("transport", "shadow_timeout"), True, "must be a number from 0, not True."),
+        (("mailbox",), {"mirror_mode": "lazy"}, "it must be sync or async."),
         (("transport", "timeout"), 1, "transport has the unknown setting timeout; known are"),
         (("transport", "shadow_copies"), 0, "a message needs at least one copy."),
         (("transport", "shadow_copies"), 2, "only 1 of the peers can count under prefer_remote"),

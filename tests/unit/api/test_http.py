@@ -43,7 +43,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     bench = Bench(tmp_path / "api.sock", port)
-    api = Api(cast(Any, None), {"queue": bench.queue}, {"act": bench.act})
+    api = Api(cast(Any, None), {"queue": bench.queue}, {"act": bench.act}, {})
     await api.start(bench.path, "127.0.0.1", port)
     yield bench
     await api.stop()

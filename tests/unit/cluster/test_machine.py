@@ -49,6 +49,18 @@ def test_a_primary_that_was_alone_opens_without_its_peer() -> None:
     assert step(node("a", Role.PRIMARY, Mode.ALONE), machine.Started()).serving
 
 
+def test_unmirrored_changes_make_the_primary_alone_and_keep_the_shadow() -> None:
+    a, _ = protected_pair()
+    a = step(a, machine.Unmirrored("suspended"))
+    assert a.serving
+    assert not a.protected
+    assert a.alone_reason == "suspended"
+    assert a.peers["b"].synchronous, "messages go to it as before"
+    assert step(a, machine.Unmirrored("again")) == a
+    with pytest.raises(NotNow):
+        step(a, machine.Drain())
+
+
 def test_a_lost_shadow_makes_the_primary_alone_and_says_why() -> None:
     a, _ = protected_pair()
     assert a.protected

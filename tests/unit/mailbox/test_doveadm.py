@@ -149,3 +149,44 @@ async def test_an_endless_line_is_bounded(tmp_path: Path, monkeypatch: pytest.Mo
     async with dovecot(tmp_path, Server(b"x" * 5000)) as doveadm:
         with pytest.raises(DoveadmError):
             await doveadm.users()
+
+
+async def test_pieces_put_together_are_the_fields(tmp_path: Path) -> None:
+    long = b"x" * (3 * module.CHUNK)
+    server = Server(b"1\tguid\t\t" + long + b"\t2\ta\x01nb\t\n+\n")
+    fields, rest = [], b""
+    async with dovecot(tmp_path, server) as doveadm:
+        async for piece, ends in doveadm.pieces("a@example.org", "fetch", "-u", "a@example.org"):
+            assert len(piece) <= module.CHUNK
+            rest += piece
+            if ends:
+                fields.append(rest)
+                rest = b""
+    assert fields == [b"1", b"guid", b"", long, b"2", b"a\x01nb"]
+    assert server.asked == b"\ta@example.org\tfetch\t-u\ta@example.org\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (b"\n-NOUSER\n", "ended with NOUSER"),
+        (b"\n-\n", "ended with UNKNOWN"),
+        (b"1\tguid", "the connection ended"),
+        (b"1\tguid\t\n", "the connection ended"),
+    ],
+)
+async def test_pieces_of_what_fails(tmp_path: Path, answer: bytes, reason: str) -> None:
+    class Hangup(Server):
+        async def __call__(
+            self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        ) -> None:
+            await reader.readline()
+            await reader.readline()
+            writer.write(self.hello + self.answer)
+            await writer.drain()
+            writer.close()
+
+    async with dovecot(tmp_path, Hangup(answer)) as doveadm:
+        with pytest.raises(DoveadmError, match=reason):
+            async for _ in doveadm.pieces("a@example.org", "fetch"):
+                pass

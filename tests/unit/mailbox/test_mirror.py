@@ -37,6 +37,7 @@ class World:
         self.primary = True
         self.mode = "alone"
         self.commit_delay = 0.0
+        self.lost: bool | None = None
         self.commit_error: Exception | None = None
         self.delay: Callable[[str], float] = lambda user: 0.0
         self.outcome: Callable[[str], Outcome] = lambda user: Outcome.SYNCED
@@ -53,7 +54,8 @@ class World:
     def is_primary(self) -> bool:
         return self.primary
 
-    async def mirror_failed(self, peer: str, reason: str) -> None:
+    async def mirror_failed(self, peer: str, reason: str, *, lost: bool = True) -> None:
+        self.lost = lost
         await asyncio.sleep(self.commit_delay)
         if self.commit_error is not None:
             raise self.commit_error
@@ -484,3 +486,156 @@ async def test_moving_on_has_a_bound_too(tmp_path: Path) -> None:
             await asyncio.sleep(0.02)
         assert await task is Verdict.RECORDED
         assert world.mode == "alone"
+
+
+async def limited(
+    peer: PeerMirror, limit: Phase, suspended: set[str] | None = None, reason: str = "wanted"
+) -> None:
+    await peer.keep_to(limit, suspended or set(), reason)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+async def test_asynchronous_never_waits_and_copies_all(tmp_path: Path) -> None:
+    world = World()
+    copied = 0
+
+    async def count() -> None:
+        nonlocal copied
+        copied += 1
+
+    async with mirror(world, tmp_path, protected=False) as peer:
+        await limited(peer, Phase.CATCHING_UP)
+        catch_up = asyncio.create_task(
+            peer.catch_up(world.protect, everyone=True, binding="one", copied=count)
+        )
+        await until(lambda: copied == 1)
+        world.delay = lambda user: 0.05
+        world.local["u1"] += 1
+        assert await peer.changed("u1") is Verdict.RECORDED
+        assert world.remote["u1"] == 0, "nobody waited"
+        changes, seconds = peer.lag()
+        assert changes == 1
+        assert 0 <= seconds < 1
+        await until(lambda: world.remote["u1"] == 1)
+        await until(lambda: peer.lag() == (0, 0.0))
+        assert world.mode == "alone"
+        assert peer.steady
+        # A switchover wants everything there: now changes wait.
+        await limited(peer, Phase.PROTECTED)
+        await catch_up
+        assert world.mode == "protected"
+        assert copied == 1
+        assert await change(world, peer, "u2") is Verdict.MIRRORED
+        await limited(peer, Phase.CATCHING_UP)
+        assert (world.mode, world.lost) == ("alone", False)
+        assert peer.phase is Phase.RECORDING
+
+
+async def test_a_suspended_user_is_recorded_and_the_others_wait(tmp_path: Path) -> None:
+    world = World()
+    async with mirror(world, tmp_path) as peer:
+        await limited(peer, Phase.JOINING, {"u1"})
+        assert (world.mode, world.lost) == ("alone", False)
+        catch_up = asyncio.create_task(peer.catch_up(world.protect, everyone=False, binding="one"))
+        await until(lambda: peer.phase is Phase.JOINING)
+        world.syncs.clear()
+        assert await change(world, peer, "u1") is Verdict.RECORDED
+        assert await change(world, peer, "u2") is Verdict.MIRRORED
+        peer.recheck(["u1"])
+        await asyncio.sleep(0.05)
+        assert {user for user, _ in world.syncs} == {"u2"}
+        assert peer._ledger.changed("mail-b") == ["u1"]
+        with pytest.raises(CatchUpFailed, match="suspended"):
+            await peer.resync("u1")
+        # One more, while the others wait: the catch-up goes on.
+        await limited(peer, Phase.JOINING, {"u1", "u3"})
+        await until(lambda: peer.phase is Phase.JOINING)
+        assert await change(world, peer, "u3") is Verdict.RECORDED
+        assert await change(world, peer, "u2") is Verdict.MIRRORED
+        assert not catch_up.done()
+        await limited(peer, Phase.PROTECTED)
+        await catch_up
+        assert world.mode == "protected"
+        assert world.remote == world.local
+        await until(lambda: peer._ledger.changed("mail-b") == [])
+
+
+async def test_who_waits_when_his_mirror_is_suspended_is_answered(tmp_path: Path) -> None:
+    world = World()
+    async with mirror(world, tmp_path) as peer:
+        world.delay = lambda user: 0.3
+        task = asyncio.create_task(change(world, peer, "u1"))
+        await asyncio.sleep(0.05)
+        await limited(peer, Phase.JOINING, {"u1"})
+        assert await asyncio.wait_for(task, 0.1) is Verdict.RECORDED
+
+
+async def test_a_suspended_group_copies_nothing(tmp_path: Path) -> None:
+    world = World()
+    async with mirror(world, tmp_path) as peer:
+        await limited(peer, Phase.RECORDING)
+        assert (world.mode, world.lost) == ("alone", False)
+        world.syncs.clear()
+        assert await change(world, peer, "u1") is Verdict.RECORDED
+        await asyncio.sleep(0.05)
+        assert not world.syncs
+        assert peer._ledger.changed("mail-b") == ["u1"]
+        await limited(peer, Phase.PROTECTED)
+        await peer.catch_up(world.protect, everyone=False, binding="one")
+        assert world.remote == world.local
+
+
+async def test_suspending_the_group_ends_a_catch_up(tmp_path: Path) -> None:
+    world = World()
+    async with mirror(world, tmp_path, protected=False) as peer:
+        world.delay = lambda user: 0.05
+        catch_up = asyncio.create_task(peer.catch_up(world.protect, everyone=True, binding="one"))
+        await asyncio.sleep(0.02)
+        await limited(peer, Phase.RECORDING)
+        with pytest.raises(CatchUpFailed, match="wanted"):
+            await catch_up
+
+
+async def test_resync_compares_without_a_state(tmp_path: Path) -> None:
+    world = World()
+    async with mirror(world, tmp_path) as peer:
+        await change(world, peer, "u1")
+        world.syncs.clear()
+        await peer.resync("u1")
+        assert ("u1", "") in world.syncs
+        world.outcome = lambda user: Outcome.NO_USER
+        with pytest.raises(CatchUpFailed, match="does not know"):
+            await peer.resync("u1")
+        await peer.lose("gone")
+        with pytest.raises(CatchUpFailed, match="gone"):
+            await peer.resync("u2")
+
+
+async def test_the_first_round_is_over_when_everybody_had_a_turn(tmp_path: Path) -> None:
+    world = World()
+    copied = asyncio.Event()
+
+    async def say() -> None:
+        copied.set()
+
+    async with mirror(world, tmp_path, protected=False) as peer:
+        world.delay = lambda user: 2.0 if user == "u0" else 0.001
+        catch_up = asyncio.create_task(
+            peer.catch_up(world.protect, everyone=True, binding="one", copied=say)
+        )
+        await until(lambda: peer.progress()["done"] == 4)
+        for number in range(8):
+            # The others have many turns meanwhile, which count for nothing.
+            assert await change(world, peer, f"u{1 + number % 4}") is Verdict.RECORDED
+        assert not copied.is_set()
+        assert peer.phase is Phase.CATCHING_UP
+        assert peer.progress()["done"] == 4
+        assert peer.progress()["total"] == 5
+        await catch_up
+        assert copied.is_set()
+        assert world.remote == world.local

@@ -44,9 +44,11 @@ class Model(RuleBasedStateMachine):
         user = self.queue.start()
         if user is None:
             wanting = (set(self.open.values()) | set(self.noted)) - self.queue.held
+            wanting -= self.queue.suspended
             assert len(self.running) == WORKERS or not wanting - set(self.running)
             return
         assert user not in self.running, "two syncs of one user"
+        assert user not in self.queue.suspended
         self.running[user] = self.tick()
         assert len(self.running) <= WORKERS
 
@@ -82,7 +84,11 @@ class Model(RuleBasedStateMachine):
         user = data.draw(st.sampled_from(sorted(candidates)))
         del self.running[user]
         self.queue.hold(user)
-        assert user in self.queue.held
+        assert user in self.queue.held | self.queue.suspended
+
+    @rule(users=st.sets(USERS, max_size=2))
+    def suspend(self, users: set[str]) -> None:
+        self.queue.suspend(users)
 
     @rule()
     def withdraw(self) -> None:
@@ -96,10 +102,13 @@ class Model(RuleBasedStateMachine):
     def counts(self) -> None:
         assert self.queue.running == len(self.running)
         assert self.queue.noted == len(self.noted)
-        assert self.queue.held <= set(self.noted)
+        assert self.queue.held <= set(self.noted) - self.queue.suspended
+        assert self.queue.wanting() == set(self.noted) - self.queue.suspended
+        assert self.queue.paused == len(set(self.noted) & self.queue.suspended)
 
     def teardown(self) -> None:
         """Nothing is lost: when all syncs end well, everybody is released."""
+        self.queue.suspend(set())
         self.queue.note(list(self.queue.held))
         released: list[int] = []
         for user in list(self.running):

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from typing import Any, NoReturn
 
 import click
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from umbra import __version__
-from umbra.api.client import ApiError, call
+from umbra.api.client import ApiError, call, stream
 
 RESUBMIT_TIMEOUT = 3600.0
 
@@ -142,6 +144,138 @@ def open_(force: bool) -> None:
     click.echo(f"This node is open as primary, epoch {result['epoch']}.")
 
 
+@cli.command()
+@click.argument("user", default="", metavar="[USER]")
+@click.option("--reason", required=True, metavar="TEXT", help="Shown with the status.")
+def suspend(user: str, reason: str) -> None:
+    """Copy no mailbox changes to the shadow any more, of USER or of everybody.
+
+    They are recorded, and copied after umbractl resume. Until then the group is degraded.
+    """
+    call("POST", "/suspend", {"user": user, "reason": reason}, timeout=60)
+    click.echo(
+        f"The mirror of {user or 'all mailboxes'} is suspended: what changes from now on is on this"
+        " node only, and the group is degraded, until umbractl resume."
+    )
+
+
+@cli.command()
+@click.argument("user", default="", metavar="[USER]")
+def resume(user: str) -> None:
+    """Copy mailbox changes to the shadow again, what was recorded meanwhile first."""
+    result = call("POST", "/resume", {"user": user}, timeout=60)
+    whose = user or "all mailboxes"
+    click.echo(
+        f"The mirror of {whose} is resumed; umbractl status shows how it catches up."
+        if result["changed"]
+        else f"The mirror of {whose} was not suspended."
+    )
+
+
+@cli.command()
+@click.argument("node")
+@click.option(
+    "--rate", type=click.FloatRange(min=0), default=0.0, show_default=True, metavar="MB/S",
+    help="Send no more than so many megabytes a second; 0 for no limit.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object each second.")
+def seed(node: str, rate: float, as_json: bool) -> None:
+    """Build the copy of NODE anew while this node serves, or watch a seeding that runs.
+
+    Whoever stops watching stops nothing. An interrupted one goes on by itself; --rate of a second
+    call holds from then on.
+    """
+    rows = stream("/seed", {"node": node, "rate": rate * 1e6})
+    done = False
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("users,"),
+        TextColumn("{task.fields[speed]}"),
+    )  # fmt: skip
+    hidden = as_json or not sys.stderr.isatty()
+    with Progress(*columns, console=Console(stderr=True, quiet=hidden), disable=hidden) as progress:
+        task = progress.add_task(node, total=None, speed="")
+        for row in rows:
+            if as_json:
+                click.echo(json.dumps(row))
+            if "done" in row:
+                done = row["done"]
+                break
+            left = f", {row['remaining_s']} s left" if row["remaining_s"] is not None else ""
+            progress.update(
+                task, total=row["total"] or None, completed=row["users"],
+                description=f"{node} {row['phase']}",
+                speed=f"{row['bytes_per_s'] / 1e6:.1f} MB/s{left}",
+            )  # fmt: skip
+    if not done:
+        _fail(f"{node} is not complete; umbractl status tells why.")
+    if not as_json:
+        click.echo(f"{node} has a whole copy.")
+
+
+@cli.command()
+@click.argument("users", nargs=-1, metavar="[USER]...")
+@click.option("--repair", is_flag=True, help="Make the copies that differ what the primary has.")
+@click.option("--bodies", is_flag=True, help="Compare the content of messages too; reads it all.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each result.")
+def verify(users: tuple[str, ...], repair: bool, bodies: bool, as_json: bool) -> None:
+    """Compare the mailboxes of the primary and each shadow, all users' unless some are named.
+
+    Ends with 0 if all are the same or were repaired, else with 1.
+    """
+    rows = stream("/verify", {"users": users, "repair": repair, "bodies": bodies})
+    total = next(rows, {}).get("total", 0)
+    counts: Counter[str] = Counter()
+    told: list[dict[str, Any]] = []
+    done = False
+    hidden = as_json or not sys.stderr.isatty()
+    with Progress(
+        console=Console(stderr=True, quiet=hidden), disable=hidden, transient=True
+    ) as progress:
+        task = progress.add_task("comparing", total=total)
+        for row in rows:
+            if row.get("done"):
+                done = True
+                break
+            counts[row["outcome"]] += 1
+            progress.advance(task)
+            if as_json:
+                click.echo(json.dumps(row))
+            elif row["outcome"] != "equal":
+                told.append(row)
+    if not as_json:
+        _print_verified(told, counts)
+    if not done:
+        _fail("the agent ended before all was compared.")
+    raise SystemExit(0 if counts["equal"] + counts["repaired"] == total else 1)
+
+
+def _print_verified(rows: list[dict[str, Any]], counts: Counter[str]) -> None:
+    if rows:
+        table = Table(box=None, pad_edge=False)
+        for name in ("user", "node", "outcome", "mailbox", "what", "primary", "there"):
+            table.add_column(name, overflow="fold")
+        for row in sorted(rows, key=lambda row: (row["user"], row["peer"])):
+            head = [row["user"], row["peer"], row["outcome"]]
+            if not row["differences"]:
+                table.add_row(*map(Text, [*head, "", row["reason"], "", ""]))
+            for item in row["differences"]:
+                values = [item["mailbox"], item["what"], item["here"] or "-", item["there"] or "-"]
+                table.add_row(*map(Text, [*head, *values]))
+                head = ["", "", ""]
+            if row["differences"] and (left := row["count"] - len(row["differences"])):
+                table.add_row("", "", "", "", f"and {left} more", "", "")
+            if row["differences"] and row["reason"]:
+                table.add_row("", "", "", "", Text(row["reason"]), "", "")
+        _console().print(table)
+    words = [f"{count} {outcome}" for outcome, count in sorted(counts.items())]
+    click.echo(", ".join(words) if words else "There is nobody to compare.")
+
+
+def _console() -> Console:
+    # In a playbook's output there is no terminal whose width must be kept.
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
 def _confirm_loss(report: dict[str, Any]) -> None:
     me = report["node"]
     for node in report["nodes"]:
@@ -160,8 +294,7 @@ def _confirm_loss(report: dict[str, Any]) -> None:
 
 
 def _print_status(report: dict[str, Any]) -> None:
-    # In a playbook's output there is no terminal whose width must be kept.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console = _console()
     table = Table(box=None, pad_edge=False)
     for name in ("node", "site", "role", "state"):
         table.add_column(name, no_wrap=True)

@@ -36,6 +36,13 @@ class ShadowPolicy(StrEnum):
     ACCEPT = "accept"
 
 
+class MirrorMode(StrEnum):
+    """Whether a mailbox change waits for the shadow."""
+
+    SYNC = "sync"
+    ASYNC = "async"
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """Where something listens."""
@@ -81,6 +88,7 @@ class Transport:
 class Mailbox:
     """Mailbox changes. Times in seconds; ``mirror_workers`` 0 means twice the cores."""
 
+    mirror_mode: MirrorMode = MirrorMode.SYNC
     mirror_timeout: float = 5.0
     mirror_workers: int = 0
     sweep_interval: float = 60.0
@@ -279,6 +287,8 @@ class _Reader:
                 return self._choice(label, value, ShadowPolicy)
             case "ShadowPreference":
                 return self._choice(label, value, ShadowPreference)
+            case "MirrorMode":
+                return self._choice(label, value, MirrorMode)
         text = self.text(label, value)
         if label.endswith("address") and text:
             try:
@@ -287,10 +297,10 @@ class _Reader:
                 self.findings.append(f"{label} is {text!r}; it must be an IP address.")
         return text
 
-    def _choice(self, label: str, value: object, kind: type[StrEnum]) -> StrEnum | None:
-        if value in list(kind):
-            return kind(str(value))
-        self.findings.append(f"{label} is {value!r}; it must be {' or '.join(kind)}.")
+    def _choice(self, label: str, value: object, choices: type[StrEnum]) -> StrEnum | None:
+        if value in list(choices):
+            return choices(str(value))
+        self.findings.append(f"{label} is {value!r}; it must be {' or '.join(choices)}.")
         return None
 
     def _number(self, label: str, value: object, *, whole: bool) -> float:

@@ -16,7 +16,8 @@ import os
 import signal
 import sys
 import time
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,11 @@ from umbra.cluster.group import Group, Protect
 from umbra.cluster.static import StateError, StateFile
 from umbra.cluster.switchover import Refused, Switchover
 from umbra.config import Config, ConfigError, load
+from umbra.mailbox.carrier import valid_user
+from umbra.mailbox.document import DocumentError
+from umbra.mailbox.doveadm import DoveadmError
 from umbra.mailbox.part import Mailboxes
+from umbra.mailbox.seeding import LEAST_RATE
 from umbra.node.client import NodeHelper
 from umbra.peer import frames
 from umbra.peer.exchange import Exchange, PeerError
@@ -59,6 +64,7 @@ class Paths:
     run: Path = Path("/run/umbra")
     helper: Path = Path("/run/umbra-helper/helper.sock")
     missed: Path = Path("/var/lib/umbra-missed")
+    events: Path = Path("/var/lib/umbra-events/sieve")
     milter: Path = Path("/var/spool/postfix/umbra/milter.sock")
 
     @property
@@ -121,7 +127,10 @@ class Agent:
                 "failover": self._post_failover,
                 "open": self._post_open,
                 "resubmit": self._post_resubmit,
+                "suspend": self._post_suspend,
+                "resume": self._post_resume,
             },
+            {"verify": self._post_verify, "seed": self._post_seed},
         )
 
     async def run(self) -> None:
@@ -270,6 +279,77 @@ class Agent:
             **result,
         }
 
+    async def _post_suspend(self, body: dict[str, Any]) -> dict[str, Any]:
+        user, reason = self._suspendable(body), body.get("reason")
+        if not isinstance(reason, str) or not reason.isprintable() or not 0 < len(reason) <= 200:
+            raise ValueError("reason must be a text of at most 200 characters")
+        if user and not await self._mailboxes.knows(user):
+            raise Refused(f"the user {user} is unknown.")
+        try:
+            await self._mailboxes.suspend(user, reason)
+        except OSError as error:
+            raise Refused(f"it could not be written down: {error}.") from None
+        return {"user": user, "suspended": True}
+
+    async def _post_resume(self, body: dict[str, Any]) -> dict[str, Any]:
+        user = self._suspendable(body)
+        try:
+            return {"user": user, "changed": await self._mailboxes.unsuspend(user)}
+        except OSError as error:
+            raise Refused(f"it could not be written down: {error}.") from None
+
+    def _suspendable(self, body: dict[str, Any]) -> str:
+        user = body.get("user", "")
+        if user != "" and not valid_user(user):
+            raise ValueError("user must be a user's name, or nothing for all")
+        self._must_be_primary("The mirror is suspended and resumed")
+        return str(user)
+
+    async def _post_verify(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        users = body.get("users", [])
+        if not isinstance(users, list) or not all(valid_user(user) for user in users):
+            raise ValueError("users must be a list of users' names")
+        self._must_be_primary("Users are compared")
+        try:
+            async with aclosing(
+                self._mailboxes.verify(
+                    users,
+                    bodies=body.get("bodies") is True,
+                    repair=body.get("repair") is True,
+                )
+            ) as rows:
+                async for row in rows:
+                    yield row
+        except DoveadmError as error:
+            raise Refused(f"{error}.") from None
+        yield {"done": True}
+
+    async def _post_seed(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        node, rate = body.get("node"), body.get("rate", 0)
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+            raise ValueError("rate must be a number of bytes a second")
+        if rate and rate < LEAST_RATE:
+            raise ValueError(f"rate must be 0 for no limit, or at least {LEAST_RATE:g}")
+        self._must_be_primary("Nodes are seeded")
+        if node not in self._group.links:
+            raise Refused(f"{node} is no other node of this group.")
+        if not self._group.answers(str(node)):
+            raise Refused(f"{node} does not answer.")
+        if self._mailboxes.suspended:
+            raise Refused("the mirror of all mailboxes is suspended: umbractl resume.")
+        async with aclosing(self._mailboxes.seed(str(node), float(rate))) as rows:
+            async for row in rows:
+                yield row
+        if not self._group.is_primary():
+            yield {"done": False, "reasons": [f"{self._config.node} is not primary any more"]}
+        else:
+            yield {"done": True}
+
+    def _must_be_primary(self, what: str) -> None:
+        if not self._group.is_primary():
+            primary = self._composer.report().primary
+            raise Refused(f"{what} on the primary{f', {primary}' if primary else ''}.")
+
     async def _post_open(self, body: dict[str, Any]) -> dict[str, Any]:
         return await self._switchover.open_by_force()
 
@@ -297,7 +377,7 @@ def main() -> int:
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     try:
         uvloop.run(Agent(config, Paths(config=options.config)).run())
-    except (StateError, OSError, ExceptionGroup) as error:
+    except (StateError, DocumentError, OSError, ExceptionGroup) as error:
         log.error("umbra-agent ends: %s", error, exc_info=isinstance(error, ExceptionGroup))
         return 1
     return 0

@@ -8,7 +8,7 @@ and nftables admits nothing else; nothing can be changed there.
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ MAX_SWITCHOVER_S = 600.0
 
 Query = Callable[[], Awaitable[dict[str, Any]]]
 Operation = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+Stream = Callable[[dict[str, Any]], AsyncGenerator[dict[str, Any], None]]
 
 
 class Api:
@@ -31,6 +32,8 @@ class Api:
     :param queries: what a GET of ``/NAME`` answers, beside the report; may raise Refused.
     :param operations: what a POST to ``/NAME`` does; it gets the JSON body and returns the answer,
         or raises Refused.
+    :param streams: the same for operations that take long: each item is one line of the answer, as
+        soon as it is there. A client that goes away ends the operation.
     """
 
     def __init__(
@@ -38,9 +41,11 @@ class Api:
         report: Callable[[], GroupReport],
         queries: dict[str, Query],
         operations: dict[str, Operation],
+        streams: dict[str, Stream],
     ) -> None:
         self._report = report
         self._queries = queries
+        self._streams = streams
         self._operations = operations
         self._runners: list[web.AppRunner] = []
 
@@ -49,6 +54,8 @@ class Api:
         local = self._application()
         for name, operation in self._operations.items():
             local.router.add_post(f"/{name}", self._handler(operation))
+        for name, stream in self._streams.items():
+            local.router.add_post(f"/{name}", self._streaming(stream))
         socket.unlink(missing_ok=True)
         runner = await self._run(local)
         await web.UnixSite(runner, str(socket)).start()
@@ -100,13 +107,43 @@ class Api:
     def _handler(operation: Operation) -> Callable[[web.Request], Awaitable[web.Response]]:
         async def handle(request: web.Request) -> web.Response:
             try:
-                body = await request.json() if request.can_read_body else {}
-                if not isinstance(body, dict):
-                    raise ValueError("the body must be a JSON object")
-                return web.json_response(await operation(body))
-            except (json.JSONDecodeError, ValueError) as error:
-                return web.json_response({"error": f"{error}."}, status=400)
-            except Refused as error:
-                return web.json_response({"error": str(error)}, status=409)
+                return web.json_response(await operation(await _body(request)))
+            except (ValueError, Refused) as error:
+                return _refusal(error)
 
         return handle
+
+    @staticmethod
+    def _streaming(stream: Stream) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+        async def handle(request: web.Request) -> web.StreamResponse:
+            try:
+                rows = stream(await _body(request))
+                row: dict[str, Any] | None = await anext(rows, None)
+            except (ValueError, Refused) as error:
+                return _refusal(error)
+            response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+            await response.prepare(request)
+            try:
+                while row is not None:
+                    await response.write(json.dumps(row).encode() + b"\n")
+                    row = await anext(rows, None)
+            except ConnectionError:
+                pass  # the client has gone
+            finally:
+                await rows.aclose()
+            return response
+
+        return handle
+
+
+async def _body(request: web.Request) -> dict[str, Any]:
+    body = await request.json() if request.can_read_body else {}
+    if not isinstance(body, dict):
+        raise ValueError("the body must be a JSON object")
+    return body
+
+
+def _refusal(error: Exception) -> web.Response:
+    if isinstance(error, Refused):
+        return web.json_response({"error": str(error)}, status=409)
+    return web.json_response({"error": f"{error}."}, status=400)

@@ -40,6 +40,7 @@ PRIMARY_OPERATIONS = frozenset(
         "shadow-list",
         "shadow-discard",
         "dsync",
+        "scripts",
         "merged",
         "handover-prepare",
         "handover",
@@ -95,7 +96,8 @@ class Group:
     second argument at a moment when nothing is missing there; ``on_lost`` (peer, reason) and
     ``on_demotion``, called when a peer is no longer waited for and when this node stops to serve;
     ``on_opening``, called when this node serves again after a start or a handover that came to
-    nothing (a promotion has its own order of steps).
+    nothing (a promotion has its own order of steps); ``limits``, which says why the mirror may not
+    become protected, by the operator's wish.
     """
 
     def __init__(self, config: Config, states: StateFile, helper: NodeHelper) -> None:
@@ -106,6 +108,7 @@ class Group:
         self.catch_up: CatchUp | None = None
         self.on_lost: Callable[[str, str], None] = lambda peer, reason: None
         self.on_demotion: Callable[[], None] = lambda: None
+        self.limits: Callable[[], Sequence[str]] = lambda: ()
         self.on_opening: Callable[[], None] = lambda: None
         self._lock = asyncio.Lock()
         self._changed = asyncio.Event()
@@ -156,17 +159,19 @@ class Group:
         """
         await self._failed(peer, f"a message was not taken: {reason}")
 
-    async def mirror_failed(self, peer: str, reason: str) -> None:
+    async def mirror_failed(self, peer: str, reason: str, *, lost: bool = True) -> None:
         """A mailbox change is only here.
 
         Make the group alone, durably; harmless if it is. NotPrimary if this node may not act any
-        more.
+        more. Unless the peer is ``lost``, messages go to it as before.
         """
         if not self.state.serving or self.state.durable.mode is Mode.PROTECTED:
-            await self._failed(peer, reason)
+            await self._failed(peer, reason, lost=lost)
 
-    async def _failed(self, peer: str, reason: str) -> None:
-        state = await self.apply(machine.PeerLost(peer, reason))
+    async def _failed(self, peer: str, reason: str, *, lost: bool = True) -> None:
+        state = await self.apply(
+            machine.PeerLost(peer, reason) if lost else machine.Unmirrored(reason)
+        )
         if not state.serving:
             raise NotPrimary(f"{state.node} is {state.phase}")
 
@@ -195,6 +200,13 @@ class Group:
                 f"{state.node} offered its role to {state.durable.handing_to}"
                 " and waits to hear what became of it"
             )
+        elif state.serving and state.durable.mode is Mode.ALONE and (limits := self.limits()):
+            found += limits
+            found += [
+                f"{name}: {view.reason}"
+                for name, view in state.peers.items()
+                if not view.synchronous and view.reason
+            ]
         elif state.serving and state.durable.mode is Mode.ALONE:
             busy = [name for name, view in state.peers.items() if view.synchronous]
             found.append(
@@ -262,6 +274,15 @@ class Group:
         try:
             async with asyncio.timeout(seconds), self._moved:
                 await self._moved.wait_for(lambda: self.state.phase is not phase)
+        except TimeoutError:
+            return False
+        return True
+
+    async def protected_within(self, seconds: float) -> bool:
+        """Wait until this node is a protected primary; False if it is not after so long."""
+        try:
+            async with asyncio.timeout(seconds), self._moved:
+                await self._moved.wait_for(lambda: self.state.protected)
         except TimeoutError:
             return False
         return True

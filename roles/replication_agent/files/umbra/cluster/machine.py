@@ -52,6 +52,13 @@ class PeerLost:
 
 
 @dataclass(frozen=True)
+class Unmirrored:
+    """Mailbox changes are acknowledged from now on that no peer has yet, and none is to blame."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class CatchingUp:
     """From now on changes wait for ``peer`` again, while the rest is copied."""
 
@@ -130,7 +137,7 @@ class OpenByForce:
 
 
 Event = (
-    Started | PeerSeen | PeerLost | CatchingUp | CaughtUp | Drain | DrainAborted
+    Started | PeerSeen | PeerLost | Unmirrored | CatchingUp | CaughtUp | Drain | DrainAborted
     | GiveUp | TakenOver | Promote | Opened | Merged | Reclaim | OpenByForce
 )  # fmt: skip
 
@@ -151,6 +158,11 @@ def step(state: State, event: Event) -> State:
             return _peer_seen(state, event)
         case PeerLost(peer, reason):
             return _peer_lost(state, peer, reason)
+        case Unmirrored(reason):
+            if not state.protected:
+                return state
+            durable = replace(state.durable, mode=Mode.ALONE)
+            return replace(state, durable=durable, alone_reason=reason)
         case CatchingUp(peer):
             return _synchronous(state, peer)
         case CaughtUp(peer):

@@ -83,6 +83,22 @@ class Messages(Protocol):
 class Mailboxes(Protocol):
     """What a switchover needs of the mirror."""
 
+    @property
+    def only_asynchronous(self) -> bool:
+        """Whether nothing but the mode ``async`` keeps mailboxes from being protected."""
+        ...
+
+    async def hurry(self, timeout: float) -> None:
+        """Mode ``async``: let changes wait from now on; return when all are there, or it is late.
+
+        Nothing to do in mode ``sync``.
+        """
+        ...
+
+    def at_ease(self) -> None:
+        """Take ``hurry`` back."""
+        ...
+
     async def resume(self, peer: str, epoch: int) -> None:
         """Mirror changes to ``peer``, which has all that this node has, from now on."""
         ...
@@ -125,7 +141,7 @@ class Switchover:
         self._mailboxes = mailboxes
         self._running = asyncio.Lock()
 
-    def check(self, to: str) -> bool:
+    def check(self, to: str, *, dry_run: bool = False) -> bool:
         """Return whether there is anything to do on this primary to make ``to`` primary.
 
         Refused with the reason if it cannot be done.
@@ -138,7 +154,7 @@ class Switchover:
             raise Refused(f"{to} is no node of this group; it has {known}.")
         if state.phase is not Phase.PRIMARY:
             raise Refused(f"{state.node} is {state.phase}, not an open primary.")
-        if not state.protected:
+        if not state.protected and not (dry_run and self._mailboxes.only_asynchronous):
             raise Refused(
                 f"the group is degraded, so {to} may lack something:"
                 f" {'; '.join(self._group.reasons())}."
@@ -156,29 +172,37 @@ class Switchover:
         if self._running.locked():
             raise Refused("a switchover is running already.")
         async with self._running:
-            result = {
-                "changed": self.check(to),
-                "from": self._group.state.node,
-                "to": to,
-                "epoch": self._group.epoch,
-            }
-            if not result["changed"] or dry_run:
-                return {**result, "outage_s": 0.0, "steps": []}
-            steps = Steps()
             try:
-                await self._prepare(to, steps, timeout_s)
-                self._group.switching = True
-                change = await self._change(to, steps)
-            except (NotNow, PeerError, HelperError, OSError) as error:
-                raise Refused(f"{error}.") from None
+                if not dry_run:
+                    await self._mailboxes.hurry(timeout_s)
+                return await self._run(to, dry_run=dry_run, timeout_s=timeout_s)
             finally:
-                self._group.switching = False
-            return {
-                **result,
-                "epoch": self._group.epoch,
-                "outage_s": change.outage_s,
-                "steps": steps.rows,
-            }
+                self._mailboxes.at_ease()
+
+    async def _run(self, to: str, *, dry_run: bool, timeout_s: float) -> dict[str, Any]:
+        result = {
+            "changed": self.check(to, dry_run=dry_run),
+            "from": self._group.state.node,
+            "to": to,
+            "epoch": self._group.epoch,
+        }
+        if not result["changed"] or dry_run:
+            return {**result, "outage_s": 0.0, "steps": []}
+        steps = Steps()
+        try:
+            await self._prepare(to, steps, timeout_s)
+            self._group.switching = True
+            change = await self._change(to, steps)
+        except (NotNow, PeerError, HelperError, OSError) as error:
+            raise Refused(f"{error}.") from None
+        finally:
+            self._group.switching = False
+        return {
+            **result,
+            "epoch": self._group.epoch,
+            "outage_s": change.outage_s,
+            "steps": steps.rows,
+        }
 
     async def _prepare(self, to: str, steps: Steps, timeout_s: float) -> None:
         await self._group.links[to].request(

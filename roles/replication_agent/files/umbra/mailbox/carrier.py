@@ -24,7 +24,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from typing import Any, Protocol
 
 from umbra.mailbox import metrics
 from umbra.mailbox.doveadm import SOCKET, Doveadm, Outcome, SyncResult, escape, read_line, unescape
+from umbra.mailbox.seeding import Pacer
 from umbra.peer.exchange import PeerError
 from umbra.peer.identity import PeerIdentity
 
@@ -132,8 +133,11 @@ async def copy(
     writer: asyncio.StreamWriter,
     exchange: Exchange,
     moved: Callable[[], None] = lambda: None,
+    pace: Callable[[int], Awaitable[None]] | None = None,
 ) -> tuple[int, int]:
     """Copy both ways until both sides have ended; call ``moved`` whenever data did.
+
+    ``pace`` returns when so many bytes may be sent.
 
     Returns the bytes sent and received over the exchange.
 
@@ -149,6 +153,8 @@ async def copy(
             # dsync closes with unread data at times, which reads as a reset. Its stream has an
             # end mark of its own, so a cut one is never taken for a whole one.
             while data := await reader.read(CHUNK):
+                if pace is not None:
+                    await pace(len(data))
                 await exchange.send(data)
                 sent += len(data)
                 moved()
@@ -208,12 +214,16 @@ class DsyncCarrier:
     same time.
 
     :param directory: ``/run/umbra/dsync``.
+    :param pacer: says when data may be sent.
     """
 
-    def __init__(self, directory: Path, link: Link, doveadm: Doveadm) -> None:
+    def __init__(
+        self, directory: Path, link: Link, doveadm: Doveadm, pacer: Pacer | None = None
+    ) -> None:
         self._path = directory / f"{link.name}.sock"
         self._link = link
         self._doveadm = doveadm
+        self._pacer = pacer or Pacer(lambda: 0.0)
         self._expected: dict[str, _Stream] = {}
         self._streams: set[asyncio.Task[None]] = set()
         self._connections: set[asyncio.Task[None]] = set()
@@ -288,7 +298,9 @@ class DsyncCarrier:
                 "dsync", {"user": user}, timeout=STREAM_LIMIT
             ) as exchange:
                 reader, writer = await local
-                sent, received = await copy(reader, writer, exchange, self._expected[user].move)
+                sent, received = await copy(
+                    reader, writer, exchange, self._expected[user].move, self._pacer.spend
+                )
                 metrics.CARRIED.labels(name, "sent").inc(sent)
                 metrics.CARRIED.labels(name, "received").inc(received)
                 await exchange.result()

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -32,6 +33,9 @@ TIMEOUT = 30.0
 # How long dsync waits for the lock of a user's mailboxes (seconds); without it two crossing syncs
 # wait for each other.
 LOCK_SECONDS = 10
+# Output that is streamed: bytes at a time, and how long the next ones may take (seconds).
+CHUNK = 64 * 1024
+STREAM_STALL = 60.0
 # dsync gives up when the other side says nothing for this long (seconds).
 STALL_SECONDS = 60
 # `doveadm who` prints user, count, service, process ids and addresses.
@@ -152,6 +156,50 @@ class Doveadm:
             fields[:-1] if fields[-1] == "" else fields,
             "" if status == "+" else status[1:] or "UNKNOWN",
         )
+
+    async def pieces(self, user: str, *command: str) -> AsyncIterator[tuple[bytes, bool]]:
+        """Run a command whose output may be of any length; yield it as it comes.
+
+        Each item is a part of a field, still escaped, and whether the field ends with it.
+        DoveadmError if it fails, also half way.
+        """
+        name = command[0]
+        line = "\t".join(map(escape, ("", user, *command))).encode() + b"\n"
+        try:
+            async with asyncio.timeout(STREAM_STALL):
+                reader, writer = await asyncio.open_unix_connection(self._socket, limit=CHUNK)
+        except (OSError, TimeoutError) as error:
+            raise DoveadmError(f"doveadm {name}: {error or type(error).__name__}") from None
+        try:
+            writer.write(HELLO + line)
+            async with asyncio.timeout(STREAM_STALL):
+                if await read_line(reader) != b"+":
+                    raise DoveadmError("doveadm-server wants a password")
+            ended = False
+            while not ended:
+                async with asyncio.timeout(STREAM_STALL):
+                    data = await reader.read(CHUNK)
+                if not data:
+                    raise EOFError("the connection ended")
+                output, newline, status = data.partition(b"\n")
+                ended = bool(newline)
+                *fields, rest = output.split(b"\t")
+                for field in fields:
+                    yield field, True
+                if rest:
+                    yield rest, False
+                # A long output that is there already must not keep the loop from others.
+                await asyncio.sleep(0)
+            if b"\n" not in status:
+                async with asyncio.timeout(STREAM_STALL):
+                    status += await read_line(reader)
+        except (OSError, EOFError, ValueError, TimeoutError) as error:
+            raise DoveadmError(f"doveadm {name}: {error or type(error).__name__}") from None
+        finally:
+            writer.transport.abort()
+        if status.rstrip(b"\n") != b"+":
+            code = status.strip().decode(errors="replace").lstrip("-")
+            raise DoveadmError(f"doveadm {name} ended with {code or 'UNKNOWN'}")
 
     async def sync(
         self, user: str, destination: str, state: str, limit: float, *, merge: bool = False

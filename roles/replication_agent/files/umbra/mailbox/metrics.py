@@ -52,6 +52,9 @@ NOTIFICATIONS = Counter(
 CARRIED = Counter(
     "umbra_mirror_carried_bytes_total", "Bytes of dsync streams", ["peer", "direction"]
 )
+VERIFIED = Counter(
+    "umbra_mirror_verified_total", "Comparisons of one user by outcome", ["peer", "outcome"]
+)
 REFUSED = Counter("umbra_mirror_refused_total", "dsync connections refused", ["side"])
 
 _mirrors: WeakSet[PeerMirror] = WeakSet()
@@ -82,6 +85,14 @@ class _Gauges(Collector):
             ),
             "catchup_done": ("Users synced since the catch-up began", lambda mirror: mirror.done),
             "catchup_total": ("Users that the catch-up began with", lambda mirror: mirror.total),
+            "suspended": (
+                "1 if the mirror of all mailboxes is suspended",
+                lambda mirror: mirror.limit.value == "recording",
+            ),
+            "suspended_users": (
+                "Users whose mirror is suspended",
+                lambda mirror: mirror.suspended,
+            ),
             "findings": ("Users that cannot be mirrored", lambda mirror: len(mirror.findings)),
         }
         for name, (text, value) in rows.items():

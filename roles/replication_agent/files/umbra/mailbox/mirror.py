@@ -10,6 +10,8 @@ Each peer has a phase:
 * ``PROTECTED``: entered when nothing is noted, and after that was written down by the cluster. All
   changes wait.
 
+How far a peer gets may be limited by an operator, see ``PeerMirror.keep_to``.
+
 From anywhere back to ``RECORDING``: as soon as one change has waited for ``timeout`` seconds, or
 the peer is lost. First the cluster makes the group alone, durably; then the users of all changes
 that wait are noted on disk; then these are answered, all at once. Nobody waits again until the
@@ -46,6 +48,8 @@ RETRY_DELAY = (0.05, 1.0)
 ATTEMPTS = 5
 # or after so many syncs in a row that were overtaken by further changes.
 CHANGED_ATTEMPTS = 50
+# How often it is looked whether a sync that a person asked for is done (seconds).
+RESYNC_LOOK = 0.05
 # Each user's mailboxes are compared without a state once in this time (seconds), spread evenly.
 DEEP_PERIOD = 24 * 3600.0
 # A change whose sync moves on waits for so many times the time-out in all, but for less than
@@ -72,10 +76,11 @@ class Group(Protocol):
     def is_primary(self) -> bool:
         """Return whether this node may acknowledge changes now."""
 
-    async def mirror_failed(self, peer: str, reason: str) -> None:
+    async def mirror_failed(self, peer: str, reason: str, *, lost: bool = True) -> None:
         """Make the group alone durably; harmless if it is.
 
-        An exception means that nothing may be acknowledged.
+        An exception means that nothing may be acknowledged. ``lost``: the peer is to blame, so
+        nothing else is sent to it either before it has caught up.
         """
 
     def begin_work(self) -> AbstractContextManager[None]:
@@ -115,6 +120,11 @@ class Phase(Enum):
     CATCHING_UP = "catching-up"
     JOINING = "joining"
     PROTECTED = "protected"
+
+    @property
+    def rank(self) -> int:
+        """How far it is on the way to protected."""
+        return list(Phase).index(self)
 
     @property
     def waits(self) -> bool:
@@ -164,6 +174,7 @@ class PeerMirror:
     ) -> None:
         self.peer = peer
         self.phase = Phase.RECORDING
+        self.limit = Phase.PROTECTED
         self.findings: dict[str, str] = {}
         self.done = 0
         self.total = 0
@@ -177,11 +188,13 @@ class PeerMirror:
         self._tickets: dict[int, asyncio.Future[Verdict]] = {}
         self._arrived: dict[int, float] = {}
         self._number = 0
-        self._behind_since: float | None = None
+        self._noted_at: dict[str, float] = {}
         self._attempts: dict[str, int] = {}
         self._unmerged: set[str] = set()
+        self._first_round: set[str] = set()
         self._progress = asyncio.Event()
         self._reason = "the agent has just started"
+        self._lost = True
         self._commit = (
             asyncio.Lock()
         )  # the order of "alone" and "protected" on disk is that of the decisions
@@ -193,7 +206,7 @@ class PeerMirror:
 
     async def run(self) -> None:
         """Run syncs until cancelled."""
-        self._queue.note(self._ledger.changed(self.peer))
+        self._note(self._ledger.changed(self.peer))
         try:
             async with asyncio.TaskGroup() as self._tasks:
                 self._pump()
@@ -209,12 +222,14 @@ class PeerMirror:
 
         Whatever ``Group.mirror_failed`` raises comes through: then it may not.
         """
-        if not self.phase.waits:
+        if not self.phase.waits or user in self._queue.suspended:
             # Noted before the first await, so that the hand-over cannot miss it.
             self._note([user])
             self._pump()
             await self._be_alone()
-            await self._ledger.flag(self.peer, [user])
+            # Asynchronous on purpose: an agent that dies compares all users when it starts.
+            if self.limit is not Phase.CATCHING_UP:
+                await self._ledger.flag(self.peer, [user])
             return Verdict.RECORDED
         self._number += 1
         number = self._number
@@ -235,13 +250,31 @@ class PeerMirror:
         verdict: Verdict = await future
         return verdict
 
-    async def lose(self, reason: str, *, cut: bool = False) -> None:
+    async def keep_to(self, limit: Phase, suspended: set[str], reason: str) -> None:
+        """Go no further than ``limit`` on the way to protected, from now on.
+
+        ``RECORDING`` (suspended): nothing is copied. ``CATCHING_UP`` (asynchronous): all is copied
+        and nobody waits. ``JOINING``: all but the ``suspended`` users wait. Returns when the group
+        is alone on disk, if that is what it means; whoever waited is answered.
+        """
+        self.limit = limit
+        news = suspended - self._queue.suspended
+        self._queue.suspend(suspended)
+        self._first_round -= suspended
+        if self.phase.rank > limit.rank or (news and self.phase.waits):
+            await self.lose(reason, lost=False)
+        self._progress.set()
+        self._pump()
+
+    async def lose(self, reason: str, *, cut: bool = False, lost: bool = True) -> None:
         """The peer is lost or too slow: stop waiting for it.
 
         Returns when all who waited are answered.
 
         :param cut: also break the syncs that run, because they would hang.
+        :param lost: False if nothing is wrong with the peer.
         """
+        self._lost = lost
         if self.phase is not Phase.RECORDING:
             log.warning("mirror to %s: %s", self.peer, reason)
         users, tickets = self._stop_waiting(reason, cut=cut)
@@ -249,6 +282,7 @@ class PeerMirror:
 
     def stop(self, *, cut: bool = True) -> None:
         """End of this node's time as primary: whoever waits gets NotPrimary."""
+        self._lost = True
         _, tickets = self._stop_waiting("this node is not primary", cut=cut)
         self._alone = None
         for future in tickets:
@@ -300,12 +334,14 @@ class PeerMirror:
 
     async def _commit_alone(self) -> None:
         async with self._commit:
-            await self._group.mirror_failed(self.peer, self._reason)
+            await self._group.mirror_failed(self.peer, self._reason, lost=self._lost)
 
     def _note(self, users: Iterable[str]) -> None:
+        users = list(users)
         self._queue.note(users)
-        if self._queue.noted and self._behind_since is None:
-            self._behind_since = monotonic()
+        now = monotonic()
+        for user in users:
+            self._noted_at.setdefault(user, now)
 
     # syncs
 
@@ -322,7 +358,7 @@ class PeerMirror:
         metrics.SYNCS.labels(self.peer, result.outcome.value).inc()
         match result.outcome:
             case Outcome.SYNCED:
-                self._settle(user)
+                self._settle(user, started)
             case Outcome.CHANGED if self._attempts.get(
                 user, 0
             ) < CHANGED_ATTEMPTS or self._queue.awaited(user):
@@ -350,19 +386,21 @@ class PeerMirror:
             self._ledger.keep(self.peer, user, result.state)
         return result
 
-    def _settle(self, user: str) -> None:
+    def _settle(self, user: str, started: float) -> None:
         self._attempts.pop(user, None)
         self.findings.pop(user, None)
         tickets, settled = self._queue.done(user)
-        self.done += 1
+        self._first_round.discard(user)
+        self.done = self.total - len(self._first_round)
         metrics.COALESCED.labels(self.peer).inc(max(0, len(tickets) - 1))
         for number in tickets:
             metrics.WAIT_SECONDS.labels(self.peer).observe(monotonic() - self._arrived.pop(number))
             self._tickets.pop(number).set_result(Verdict.MIRRORED)
         if settled:
             self._ledger.unflag(self.peer, user)
-            if not self._queue.noted:
-                self._behind_since = None
+            self._noted_at.pop(user, None)
+        elif user in self._noted_at:
+            self._noted_at[user] = max(started, self._noted_at[user])
 
     async def _failed(self, user: str, result: SyncResult) -> None:
         attempt = self._attempts[user] = self._attempts.get(user, 0) + 1
@@ -374,7 +412,7 @@ class PeerMirror:
                 if not await self._users.exists(user):
                     # Gone here too: there is nothing left to mirror.
                     self._ledger.keep(self.peer, user, None)
-                    self._settle(user)
+                    self._settle(user, monotonic())
                     return
             except DoveadmError as error:
                 log.warning("%s", error)
@@ -403,6 +441,7 @@ class PeerMirror:
         everyone: bool,
         binding: str,
         merge: bool = False,
+        copied: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         """Sync what the peer lacks, then have ``protect`` write down that the group is protected.
 
@@ -413,6 +452,7 @@ class PeerMirror:
         :param binding: what the states hold for, see the ledger.
         :param merge: the peer may have mail that this node lacks (it was a primary that was lost,
             or is new in the group): bring both together before it is made a copy of this node.
+        :param copied: called once when all users of the first round are done, suspended ones too.
         :raises CatchUpFailed: the peer was lost meanwhile, or some users cannot be mirrored. Asking
             again later is up to the caller.
         """
@@ -429,25 +469,48 @@ class PeerMirror:
         except DoveadmError as error:
             raise CatchUpFailed(str(error), {}) from None
         self._note(list(self._queue.held))
-        self.done, self.total, self._started = 0, self._queue.noted, monotonic()
+        self._first_round = self._queue.wanting()
+        self.done, self.total = 0, len(self._first_round)
+        # Who is compared from scratch may take hours: nobody shall wait behind that.
+        few = 0 if everyone or merge or not bound else self._few
+        self._started = monotonic()
         self.phase = Phase.CATCHING_UP
         log.info("catch-up of %s: %d users", self.peer, self.total)
         self._pump()
         while True:
             self._progress.clear()
-            phase = next_phase(self.phase, self._queue.noted, self._few, self.done < self.total)
+            complete = not self._first_round and not self._unmerged & self._queue.suspended
+            if copied is not None and complete:
+                await self._say(copied)
+                copied = None
+            noted = self._queue.noted - self._queue.paused
+            phase = next_phase(self.phase, noted, few, bool(self._first_round))
+            if phase.rank > self.limit.rank:
+                phase = self.limit
             if phase is Phase.PROTECTED:
                 await self._protect(protect)
                 return
             self.phase = phase
-            if self._queue.held and len(self._queue.held) == self._queue.noted:
+            asynchronous = self.limit is Phase.CATCHING_UP
+            if self._queue.held and len(self._queue.held) == noted and not asynchronous:
                 await self.lose(
                     f"{len(self.findings)} users cannot be mirrored: "
                     + "; ".join(list(self.findings.values())[:3])
                 )
             await self._progress.wait()
             if self.phase is Phase.RECORDING:
-                raise CatchUpFailed(self._reason, self.findings)
+                if self._lost or self.limit is Phase.RECORDING:
+                    raise CatchUpFailed(self._reason, self.findings)
+                # Only the limit came down: go on as far as it is now.
+                self.phase = Phase.CATCHING_UP
+                self._pump()
+
+    async def _say(self, copied: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await copied()
+        except BaseException as error:
+            await self.lose(f"{self.peer} was lost: {error or type(error).__name__}")
+            raise
 
     async def _protect(self, protect: Callable[[], Awaitable[None]]) -> None:
         self.phase = Phase.JOINING
@@ -505,6 +568,25 @@ class PeerMirror:
         self._queue.note(users)
         self._pump()
 
+    async def resync(self, user: str) -> None:
+        """Compare ``user`` without a state, mend the peer's copy, and return when that is done.
+
+        :raises CatchUpFailed: nothing is copied to this peer now, or the user cannot be mirrored.
+        """
+        self.findings.pop(user, None)
+        if self.phase is not Phase.RECORDING:
+            self.recheck([user], deep=True)
+        while True:
+            if self.phase is Phase.RECORDING:
+                raise CatchUpFailed(f"nothing is copied to {self.peer} now: {self._reason}", {})
+            if user in self.findings:
+                raise CatchUpFailed(self.findings[user], {})
+            if user in self._queue.suspended:
+                raise CatchUpFailed(f"the mirror of {user} is suspended", {})
+            if not self._queue.lacks(user):
+                return
+            await asyncio.sleep(RESYNC_LOOK)
+
     # for people
 
     def lag(self) -> tuple[int, float]:
@@ -512,10 +594,9 @@ class PeerMirror:
 
         While nobody waits) the peer lacks, and for how long at most (seconds).
         """
-        since = list(self._arrived.values())[:1]
-        since += [self._behind_since] if self._behind_since is not None else []
-        behind = self._queue.noted if self._behind_since is not None else 0
-        return len(self._arrived) + behind, monotonic() - min(since) if since else 0.0
+        since = [*list(self._arrived.values())[:1], *self._noted_at.values()]
+        behind = len(self._arrived) + len(self._noted_at)
+        return behind, monotonic() - min(since) if since else 0.0
 
     @property
     def waiting(self) -> int:
@@ -526,6 +607,21 @@ class PeerMirror:
     def behind(self) -> int:
         """How many users have changes that the peer lacks and nobody waits for."""
         return self._queue.noted
+
+    @property
+    def suspended(self) -> int:
+        """How many users are suspended."""
+        return len(self._queue.suspended)
+
+    @property
+    def steady(self) -> bool:
+        """Whether all is copied that is to be, as far as this node knows."""
+        return self.phase is not Phase.RECORDING and self.phase is self.limit
+
+    def retry_held(self) -> None:
+        """Try again what could not be mirrored."""
+        self._note(list(self._queue.held))
+        self._pump()
 
     @property
     def running(self) -> int:
@@ -593,7 +689,7 @@ class Mirror:
         turns: list[str] = []
         while True:
             await asyncio.sleep(self._sweep_interval)
-            protected = [peer for peer in self.peers.values() if peer.phase is Phase.PROTECTED]
+            protected = [peer for peer in self.peers.values() if peer.steady]
             if not protected or not self._group.is_primary():
                 continue
             try:
@@ -606,6 +702,8 @@ class Mirror:
             share = math.ceil(len(everybody) * self._sweep_interval / DEEP_PERIOD)
             deep, turns = turns[:share], turns[share:]
             for peer in protected:
+                if peer.limit is not Phase.PROTECTED:
+                    peer.retry_held()  # else losing the peer and catching up again does it
                 peer.recheck(now | before)
                 peer.recheck(deep, deep=True)
             before = now

@@ -6,6 +6,7 @@ Rules:
 * A user has at most one running sync; at most ``workers`` run at once; users take turns in the
   order in which they asked, so that a busy or
   huge mailbox never holds up the others.
+* A suspended user has no turn; only notes come for such a one.
 * A change is *waited for* (someone gets no OK before a sync covers it) or *noted* (it was answered;
   the flag is on disk). Both ask
   for a sync. Changes of one user that come together share one.
@@ -45,6 +46,7 @@ class MirrorQueue(Generic[Ticket]):
         self.running = 0
         self.noted = 0
         self.held: set[str] = set()
+        self.suspended: set[str] = set()
 
     def wait(self, user: str, ticket: Ticket) -> None:
         """A change that is waited for."""
@@ -92,9 +94,9 @@ class MirrorQueue(Generic[Ticket]):
         """
         assert not self.awaited(user)
         self.again(user)
-        self._order.remove(user)
-        self._users[user].queued = False
-        self.held.add(user)
+        self._dequeue(user)
+        if user not in self.suspended:
+            self.held.add(user)
 
     def again(self, user: str) -> None:
         """The running sync covers nothing; what it would have covered joins the next one."""
@@ -123,6 +125,30 @@ class MirrorQueue(Generic[Ticket]):
         entry = self._users[user]
         return bool(entry.covered or entry.waiting)
 
+    def suspend(self, users: set[str]) -> None:
+        """Only ``users`` get no turn from now on, whatever is noted of them."""
+        before, self.suspended = self.suspended, set(users)
+        self.held -= users
+        for user in users - before:
+            self._dequeue(user)
+        for user in before - users:
+            if user in self._users:
+                self._enqueue(user)
+
+    def wanting(self) -> set[str]:
+        """Return the users who are noted and not suspended."""
+        return {user for user in self._users if self.lacks(user)} - self.suspended
+
+    @property
+    def paused(self) -> int:
+        """How many users are noted and suspended."""
+        return sum(self.lacks(user) for user in self.suspended)
+
+    def lacks(self, user: str) -> bool:
+        """Return whether ``user`` is noted, or a sync that shall settle the note runs."""
+        entry = self._users.get(user)
+        return entry is not None and (entry.noted or entry.noted_covered)
+
     def _of(self, user: str) -> _User[Ticket]:
         entry = self._users.get(user)
         if entry is None:
@@ -131,10 +157,16 @@ class MirrorQueue(Generic[Ticket]):
 
     def _enqueue(self, user: str) -> None:
         entry = self._users[user]
-        if not entry.queued and not entry.running:
+        if not (entry.queued or entry.running or user in self.suspended):
             entry.queued = True
             self.held.discard(user)
             self._order.append(user)
+
+    def _dequeue(self, user: str) -> None:
+        entry = self._users.get(user)
+        if entry is not None and entry.queued:
+            self._order.remove(user)
+            entry.queued = False
 
     def _end(self, user: str) -> _User[Ticket]:
         entry = self._users[user]

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, aclosing
 from pathlib import Path
+from time import monotonic
 from typing import Any, Protocol
 from urllib.parse import unquote
 
 from umbra.api.report import Check
-from umbra.cluster.group import Group
+from umbra.cluster.group import Group, now
 from umbra.cluster.machine import Merged
-from umbra.config import Config
+from umbra.cluster.state import Phase as GroupPhase
+from umbra.config import Config, MirrorMode
 from umbra.mailbox.carrier import DsyncCarrier, DsyncHandler
+from umbra.mailbox.describe import DescribeHandler, Dovecot, Peer
 from umbra.mailbox.doveadm import Doveadm, DoveadmError
+from umbra.mailbox.events import ScriptEvents
 from umbra.mailbox.ledger import Ledger
-from umbra.mailbox.mirror import CatchUpFailed, Mirror, PeerMirror
+from umbra.mailbox.mirror import CatchUpFailed, Mirror, PeerMirror, Phase
 from umbra.mailbox.notify import NotifyServer
+from umbra.mailbox.scripts import ScriptCarrier, ScriptsHandler
+from umbra.mailbox.seeding import Pacer, Seed, Seeds
+from umbra.mailbox.suspension import Suspensions
+from umbra.mailbox.verify import Verifier
 from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import PeerIdentity
 from umbra.peer.server import Handler
@@ -30,6 +39,10 @@ NOTIFY_ADDRESS, NOTIFY_PORT = "127.0.0.1", 8688
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 MISSED_INTERVAL = 2.0
 MERGED_TIMEOUT = 5.0
+EVENTS_INTERVAL = 0.5
+EVENTS_RETRY = 60.0
+RELAX_INTERVAL = 1.0
+SEED_INTERVAL = 1.0
 
 Lag = tuple[int, float]
 
@@ -45,6 +58,8 @@ class Paths(Protocol):
     def token(self) -> Path: ...  # noqa: D102
     @property
     def missed(self) -> Path: ...  # noqa: D102
+    @property
+    def events(self) -> Path: ...  # noqa: D102
 
 
 class _Face:
@@ -56,8 +71,8 @@ class _Face:
     def is_primary(self) -> bool:
         return self._group.is_primary()
 
-    async def mirror_failed(self, peer: str, reason: str) -> None:
-        await self._group.mirror_failed(peer, reason)
+    async def mirror_failed(self, peer: str, reason: str, *, lost: bool = True) -> None:
+        await self._group.mirror_failed(peer, reason, lost=lost)
 
     def begin_work(self) -> AbstractContextManager[None]:
         return self._group.changes.begin()
@@ -68,20 +83,34 @@ class Mailboxes:
 
     def __init__(self, config: Config, group: Group, paths: Paths) -> None:
         self._group = group
+        self._node = config.node
+        self._mode = config.mailbox.mirror_mode
+        self._hurrying = False
+        self._suspensions = Suspensions(paths.state / "mirror")
+        self._suspending = asyncio.Lock()
         self._missed = paths.missed
+        self._events = paths.events
         self._dsync = paths.run / "dsync"
         self._doveadm = Doveadm()
         self._ledger = Ledger(paths.state / "mirror")
+        self._seeds = Seeds(paths.state / "mirror")
+        self._pacers = {name: Pacer(functools.partial(self._rate, name)) for name in group.links}
         self._carriers = [
-            DsyncCarrier(self._dsync, link, self._doveadm) for link in group.links.values()
+            DsyncCarrier(self._dsync, link, self._doveadm, self._pacers[name])
+            for name, link in group.links.items()
         ]
         face = _Face(group)
+        dovecot = Dovecot(self._doveadm)
+        self._scripts = {
+            name: ScriptCarrier(carrier, link, dovecot)
+            for (name, link), carrier in zip(group.links.items(), self._carriers, strict=True)
+        }
         self._peers = {
             name: PeerMirror(
                 name, face, self._ledger, self._doveadm, carrier,
                 workers=config.mailbox.workers, timeout=config.mailbox.mirror_timeout,
             )
-            for name, carrier in zip(group.links, self._carriers, strict=True)
+            for name, carrier in self._scripts.items()
         }  # fmt: skip
         self._mirror = Mirror(
             face, self._doveadm, self._peers, sweep_interval=config.mailbox.sweep_interval
@@ -89,14 +118,24 @@ class Mailboxes:
         token = paths.token.read_text(encoding="ascii").strip()
         self._notify = NotifyServer(NOTIFY_ADDRESS, NOTIFY_PORT, token, self._mirror.changed)
         self._dsync_handler = DsyncHandler(group.is_primary)
+        self._scripts_handler = ScriptsHandler(group.is_primary, dovecot)
+        self._describe_handler = DescribeHandler(dovecot)
+        self._verifier = Verifier(
+            dovecot, {name: Peer(link) for name, link in group.links.items()}, self._peers
+        )
         self._losing: set[asyncio.Task[None]] = set()
         group.on_lost = self._lost
         group.on_demotion = self._mirror.stop
+        group.limits = self._limits
         self._compared: set[str] = set()
 
     async def open(self) -> None:
         """Open the ledger and the sockets of dsync."""
         await self._ledger.open()
+        # Before the first change comes: a suspension that is not known yet would be protection.
+        self._suspensions.load()
+        self._seeds.load()
+        await self._keep_to_limit("the agent has just started")
         for carrier in self._carriers:
             await carrier.start()
 
@@ -114,7 +153,12 @@ class Mailboxes:
 
     def handlers(self) -> dict[str, Handler]:
         """Return the operations of the peer link."""
-        return {"dsync": self._dsync_handler, "merged": self._handle_merged}
+        return {
+            "dsync": self._dsync_handler,
+            "scripts": self._scripts_handler,
+            "merged": self._handle_merged,
+            "describe": self._describe_handler,
+        }
 
     async def _handle_merged(
         self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
@@ -127,6 +171,8 @@ class Mailboxes:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._mirror.run())
             tasks.create_task(self._make_up_for_missed())
+            tasks.create_task(self._relax())
+            tasks.create_task(self._follow_scripts())
 
     async def _make_up_for_missed(self) -> None:
         """Sync the users whose changes Dovecot could not tell the agent.
@@ -145,6 +191,153 @@ class Mailboxes:
                     await peer.missed(names)
                 except (OSError, PermissionError) as error:
                     log.error("the mirror to %s could not be given up: %s", peer.peer, error)
+
+    async def _follow_scripts(self) -> None:
+        """Mirror changes of Sieve scripts soon after they were made."""
+        events = ScriptEvents(self._events)
+        while True:
+            await asyncio.sleep(EVENTS_INTERVAL)
+            try:
+                users = await asyncio.to_thread(events.take)
+            except OSError as error:
+                log.warning("changes of Sieve scripts cannot be read: %s", error)
+                await asyncio.sleep(EVENTS_RETRY)
+                continue
+            if users and self._group.is_primary():
+                for name, peer in self._peers.items():
+                    for user in users:
+                        self._scripts[name].changed(user)
+                    peer.recheck(users)
+
+    # -- what the operator wants of the mirror
+
+    def _limit(self) -> Phase:
+        """Return how far the mirrors may go on the way to protected."""
+        if self._suspensions.group:
+            return Phase.RECORDING
+        if self._mode is MirrorMode.ASYNC and not self._hurrying:
+            return Phase.CATCHING_UP
+        return Phase.JOINING if self._suspensions.users else Phase.PROTECTED
+
+    def _limits(self) -> Sequence[str]:
+        found = [
+            f"{peer} is being seeded since {seed.since}" for peer, seed in self._seeds.rows.items()
+        ]
+        found += self._suspensions.sentences(self._node)
+        if self._mode is MirrorMode.ASYNC and not self._suspensions.group and not self._hurrying:
+            found.append(
+                "mailboxes are mirrored asynchronously:"
+                f" the last changes may be only on {self._node}"
+            )
+        return found
+
+    async def _keep_to_limit(self, reason: str) -> None:
+        for peer in self._peers.values():
+            await peer.keep_to(self._limit(), self._suspensions.users, reason)
+
+    async def _relax(self) -> None:
+        """After a switchover nothing is missing and changes wait: back to what is wanted.
+
+        Both nodes may die in between: the one that starts is alone until it has caught up.
+        """
+        while True:
+            await asyncio.sleep(RELAX_INTERVAL)
+            if self._group.state.phase is not GroupPhase.PRIMARY:
+                continue
+            try:
+                async with self._suspending:
+                    await self._keep_to_limit("; ".join(self._limits()))
+            except (OSError, PermissionError) as error:
+                log.error("the mirror could not be held back: %s", error)
+
+    async def suspend(self, user: str, reason: str) -> None:
+        """Copy no changes of ``user`` ("" for all users) any more; returns when that is durable.
+
+        OSError if it is not.
+        """
+        async with self._suspending:
+            await asyncio.to_thread(self._suspensions.suspend, user, reason, now())
+            await self._keep_to_limit("; ".join(self._limits()))
+        log.warning("the mirror of %s is suspended: %s", user or "all mailboxes", reason)
+
+    async def unsuspend(self, user: str) -> bool:
+        """Take ``suspend`` back and catch up; False if nothing was suspended."""
+        async with self._suspending:
+            if not await asyncio.to_thread(self._suspensions.resume, user):
+                return False
+            await self._keep_to_limit("; ".join(self._limits()))
+        log.warning("the mirror of %s is resumed", user or "all mailboxes")
+        return True
+
+    @property
+    def suspended(self) -> bool:
+        """Whether the mirror of all mailboxes is suspended."""
+        return self._suspensions.group
+
+    @property
+    def only_asynchronous(self) -> bool:
+        """Whether nothing but the mode ``async`` keeps mailboxes from being protected."""
+        return (
+            self._mode is MirrorMode.ASYNC
+            and not self._suspensions.rows
+            and not self._seeds.rows
+            and all(peer.steady for peer in self._peers.values())
+        )
+
+    async def hurry(self, timeout: float) -> None:
+        """Mode ``async``: let changes wait; return when all are there, or after ``timeout`` s."""
+        if self._mode is MirrorMode.SYNC:
+            return
+        self._hurrying = True
+        await self._keep_to_limit("")
+        await self._group.protected_within(timeout)
+
+    def at_ease(self) -> None:
+        """Take ``hurry`` back; ``_relax`` notices."""
+        self._hurrying = False
+
+    # -- seeding
+
+    def _rate(self, peer: str) -> float:
+        """Return how fast may be sent to ``peer``; changes that somebody waits for are not held."""
+        seed = self._seeds.rows.get(peer)
+        waits = self._peers[peer].phase is not Phase.CATCHING_UP
+        return 0.0 if seed is None or waits else seed.rate
+
+    async def seed(self, peer: str, rate: float) -> AsyncGenerator[dict[str, Any], None]:
+        """Build the copy of ``peer`` anew, or go on with that, and yield the progress each second.
+
+        Ends when all users are copied, or this node is not primary any more. Who stops listening
+        stops nothing.
+
+        :param rate: bytes a second at most, 0 for no limit.
+        """
+        mirror, pacer = self._peers[peer], self._pacers[peer]
+        known = self._seeds.rows.get(peer)
+        # First on disk: if the agent dies after this, the next one compares all users anyway, and
+        # the worst is that it trusts the states, which dropping them first would not change.
+        await asyncio.to_thread(self._seeds.put, peer, Seed(known.since if known else now(), rate))
+        if known is None:
+            log.warning("%s is seeded, at %s bytes/s", peer, rate or "any number of")
+            self._compared.clear()
+            await self._ledger.bind(peer, "")
+            # A catch-up that runs already must begin again, so it is made to fail.
+            lost = mirror.phase is not Phase.PROTECTED
+            await mirror.lose(f"{peer} is being seeded", cut=True, lost=lost)
+        sent, started = pacer.sent, monotonic()
+        while peer in self._seeds.rows and self._group.is_primary():
+            await asyncio.sleep(SEED_INTERVAL)
+            progress = mirror.progress()
+            left = progress["total"] - progress["done"]
+            yield {
+                "phase": mirror.phase.value,
+                "users": int(progress["done"]),
+                "total": int(progress["total"]),
+                "bytes": pacer.sent - sent,
+                "bytes_per_s": round((pacer.sent - sent) / (monotonic() - started)),
+                "remaining_s": round(left / progress["rate"]) if progress["rate"] else None,
+                "reasons": self._group.reasons(),
+            }
 
     # -- the role
 
@@ -180,19 +373,34 @@ class Mailboxes:
         binding = self._binding(peer, self._group.epoch)
         merge = not self._group.statuses.get(peer, {}).get("merged")
 
-        async def all_there() -> None:
+        async def copied() -> None:
             if merge:
                 # Dying before it is told: the mailboxes are merged again, which changes nothing.
                 await self._group.links[peer].request("merged", {}, timeout=MERGED_TIMEOUT)
-            await protect()
+            self._compared.add(binding)
+            if peer in self._seeds.rows:
+                await asyncio.to_thread(self._seeds.put, peer, None)
+                log.warning("the seeding of %s is complete", peer)
 
-        try:
-            await self._peers[peer].catch_up(
-                all_there, everyone=binding not in self._compared, binding=binding, merge=merge
-            )
-        except CatchUpFailed as error:
-            raise PeerError("catch-up", str(error)) from None
-        self._compared.add(binding)
+        while True:
+            while self._limit() is Phase.RECORDING:
+                await asyncio.sleep(RELAX_INTERVAL)
+                if peer not in self._group.synchronous():
+                    raise PeerError(
+                        "unreachable", f"{peer} was lost while its mirror was suspended"
+                    )
+            try:
+                await self._peers[peer].catch_up(
+                    protect,
+                    everyone=binding not in self._compared,
+                    binding=binding,
+                    merge=merge and binding not in self._compared,
+                    copied=copied,
+                )
+                return
+            except CatchUpFailed as error:
+                if self._limit() is not Phase.RECORDING or peer not in self._group.synchronous():
+                    raise PeerError("catch-up", str(error)) from None
 
     async def resume(self, peer: str, epoch: int) -> None:
         """Wait for ``peer`` from now on: it hands over to us, so it has what we have.
@@ -208,6 +416,19 @@ class Mailboxes:
         self._mirror.stop()
 
     # -- for others
+
+    async def verify(
+        self, users: Sequence[str], *, bodies: bool, repair: bool
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """Compare ``users`` (none: all) with every peer; see ``Verifier.run``.
+
+        The first item is ``{"total": N}``. DoveadmError if nobody can tell who there is.
+        """
+        users = users or await self._doveadm.users()
+        yield {"total": len(users) * len(self._peers)}
+        async with aclosing(self._verifier.run(users, bodies=bodies, repair=repair)) as results:
+            async for result in results:
+                yield result
 
     async def delivered(self, recipient: str, shadow_id: str) -> bool:
         """Return whether a mailbox of ``recipient`` has the message; OSError if nobody can tell."""
@@ -228,6 +449,13 @@ class Mailboxes:
         except DoveadmError as error:
             raise OSError(str(error)) from None
         return None
+
+    async def knows(self, user: str) -> bool:
+        """Return whether there is such a user; OSError if nobody can tell."""
+        try:
+            return await self._doveadm.exists(user)
+        except DoveadmError as error:
+            raise OSError(str(error)) from None
 
     def lag(self) -> Mapping[str, Lag]:
         """Return how far each peer is behind, in changes and seconds."""

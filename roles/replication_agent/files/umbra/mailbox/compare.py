@@ -1,0 +1,107 @@
+"""The differences between two descriptions of a user, and between two lists of messages. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+
+from umbra.mailbox.describe import Description, Mailbox, Message
+
+# Differences that are told one by one, for each user; the rest is counted.
+SHOWN = 50
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that is not the same on both nodes; "" stands for nothing there."""
+
+    mailbox: str
+    what: str
+    here: str
+    there: str
+
+
+class Found:
+    """Differences: how many there are, and the first of them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.shown: list[Difference] = []
+
+    def add(self, difference: Difference) -> None:
+        """Add one."""
+        self.count += 1
+        if len(self.shown) < SHOWN:
+            self.shown.append(difference)
+
+
+def of_descriptions(here: Description, there: Description) -> Iterator[Difference]:
+    """Yield the differences, those inside of mailboxes left out (see ``to_look_into``)."""
+    if here.exists != there.exists:
+        yield Difference("", "user", _known(here), _known(there))
+        return
+    for name in sorted(here.mailboxes.keys() | there.mailboxes.keys()):
+        mine, theirs = here.mailboxes.get(name), there.mailboxes.get(name)
+        if mine is None or theirs is None:
+            yield Difference(name, "mailbox", _mailbox(mine), _mailbox(theirs))
+            continue
+        for what in ("guid", "uidvalidity", "uidnext", "messages"):
+            pair = getattr(mine, what), getattr(theirs, what)
+            if pair[0] != pair[1]:
+                yield Difference(name, what, *pair)
+    for name in sorted(here.subscriptions ^ there.subscriptions):
+        yield Difference(
+            name, "subscription",
+            "yes" if name in here.subscriptions else "",
+            "yes" if name in there.subscriptions else "",
+        )  # fmt: skip
+    for what, mine_by, theirs_by in (
+        ("script", here.scripts, there.scripts),
+        ("acl", here.rights, there.rights),
+    ):
+        for name in sorted(mine_by.keys() | theirs_by.keys()):
+            if mine_by.get(name) != theirs_by.get(name):
+                yield Difference(name, what, mine_by.get(name, ""), theirs_by.get(name, ""))
+    if here.active != there.active:
+        yield Difference("", "active script", here.active, there.active)
+
+
+def to_look_into(here: Description, there: Description) -> list[tuple[str, Mailbox, Mailbox]]:
+    """Return the mailboxes on both nodes whose messages differ."""
+    return [
+        (name, mine, theirs)
+        for name, mine in sorted(here.mailboxes.items())
+        if mine.guid
+        and (theirs := there.mailboxes.get(name)) is not None
+        and theirs.guid
+        and theirs.digest != mine.digest
+    ]
+
+
+async def of_messages(
+    mailbox: str, here: AsyncIterator[Message], there: AsyncIterator[Message]
+) -> AsyncIterator[Difference]:
+    """Yield the differences of two lists in the order of UIDs, each read once."""
+    mine, theirs = await anext(here, None), await anext(there, None)
+    while mine is not None or theirs is not None:
+        if theirs is None or (mine is not None and mine.uid < theirs.uid):
+            assert mine is not None
+            yield Difference(mailbox, f"message {mine.uid}", mine.guid, "")
+            mine = await anext(here, None)
+        elif mine is None or theirs.uid < mine.uid:
+            yield Difference(mailbox, f"message {theirs.uid}", "", theirs.guid)
+            theirs = await anext(there, None)
+        else:
+            for what in ("guid", "flags", "size", "received", "body"):
+                pair = getattr(mine, what), getattr(theirs, what)
+                if pair[0] != pair[1]:
+                    yield Difference(mailbox, f"{what} of message {mine.uid}", *pair)
+            mine, theirs = await anext(here, None), await anext(there, None)
+
+
+def _known(found: Description) -> str:
+    return "known" if found.exists else ""
+
+
+def _mailbox(found: Mailbox | None) -> str:
+    return "" if found is None else f"{found.messages or 'no'} messages"

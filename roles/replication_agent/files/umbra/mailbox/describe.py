@@ -1,0 +1,338 @@
+"""What one user has on this node, in few words: the basis of comparing two nodes.
+
+Read from the own Dovecot through its doveadm-server; nothing is changed, not even a flag.
+A description holds one digest for each mailbox, so it stays small; the messages of one mailbox are
+streamed, only where the digests of two nodes differ. The peer's comes by the operation
+``describe``, which either node may ask of the other:
+
+* ``{user, bodies}``: the description, as JSON lines ``[kind, key, value...]``;
+* ``{user, bodies, mailbox}``: one line for each message of the mailbox with this GUID.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any
+
+from umbra.mailbox.carrier import Exchange, Link, valid_user
+from umbra.mailbox.doveadm import Doveadm, DoveadmError, unescape
+from umbra.peer.exchange import PeerError
+from umbra.peer.identity import PeerIdentity
+
+# What is told of each message, as Dovecot's `fetch` names it.
+FIELDS = ("uid", "guid", "flags", "size.virtual", "date.received.unixtime")
+# `mailbox status` prints these, after the name, in this order whatever order is asked for.
+STATUS = ("messages", "uidnext", "uidvalidity", "guid")
+MARK = ("uidnext", "uidvalidity", "highestmodseq", "guid")
+BATCH = 32 * 1024
+MAX_LINE = 64 * 1024
+# Descriptions that a node makes for others at the same time, and how long one may take (seconds).
+MAX_RUNNING = 4
+TIMEOUT = 3600.0
+# For how long it is believed that Dovecot has no ACLs (seconds).
+NO_RIGHTS_SECONDS = 600.0
+GUID_LENGTH = 32
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message: the words of Dovecot's ``fetch``, and the digest of its body or ""."""
+
+    uid: int
+    guid: str
+    flags: str
+    size: str
+    received: str
+    body: str = ""
+
+
+@dataclass(frozen=True)
+class Mailbox:
+    """One mailbox; a name that holds only others has no GUID."""
+
+    guid: str = ""
+    uidvalidity: str = ""
+    uidnext: str = ""
+    messages: str = ""
+    digest: str = ""
+
+
+@dataclass
+class Description:
+    """What a user has on one node."""
+
+    exists: bool = True
+    mailboxes: dict[str, Mailbox] = field(default_factory=dict)
+    subscriptions: set[str] = field(default_factory=set)
+    scripts: dict[str, str] = field(default_factory=dict)  # name: digest
+    active: str = ""
+    rights: dict[str, str] = field(default_factory=dict)  # mailbox: ACL; empty without the plugin
+
+
+class Dovecot:
+    """Describes users of the local Dovecot.
+
+    Every method raises DoveadmError if it does not answer.
+    """
+
+    def __init__(self, doveadm: Doveadm) -> None:
+        self._doveadm = doveadm
+        self._no_rights_until = 0.0
+
+    async def describe(self, user: str, *, bodies: bool) -> Description:
+        """Describe ``user``; with ``bodies`` the digests cover the messages' content too."""
+        if not await self._doveadm.exists(user):
+            return Description(exists=False)
+        found = Description()
+        names = await self._fields(user, "mailbox list")
+        found.mailboxes = {name: Mailbox() for name in names}
+        for name, messages, uidnext, uidvalidity, guid in _rows(
+            await self._fields(user, "mailbox status", " ".join(STATUS), "*"), 1 + len(STATUS)
+        ):
+            digest = hashlib.sha256()
+            async for message in self.messages(user, guid, bodies=bodies):
+                digest.update(_line(_values(message)))
+            found.mailboxes[name] = Mailbox(
+                guid, uidvalidity, uidnext, messages, digest.hexdigest()
+            )
+        found.subscriptions = set(await self._fields(user, "mailbox list", "-s"))
+        for name, state in _rows(await self._fields(user, "sieve list"), 2):
+            found.scripts[name] = _digest(await self._fields(user, "sieve get", name))
+            if state == "ACTIVE":
+                found.active = name
+        found.rights = await self._rights(user, names)
+        return found
+
+    async def messages(
+        self, user: str, guid: str, *, bodies: bool
+    ) -> AsyncGenerator[Message, None]:
+        """Yield the messages of one mailbox in the order of their UIDs."""
+        names = (*FIELDS, "text") if bodies else FIELDS
+        values: list[str] = []
+        start = b""
+        body = hashlib.sha256()
+        async for piece, ends in self._doveadm.pieces(
+            user, "fetch", "-u", user, " ".join(names), "mailbox-guid", guid, "all"
+        ):
+            if len(values) < len(FIELDS):
+                start += piece
+            else:
+                # Both nodes escape alike, so the digest is of the content as it is on the wire.
+                body.update(piece)
+            if not ends:
+                continue
+            if len(values) < len(FIELDS):
+                values.append(unescape(start.decode(errors="replace")))
+                start = b""
+            else:
+                values.append(body.hexdigest())
+                body = hashlib.sha256()
+            if len(values) == len(names):
+                yield _message(values)
+                values = []
+
+    async def mark(self, user: str) -> str:
+        """Return a text that changes with every change of the user's mailboxes and scripts."""
+        if not await self._doveadm.exists(user):
+            return ""
+        parts = [
+            await self._fields(user, "mailbox list"),
+            await self._fields(user, "mailbox status", " ".join(MARK), "*"),
+            await self._fields(user, "mailbox list", "-s"),
+            await self._fields(user, "sieve list"),
+        ]
+        return _digest([json.dumps(part) for part in parts])
+
+    async def scripts(self, user: str) -> list[str]:
+        """Return the names of the user's Sieve scripts."""
+        return [name for name, _ in _rows(await self._fields(user, "sieve list"), 2)]
+
+    async def remove_script(self, user: str, name: str) -> None:
+        """Remove a Sieve script, the active one too; none of this name is no error."""
+        reply = await self._doveadm.run(user, "sieve delete", "-u", user, "-a", name)
+        if reply.code not in ("", "NOTFOUND"):
+            raise DoveadmError(f"doveadm sieve delete of {user} ended with {reply.code}")
+
+    async def _rights(self, user: str, mailboxes: list[str]) -> dict[str, str]:
+        if monotonic() < self._no_rights_until:
+            return {}
+        found = {}
+        for name in mailboxes:
+            reply = await self._doveadm.run(user, "acl get", "-u", user, name)
+            if reply.code == "UNKNOWN":
+                # The plugin is not loaded. Dovecot logs an error for each try, so they are few.
+                self._no_rights_until = monotonic() + NO_RIGHTS_SECONDS
+                return {}
+            if not reply.code and reply.fields:
+                found[name] = json.dumps(sorted(_rows(reply.fields, 2)))
+        return found
+
+    async def _fields(self, user: str, command: str, *arguments: str) -> list[str]:
+        reply = await self._doveadm.run(user, command, "-u", user, *arguments)
+        if reply.code:
+            raise DoveadmError(f"doveadm {command} of {user} ended with {reply.code}")
+        return reply.fields
+
+
+class Peer:
+    """Describes users of a peer, over its link.
+
+    Every method raises PeerError if it does not answer.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+
+    async def describe(self, user: str, *, bodies: bool) -> Description:
+        """See ``Dovecot.describe``."""
+        found = Description(exists=False)
+        args = {"user": user, "bodies": bodies}
+        async with self._link.exchange("describe", args, timeout=TIMEOUT) as exchange:
+            await exchange.end()
+            async for row in _received(exchange):
+                _read(found, row)
+            await exchange.result()
+        return found
+
+    async def messages(
+        self, user: str, guid: str, *, bodies: bool
+    ) -> AsyncGenerator[Message, None]:
+        """See ``Dovecot.messages``."""
+        args = {"user": user, "bodies": bodies, "mailbox": guid}
+        async with self._link.exchange("describe", args, timeout=TIMEOUT) as exchange:
+            await exchange.end()
+            async for row in _received(exchange):
+                yield _message(row)
+            await exchange.result()
+
+
+class DescribeHandler:
+    """The handler of the operation ``describe``. Reads only, so either node may ask."""
+
+    def __init__(self, dovecot: Dovecot) -> None:
+        self._dovecot = dovecot
+        self._room = asyncio.Semaphore(MAX_RUNNING)
+
+    async def __call__(
+        self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+    ) -> dict[str, Any]:
+        """Send what was asked for. PeerError ``refused`` or ``dovecot`` if that cannot be."""
+        user, mailbox = args.get("user"), args.get("mailbox")
+        if not isinstance(user, str) or not valid_user(user):
+            raise PeerError("refused", "no such user")
+        if mailbox is not None and not _is_guid(mailbox):
+            raise PeerError("refused", "no such mailbox")
+        bodies = args.get("bodies") is True
+        try:
+            async with self._room:
+                if mailbox is None:
+                    description = await self._dovecot.describe(user, bodies=bodies)
+                    await _send(exchange, _written(description))
+                else:
+                    messages = self._dovecot.messages(user, mailbox, bodies=bodies)
+                    await _send(exchange, (_values(message) async for message in messages))
+        except DoveadmError as error:
+            raise PeerError("dovecot", str(error)) from None
+        await exchange.end()
+        return {}
+
+
+def _rows(fields: list[str], width: int) -> list[list[str]]:
+    if len(fields) % width:
+        raise DoveadmError(f"{len(fields)} fields where rows of {width} were expected")
+    return [fields[start : start + width] for start in range(0, len(fields), width)]
+
+
+def _message(values: Any) -> Message:
+    try:
+        uid, guid, flags, size, received, *body = values
+        # \Recent is not of the message but of who selects the mailbox next; the order of keywords
+        # is that of their first use on this node.
+        kept = " ".join(sorted(flag for flag in str(flags).split(" ") if flag != "\\Recent"))
+        return Message(int(uid), str(guid), kept, str(size), str(received), *map(str, body))
+    except (TypeError, ValueError):
+        raise DoveadmError(f"not a message: {values!r}"[:200]) from None
+
+
+def _values(message: Message) -> list[Any]:
+    return [
+        message.uid, message.guid, message.flags, message.size, message.received, message.body
+    ]  # fmt: skip
+
+
+def _line(row: list[Any]) -> bytes:
+    return json.dumps(row, separators=(",", ":")).encode() + b"\n"
+
+
+def _digest(texts: list[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+def _is_guid(value: object) -> bool:
+    return (
+        isinstance(value, str)
+        and len(value) == GUID_LENGTH
+        and all(char in "0123456789abcdef" for char in value)
+    )
+
+
+async def _written(found: Description) -> AsyncIterator[list[Any]]:
+    """Yield a description as rows; none of a user that does not exist."""
+    if not found.exists:
+        return
+    yield ["user", found.active]
+    for name, box in found.mailboxes.items():
+        yield ["mailbox", name, box.guid, box.uidvalidity, box.uidnext, box.messages, box.digest]
+    for name in found.subscriptions:
+        yield ["subscription", name]
+    for name, digest in found.scripts.items():
+        yield ["script", name, digest]
+    for name, rights in found.rights.items():
+        yield ["rights", name, rights]
+
+
+def _read(found: Description, row: Any) -> None:
+    """Put one row into ``found``. PeerError ``protocol`` if it is none."""
+    match row:
+        case ["user", str(active)]:
+            found.exists, found.active = True, active
+        case ["mailbox", str(name), *values] if len(values) == len(STATUS) + 1:
+            found.mailboxes[name] = Mailbox(*map(str, values))
+        case ["subscription", str(name)]:
+            found.subscriptions.add(name)
+        case ["script", str(name), str(digest)]:
+            found.scripts[name] = digest
+        case ["rights", str(name), str(rights)]:
+            found.rights[name] = rights
+        case _:
+            raise PeerError("protocol", f"not a row of a description: {row!r}"[:200])
+
+
+async def _send(exchange: Exchange, rows: AsyncIterator[list[Any]]) -> None:
+    batch = bytearray()
+    async for row in rows:
+        batch += _line(row)
+        if len(batch) >= BATCH:
+            await exchange.send(bytes(batch))
+            batch.clear()
+    await exchange.send(bytes(batch))
+
+
+async def _received(exchange: Exchange) -> AsyncIterator[Any]:
+    rest = b""
+    while (data := await exchange.receive()) is not None:
+        *lines, rest = (rest + data).split(b"\n")
+        if len(rest) > MAX_LINE:
+            raise PeerError("protocol", f"a line is over {MAX_LINE} bytes")
+        for line in lines:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                raise PeerError("protocol", "a line is not JSON") from None
+    if rest:
+        raise PeerError("protocol", "the last line is cut off")

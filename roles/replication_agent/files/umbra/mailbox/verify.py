@@ -1,0 +1,159 @@
+"""Verification: whether the copies on the nodes are the same, and if not, where.
+
+One user after another, a few at a time, and nothing is locked: what changes while it is compared is
+compared again. A difference counts when it is seen twice, ``PAUSE`` seconds apart, while the
+user's mailboxes here stood still, so that a change on its way to the peer is none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from contextlib import aclosing
+from dataclasses import asdict
+from typing import Any, Protocol
+
+from umbra.mailbox import metrics
+from umbra.mailbox.compare import Found, of_descriptions, of_messages, to_look_into
+from umbra.mailbox.describe import Description, Message
+from umbra.mailbox.doveadm import DoveadmError
+from umbra.mailbox.mirror import CatchUpFailed
+from umbra.peer.exchange import PeerError
+
+log = logging.getLogger(__name__)
+
+WORKERS = 2
+ROUNDS = 5
+PAUSE = 1.0
+REPAIRS = 2
+
+
+class Side(Protocol):
+    """One node's mailboxes."""
+
+    async def describe(self, user: str, *, bodies: bool) -> Description:
+        """Describe ``user``."""
+
+    def messages(self, user: str, guid: str, *, bodies: bool) -> AsyncGenerator[Message, None]:
+        """Yield the messages of one mailbox."""
+
+
+class Here(Side, Protocol):
+    """The mailboxes of the node that compares."""
+
+    async def mark(self, user: str) -> str:
+        """Return what changes with every change of ``user``."""
+
+
+class Mender(Protocol):
+    """The mirror to one peer."""
+
+    async def resync(self, user: str) -> None:
+        """Make the peer's copy of ``user`` what it is here; CatchUpFailed."""
+
+
+class Verifier:
+    """Compares this node's mailboxes with each peer's."""
+
+    def __init__(
+        self, here: Here, peers: Mapping[str, Side], menders: Mapping[str, Mender]
+    ) -> None:
+        self._here = here
+        self._peers = peers
+        self._menders = menders
+
+    async def run(
+        self, users: Iterable[str], *, bodies: bool, repair: bool
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """Compare ``users`` with all peers; yield a result for each user and peer as it is known.
+
+        A result has ``user``, ``peer``, ``outcome`` (``equal``, ``different``, ``repaired``,
+        ``changing``, ``failed``), ``count``, ``differences`` (the first of them) and ``reason``.
+        """
+        todo = [(user, peer) for user in users for peer in self._peers]
+        pairs = iter(todo)
+        results: asyncio.Queue[dict[str, Any]] = asyncio.Queue(WORKERS)
+
+        async def work() -> None:
+            for user, peer in pairs:
+                await results.put(await self._verify(user, peer, bodies=bodies, repair=repair))
+
+        tasks = [asyncio.create_task(work(), name="verify") for _ in range(WORKERS)]
+        try:
+            for _ in todo:
+                yield await results.get()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _verify(self, user: str, peer: str, *, bodies: bool, repair: bool) -> dict[str, Any]:
+        found, reason = Found(), ""
+        try:
+            outcome, found = await self._settled(user, peer, bodies=bodies)
+            for _ in range(REPAIRS if repair else 0):
+                if outcome != "different":
+                    break
+                await self._menders[peer].resync(user)
+                again, left = await self._settled(user, peer, bodies=bodies)
+                if again == "equal":
+                    outcome = "repaired"
+                else:
+                    outcome, found = again, left
+        except (DoveadmError, PeerError, CatchUpFailed) as error:
+            outcome = "different" if found.count else "failed"
+            reason = f"it was not repaired: {error}" if found.count else str(error)
+        except Exception as error:
+            # One user's must not end the others', and whoever counts the results must get this one.
+            log.exception("verification of %s failed", user)
+            outcome, reason = "failed", repr(error)
+        metrics.VERIFIED.labels(peer, outcome).inc()
+        return {
+            "user": user,
+            "peer": peer,
+            "outcome": outcome,
+            "count": found.count,
+            "differences": [asdict(difference) for difference in found.shown],
+            "reason": reason,
+        }
+
+    async def _settled(self, user: str, peer: str, *, bodies: bool) -> tuple[str, Found]:
+        """Compare until both are equal, or a difference stays while nothing changes here."""
+        mark, seen = "", False
+        for turn in range(ROUNDS):
+            if turn:
+                await asyncio.sleep(PAUSE)
+            if not seen:
+                mark = await self._here.mark(user)
+            found = await self._compare(user, peer, bodies=bodies)
+            if not found.count:
+                return "equal", found
+            now = await self._here.mark(user)
+            if seen and now == mark:
+                return "different", found
+            seen, mark = now == mark, now
+        return "changing", found
+
+    async def _compare(self, user: str, peer: str, *, bodies: bool) -> Found:
+        there = self._peers[peer]
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                one = tasks.create_task(self._here.describe(user, bodies=bodies))
+                two = tasks.create_task(there.describe(user, bodies=bodies))
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        mine, theirs = one.result(), two.result()
+        if not mine.exists and not theirs.exists:
+            raise DoveadmError("the user is unknown")
+        found = Found()
+        for difference in of_descriptions(mine, theirs):
+            found.add(difference)
+        for name, my_box, their_box in to_look_into(mine, theirs):
+            async with (
+                aclosing(self._here.messages(user, my_box.guid, bodies=bodies)) as left,
+                aclosing(there.messages(user, their_box.guid, bodies=bodies)) as right,
+            ):
+                async for difference in of_messages(name, left, right):
+                    found.add(difference)
+        return found

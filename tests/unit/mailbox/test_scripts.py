@@ -1,0 +1,125 @@
+"""Deleted scripts: removed on the peer after the syncs that must, and never before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import pytest
+
+from umbra.mailbox.describe import Dovecot
+from umbra.mailbox.doveadm import DoveadmError, Outcome, SyncResult
+from umbra.mailbox.scripts import ScriptCarrier, ScriptsHandler
+from umbra.peer.exchange import Exchange, PeerError
+from umbra.peer.identity import PeerIdentity
+
+USER = "a@example.org"
+
+
+class FakeDovecot:
+    def __init__(self, *names: str) -> None:
+        self.names = list(names)
+        self.error = ""
+
+    async def scripts(self, user: str) -> list[str]:
+        if self.error:
+            raise DoveadmError(self.error)
+        return list(self.names)
+
+    async def remove_script(self, user: str, name: str) -> None:
+        self.names.remove(name)
+
+
+class World:
+    """The primary with scripts one and two, the shadow with an old one more."""
+
+    def __init__(self) -> None:
+        self.here, self.there = FakeDovecot("one", "two"), FakeDovecot("one", "two", "old")
+        self.outcome = Outcome.SYNCED
+        self.refusal: PeerError | None = None
+        self.primary = False
+        handler = ScriptsHandler(lambda: self.primary, cast(Dovecot, self.there))
+        self.handler = handler
+        self.carrier = ScriptCarrier(self, self, cast(Dovecot, self.here))
+
+    async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
+        return SyncResult(self.outcome, "state")
+
+    def progress(self, user: str) -> float:
+        return 0.0
+
+    def cut(self) -> None:
+        pass
+
+    async def request(self, op: str, args: Mapping[str, Any], *, timeout: float) -> dict[str, Any]:
+        assert op == "scripts"
+        if self.refusal:
+            raise self.refusal
+        return await self.ask(args)
+
+    async def ask(self, args: Mapping[str, Any]) -> dict[str, Any]:
+        return await self.handler(PeerIdentity("mail-a", "x"), args, cast(Exchange, None))
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+async def test_a_sync_of_everything_removes_what_is_gone_here(world: World) -> None:
+    assert (await world.carrier.sync(USER, "")).outcome is Outcome.SYNCED
+    assert world.there.names == ["one", "two"]
+
+
+async def test_a_merge_and_a_plain_sync_remove_nothing(world: World) -> None:
+    await world.carrier.sync(USER, "", merge=True)
+    await world.carrier.sync(USER, "state")
+    assert world.there.names == ["one", "two", "old"]
+
+
+async def test_after_a_change_of_scripts_the_next_sync_that_works_removes(world: World) -> None:
+    world.carrier.changed(USER)
+    world.outcome = Outcome.CHANGED
+    await world.carrier.sync(USER, "state")
+    assert "old" in world.there.names
+    world.outcome = Outcome.SYNCED
+    await world.carrier.sync(USER, "state")
+    assert "old" not in world.there.names
+    world.there.names.append("again")
+    await world.carrier.sync(USER, "state")
+    assert "again" in world.there.names
+
+
+@pytest.mark.parametrize(
+    ("code", "outcome"), [("unreachable", Outcome.LOST), ("dovecot", Outcome.FAILED)]
+)
+async def test_a_peer_that_does_not_do_it(world: World, code: str, outcome: Outcome) -> None:
+    world.refusal = PeerError(code, "it does not")
+    world.carrier.changed(USER)
+    result = await world.carrier.sync(USER, "state")
+    assert (result.outcome, result.state, result.reason) == (outcome, None, "it does not")
+    world.refusal = None
+    assert (await world.carrier.sync(USER, "state")).outcome is Outcome.SYNCED
+    assert world.there.names == ["one", "two"]
+
+
+async def test_own_dovecot_that_cannot_tell_removes_nothing(world: World) -> None:
+    world.here.error = "does not answer"
+    assert (await world.carrier.sync(USER, "")).outcome is Outcome.FAILED
+    assert world.there.names == ["one", "two", "old"]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [{}, {"user": USER}, {"user": "-A", "keep": []}, {"user": USER, "keep": ["x"] * 1001}],
+)
+async def test_what_the_shadow_refuses(world: World, args: dict[str, Any]) -> None:
+    with pytest.raises(PeerError, match="not a list"):
+        await world.ask(args)
+
+
+async def test_a_primary_refuses(world: World) -> None:
+    world.primary = True
+    with pytest.raises(PeerError, match="primary"):
+        await world.ask({"user": USER, "keep": []})
+    assert "old" in world.there.names
