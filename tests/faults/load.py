@@ -105,15 +105,16 @@ class Load:
         self._process = self._field.start(
             CLIENT, "sh", "-c", command, "sh", self._directory, "run", "settings.json"
         )
-        script = 'grep -c \'"outcome":"ok"\' $1/log.jsonl'
-        wait(
-            lambda: (
-                self._field.run(CLIENT, script, self._directory, check=False).strip()
-                not in ("", "0")
-            ),
-            15,
-            lambda: f"no message was taken: {self._field.why()}",
-        )
+        self.wait_for_more(0)
+
+    def taken(self) -> int:
+        """How many messages were acknowledged so far."""
+        script = 'grep -c \'"outcome":"ok"\' $1/log.jsonl; true'
+        return int(self._field.run(CLIENT, script, self._directory) or 0)
+
+    def wait_for_more(self, count: int) -> None:
+        """Wait until more than so many were acknowledged: mail flows."""
+        wait(lambda: self.taken() > count, 20, lambda: f"no mail is taken: {self._field.why()}")
 
     def stop(self) -> list[dict[str, Any]]:
         """End it and return its log."""
