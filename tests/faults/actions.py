@@ -223,5 +223,5 @@ def all_taken_back(field: Field) -> None:
     for node in NODES:
         field.run(node, "systemctl kill --kill-whom=main -s CONT $1", AGENT, check=False)
         field.run(node, f"rm -f $1/{FILLER}; {_LARGE_STORE}", STORE)
-        field.run(node, "postsuper -d ALL hold", check=False)
+        field.run(node, "systemctl start dovecot; postsuper -d ALL hold", check=False)
     field.wait_protected(120)
