@@ -6,11 +6,12 @@ MAKEFLAGS += --no-print-directory
 
 LAB  ?= demo#     name of the lab that `make lab` and `make demo` use
 HOST ?= mail-a#   host that `make lab-shell` enters
+TRIALS ?= 200#    how many `make faults` makes; SEED=N makes the same again, FAULT=NAME only that fault's
 export LAB
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 lab := tests/lab/lab --name $(LAB)
 
-.PHONY: help venv collection lab lab-shell lab-down demo test lint unit gates sanity integration bench-transport changelog lock root
+.PHONY: help venv collection lab lab-shell lab-down demo test lint unit gates sanity integration faults bench-transport changelog lock root
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^##-/ { printf "\n%s\n", substr($$0, 6) } \
@@ -49,6 +50,13 @@ sanity: collection ## ansible-test sanity on the built collection
 integration: root collection ## The molecule scenarios, one after the other, in a lab of their own
 	@tests/lab/lab prerequisites
 	@tests/run.py lab integration
+
+faults: root collection ## Fault trials: load, one fault, every acknowledged message accounted for (an hour)
+	@tests/lab/lab prerequisites && tests/lab/lab --name faults up
+	@tests/lab/lab --name faults control -- ansible-playbook -i inventories/lab umbra.mail.site
+	@python -m tests.faults --lab faults --trials $(TRIALS) $(if $(SEED),--seed $(SEED)) \
+	    $(if $(FAULT),--fault "$(FAULT)")
+	@tests/lab/lab --name faults down
 
 ##-- Benchmarks (root needed)
 bench-transport: root collection ## Plain Postfix, our milter and two peers: messages/s and latency, into build/bench/transport.json

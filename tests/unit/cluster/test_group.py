@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from umbra.cluster.group import Group
 from umbra.cluster.machine import NotNow
 from umbra.cluster.state import Change, Durable, Mode, Phase, Role
 from umbra.cluster.static import StateFile
-from umbra.config import Config, Endpoint, Peer
+from umbra.config import Config, Endpoint, Fence, Peer
 from umbra.node.client import NodeHelper
 from umbra.peer.exchange import PeerError
 from umbra.transport.ports import NotPrimary
@@ -163,3 +166,40 @@ async def test_the_reason_names_the_peer_that_is_still_away_after_a_restart(disk
     group = make(disk)
     await group.apply(machine.PeerLost("b", "b does not answer at 127.0.0.2"))
     assert any("b does not answer" in reason for reason in group.reasons())
+
+
+class Host(NodeHelper):
+    """A host whose Postfix can be killed."""
+
+    def __init__(self) -> None:
+        super().__init__(Path("/nonexistent"))
+        self.running = False
+        self.starts = 0
+        self.opened = asyncio.Event()
+
+    async def ports_open(self, ports: Sequence[int], hold: float) -> None:
+        self.opened.set()
+
+    async def postfix_start(self) -> None:
+        self.running = True
+        self.starts += 1
+
+    async def postfix_running(self) -> bool:
+        return self.running
+
+
+async def test_a_primary_starts_a_postfix_that_was_killed_and_no_other(disk: Disk) -> None:
+    host = Host()
+    group = Group(replace(CONFIG, fence=Fence(hold=0.03)), disk, host)
+    await group.heard_from("b", status(), answered=True)
+    tending = asyncio.create_task(group.tend())
+    try:
+        for starts in (1, 2):
+            for _ in range(5):
+                host.opened.clear()
+                await asyncio.wait_for(host.opened.wait(), 5)
+            assert (host.running, host.starts) == (True, starts)
+            host.running = False
+    finally:
+        tending.cancel()
+        await asyncio.gather(tending, return_exceptions=True)

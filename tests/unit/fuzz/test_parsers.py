@@ -13,13 +13,14 @@ import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from umbra.peer import frames
-from umbra.peer.exchange import Connection, PeerError
+from umbra.peer.connection import Connection, PeerError
 from umbra.peer.frames import FrameType
 from umbra.peer.identity import PeerIdentity
 from umbra.peer.server import PeerServer
@@ -139,8 +140,8 @@ def test_milter_samples_changed_at_random(stream: bytes, size: int) -> None:
 # -- the peer link, behind its TLS
 
 
-class Writer:
-    """The sending half of a connection; keeps what was answered."""
+class Transport:
+    """The transport under a connection; keeps what was answered."""
 
     def __init__(self) -> None:
         self.sent = b""
@@ -148,19 +149,25 @@ class Writer:
     def write(self, data: bytes) -> None:
         self.sent += data
 
-    async def drain(self) -> None:
+    def set_write_buffer_limits(self, high: int) -> None:
         pass
+
+    def get_extra_info(self, name: str) -> Any:
+        return Mock()
 
     def is_closing(self) -> bool:
         return False
 
+    def pause_reading(self) -> None:
+        pass
+
+    resume_reading = abort = pause_reading
+
     def answers(self) -> Iterator[tuple[FrameType, bytes]]:
-        rest = self.sent
-        while rest:
-            kind, length = frames.decode_header(rest[: frames.HEADER.size])
-            rest = rest[frames.HEADER.size :]
-            yield kind, rest[:length]
-            rest = rest[length:]
+        decoder = frames.Decoder()
+        decoder.feed(self.sent)
+        while (frame := decoder.next()) is not None:
+            yield frame
 
 
 class Shadow:
@@ -186,17 +193,24 @@ class Shadow:
         return self.runner.run(self._connect(stream))
 
     async def _connect(self, stream: bytes) -> list[tuple[FrameType, bytes]]:
-        reader, writer = asyncio.StreamReader(limit=2 * frames.MAX_PAYLOAD), Writer()
-        reader.feed_data(stream)
-        reader.feed_eof()
-        connection = Connection(reader, cast(Any, writer))
+        transport, connection = Transport(), Connection()
+        connection.connection_made(cast(Any, transport))
+        connection.data_received(stream)
+        serving = asyncio.create_task(self._serve(connection))
+        while not serving.done():
+            await asyncio.sleep(0.001)
+            if connection._waiter is not None and not connection._out:  # it has read all
+                connection.connection_lost(None)
+        serving.result()
+        return list(transport.answers())
+
+    async def _serve(self, connection: Connection) -> None:
         try:
             while await self.server._serve(PeerIdentity("a", "s"), connection):
                 pass
         except PeerError as error:
             if error.code not in ("protocol", "unreachable"):
                 raise
-        return list(writer.answers())
 
     async def _sizes(self) -> list[tuple[str, int, int]]:
         found = []
@@ -237,8 +251,9 @@ def test_frame_samples_whole_and_cut_off(shadow: Shadow, name: str) -> None:
         ("store", [FrameType.RESPONSE]),
         ("replayed_store", [FrameType.RESPONSE] * 3),
         ("envelope_in_the_data", [FrameType.RESPONSE]),
-        ("no_end", [FrameType.ERROR]),
-        ("cut_off_in_a_frame", [FrameType.ERROR]),
+        # Nobody is there any more to be told.
+        ("no_end", []),
+        ("cut_off_in_a_frame", []),
         ("envelope_size_lies", [FrameType.ERROR]),
         ("shadow_id_is_a_path", [FrameType.ERROR]),
         ("queue_id_has_a_newline", [FrameType.ERROR]),

@@ -353,8 +353,7 @@ class Group:
         state = self.state
         if state.phase is Phase.PRIMARY:
             self._prepared_until = 0.0
-            if not self._was_serving:
-                await self._helper.postfix_start()
+            await self._keep_postfix()
             await self._helper.ports_open(self._config.fence.ports, self._config.fence.hold)
             if self.state.phase is not Phase.PRIMARY:  # changed while the helper worked
                 await self._helper.ports_close()
@@ -366,6 +365,15 @@ class Group:
                 await self._hold_queue()
                 self._queue_held = True
         # STARTING: a restart of the agent alone must not cut clients; the fence's hold bounds it.
+
+    async def _keep_postfix(self) -> None:
+        """Have Postfix run; systemd does not start it again when its master was killed."""
+        running = self._was_serving and await self._helper.postfix_running()
+        # Looked at once more: a drain that has begun meanwhile stops Postfix, and it must stay so.
+        if not running and self.state.phase is Phase.PRIMARY:
+            if self._was_serving:
+                log.error("Postfix does not run on the primary; it is started again")
+            await self._helper.postfix_start()
 
     async def _shut(self) -> None:
         """Close the ports, disconnect users and stop Postfix."""

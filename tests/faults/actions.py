@@ -1,0 +1,227 @@
+"""What can be done to a host, a process or a link: the words of the table in catalogue.py."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+
+from tests.faults.field import NODES, Field, FieldError, wait
+
+Action = Callable[[Field, random.Random], None]
+Side = Callable[[Field], str]
+
+AGENT = "umbra-agent.service"
+HELPER = "umbra-helper.service"
+POSTFIX = "postfix.service"
+DOVECOT = "dovecot.service"
+STORE = "/var/lib/umbra/shadow"
+FILLER = "faults-filler"
+SMALL_MIB = 96
+"""Size of the file system of the shadow store when it is to run full: its reserve of 64 MiB, and
+room for a minute's messages."""
+
+# Kills each process of unit $1 that bears name $2. One that comes and goes is waited for: a trial
+# whose fault hit nothing would prove nothing.
+_KILL = """
+for try in $(seq 300); do
+  hit=
+  for pid in $(cat $(find /sys/fs/cgroup/system.slice/$1 -name cgroup.procs)); do
+    read -r name < /proc/$pid/comm && [ "$name" = "$2" ] && kill -KILL $pid && hit=yes
+  done 2> /dev/null
+  [ "$hit" ] && exit 0
+  sleep 0.01
+done
+echo "no process $2 in $1" >&2
+exit 1
+"""
+
+_SMALL_STORE = """
+set -e
+systemctl stop umbra-agent
+rm -rf /run/faults-store && cp -a $1 /run/faults-store
+mount -t tmpfs -o size=$2m,mode=0700,uid=umbra,gid=umbra tmpfs $1
+cp -a /run/faults-store/. $1/
+systemctl start umbra-agent
+"""
+
+_LARGE_STORE = """
+set -e
+mountpoint -q $1 || exit 0
+systemctl stop umbra-agent
+rm -rf /run/faults-store && cp -a $1 /run/faults-store
+umount $1
+find $1 -mindepth 1 -delete
+cp -a /run/faults-store/. $1/
+rm -r /run/faults-store
+systemctl start umbra-agent
+"""
+
+
+def primary(field: Field) -> str:
+    """The primary as the trial began."""
+    return field.primary
+
+
+def shadow(field: Field) -> str:
+    """The shadow as the trial began."""
+    return field.shadow
+
+
+def killed(unit: str, process: str, side: Side) -> Action:
+    """SIGKILL to all processes of that name in a unit."""
+
+    def act(field: Field, chance: random.Random) -> None:
+        field.run(side(field), _KILL, unit, process)
+
+    return act
+
+
+def main_killed(unit: str, side: Side) -> Action:
+    """SIGKILL to a unit's main process."""
+    return signalled(unit, "KILL", side)
+
+
+def signalled(unit: str, signal: str, side: Side) -> Action:
+    """A signal to a unit's main process."""
+
+    def act(field: Field, chance: random.Random) -> None:
+        field.run(side(field), "systemctl kill --kill-whom=main -s $1 $2", signal, unit)
+
+    return act
+
+
+def storm(unit: str, side: Side, times: int) -> Action:
+    """SIGKILL to a unit's main process again and again, whatever it has got to by then."""
+
+    def act(field: Field, chance: random.Random) -> None:
+        pauses = [f"{chance.uniform(0.3, 2.0):.2f}" for _ in range(times)]
+        script = "systemctl kill --kill-whom=main -s KILL $unit 2> /dev/null; sleep $pause"
+        # Between two lives there is nothing to kill.
+        loop = f"unit=$1; shift; for pause; do {script}; done"
+        field.run(side(field), loop, unit, *pauses)
+
+    return act
+
+
+def power_cut(side: Side) -> Action:
+    """All of a host's processes at one instant; its link is dead first."""
+
+    def act(field: Field, chance: random.Random) -> None:
+        field.lab("power-off", side(field))
+
+    return act
+
+
+def power_back(side: Side) -> Action:
+    """Boot a host that is off."""
+
+    def act(field: Field, chance: random.Random) -> None:
+        field.lab("power-on", side(field))
+
+    return act
+
+
+def frozen(side: Side) -> Action:
+    """All of a host's processes stand still; its kernel goes on."""
+
+    def act(field: Field, chance: random.Random) -> None:
+        field.lab("freeze", side(field))
+
+    return act
+
+
+def thawed(side: Side) -> Action:
+    """And go on."""
+
+    def act(field: Field, chance: random.Random) -> None:
+        field.lab("thaw", side(field))
+
+    return act
+
+
+def wan_cut(field: Field, chance: random.Random) -> None:
+    """No packet between the sites; clients reach both."""
+    field.lab("wan", "cut", field.primary, field.shadow)
+
+
+def wan_healed(field: Field, chance: random.Random) -> None:
+    """Packets again."""
+    field.lab("wan", "heal", field.primary, field.shadow)
+
+
+def wan_set(**settings: float) -> Action:
+    """Change the line between the sites: loss (percent), rate (kbit/s)."""
+
+    def act(field: Field, chance: random.Random) -> None:
+        words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+        field.lab("wan", "set", *words, "--between", field.primary, field.shadow)
+
+    return act
+
+
+def failed_over(field: Field, chance: random.Random) -> None:
+    """An operator promotes the shadow, as soon as it has noticed that the primary is gone."""
+    script = "printf '%s\\n' $1 | umbractl failover --accept-loss"
+
+    def done() -> bool:
+        done = field.lab("exec", field.shadow, "--", "sh", "-c", script, "sh", field.shadow,
+                         check=False)  # fmt: skip
+        if done.returncode and "answers and is" not in done.stderr:
+            raise FieldError(f"umbractl failover: {' '.join(done.stderr.split())}")
+        return done.returncode == 0
+
+    wait(done, 15, lambda: f"{field.shadow} could not be promoted")
+
+
+def switched_over(field: Field, chance: random.Random) -> None:
+    """An operator moves the primary; a refusal for a moment's reason is tried again."""
+
+    def done() -> bool:
+        return field.lab("exec", field.shadow, "--", "umbractl", "switchover", field.shadow,
+                         check=False).returncode == 0  # fmt: skip
+
+    wait(done, 60, lambda: f"the primary could not be moved: {field.why()}")
+
+
+def switchover_begun(field: Field, chance: random.Random) -> None:
+    """An operator moves the primary and something happens meanwhile: the outcome is open."""
+    field.run(field.shadow, "umbractl switchover $1 > /run/faults-switchover 2>&1 &", field.shadow)
+    time.sleep(chance.uniform(0.2, 1.5))  # umbractl starts in about 0.3 s, the change takes as long
+
+
+def small_store(field: Field, chance: random.Random) -> None:
+    """Put the shadow's store on a small file system of its own."""
+    field.run(field.shadow, _SMALL_STORE, STORE, SMALL_MIB)
+
+
+def store_filled(field: Field, chance: random.Random) -> None:
+    """Fill it to the last byte."""
+    field.run(field.shadow, f"cat /dev/zero > $1/{FILLER} 2> /dev/null; true", STORE)
+
+
+def store_emptied(field: Field, chance: random.Random) -> None:
+    """Give the space back."""
+    field.run(field.shadow, f"rm $1/{FILLER}", STORE)
+
+
+def large_store(field: Field, chance: random.Random) -> None:
+    """Put the store back where it was."""
+    field.run(field.shadow, _LARGE_STORE, STORE)
+
+
+def held_queue_dropped(field: Field, chance: random.Random) -> None:
+    """Drop a former primary's queue, as docs/operations.md has an administrator do it."""
+    field.run(field.shadow, "postsuper -d ALL hold")
+
+
+def all_taken_back(field: Field) -> None:
+    """Undo whatever a trial that broke off may have left; FieldError if that does not help."""
+    field.lab("up")
+    field.lab("wan", "heal", *NODES)
+    field.lab("wan", "set", "--loss", "0", "--rate", "0", "--between", *NODES)
+    for node in NODES:
+        field.run(node, "systemctl kill --kill-whom=main -s CONT $1", AGENT, check=False)
+        field.run(node, f"rm -f $1/{FILLER}; {_LARGE_STORE}", STORE)
+        field.run(node, "systemctl start dovecot; postsuper -d ALL hold", check=False)
+    field.wait_protected(120)

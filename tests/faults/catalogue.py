@@ -1,0 +1,130 @@
+"""The faults, as a table: what is done, what undoes it, how long it stands, what must become of it.
+
+Messages are never to be lost or doubled, so the table does not say that. ``heals`` says how long
+after the recovery the group may take until it is protected again by itself; ``moves`` whether
+another node is primary then (None: either). docs/faults.md is made of the same names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tests.faults import actions as do
+from tests.faults.actions import AGENT, DOVECOT, HELPER, POSTFIX, Action, primary, shadow
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One row. Times are seconds; ``stands`` is a range from which each trial draws."""
+
+    name: str
+    inject: tuple[Action, ...]
+    recover: tuple[Action, ...] = ()
+    stands: tuple[float, float] = (0.5, 1.5)
+    heals: float = 15.0
+    moves: bool | None = False
+    before: tuple[Action, ...] = ()
+    after: tuple[Action, ...] = ()
+
+
+def _parts(unit: str, word: str, names: tuple[str, ...], side: do.Side) -> list[Fault]:
+    return [
+        Fault(
+            f"{word} {'master' if name == word else name} killed, {side.__name__}",
+            (do.killed(unit, name, side),),
+        )
+        for name in names
+    ]
+
+
+FAULTS: tuple[Fault, ...] = (
+    # Processes. systemd or their master starts them again.
+    *(
+        Fault(f"{word} killed, {side.__name__}", (do.main_killed(unit, side),))
+        for word, unit in (("agent", AGENT), ("helper", HELPER))
+        for side in (primary, shadow)
+    ),
+    *_parts(POSTFIX, "postfix", ("master", "qmgr", "cleanup", "smtpd", "lmtp"), primary),
+    *_parts(DOVECOT, "dovecot", ("dovecot", "lmtp", "doveadm-server"), primary),
+    *_parts(DOVECOT, "dovecot", ("dovecot", "doveadm-server"), shadow),
+    *(
+        Fault(f"agent killed five times, {side.__name__}", (do.storm(AGENT, side, 5),))
+        for side in (primary, shadow)
+    ),
+    *(
+        # Longer than every time-out of the other side (5 s), shorter than the watchdog's (10 s).
+        Fault(
+            f"agent stopped, {side.__name__}",
+            (do.signalled(AGENT, "STOP", side),),
+            (do.signalled(AGENT, "CONT", side),),
+            stands=(5.5, 7.5),
+        )
+        for side in (primary, shadow)
+    ),
+    # Hosts.
+    Fault(
+        "power cut, shadow", (do.power_cut(shadow),), (do.power_back(shadow),),
+        stands=(1.0, 3.0), heals=30,
+    ),
+    Fault(
+        "power cut and failover, primary",
+        (do.power_cut(primary),),
+        (do.failed_over, do.power_back(primary)),
+        heals=30, moves=True, after=(do.held_queue_dropped,),
+    ),
+    Fault(
+        "power cut and back, primary", (do.power_cut(primary),), (do.power_back(primary),),
+        stands=(0.1, 3.0), heals=30,
+    ),
+    *(
+        Fault(
+            f"frozen, {side.__name__}", (do.frozen(side),), (do.thawed(side),), stands=(2.5, 6.0),
+        )
+        for side in (primary, shadow)
+    ),
+    Fault(
+        "frozen and failover, primary",
+        (do.frozen(primary),),
+        (do.failed_over, do.thawed(primary)),
+        heals=30, moves=True, after=(do.held_queue_dropped,),
+    ),
+    # The link between the sites.
+    Fault("link cut", (do.wan_cut,), (do.wan_healed,), stands=(1.0, 5.0)),
+    Fault(
+        "link loses 20 %", (do.wan_set(loss=20),), (do.wan_set(loss=0),), stands=(4.0, 7.0),
+        heals=30,
+    ),
+    Fault(
+        "link of 256 kbit/s", (do.wan_set(rate=256),), (do.wan_set(rate=0),), stands=(4.0, 7.0),
+        heals=30,
+    ),
+    # The disk.
+    Fault(
+        "disk full, shadow store", (do.store_filled,), (do.store_emptied,), stands=(2.0, 4.0),
+        before=(do.small_store,), after=(do.large_store,),
+    ),
+    # Changes of primary.
+    Fault("switchover", (do.switched_over,), moves=True),
+    *(
+        Fault(
+            f"agent killed in a switchover, {side.__name__}",
+            (do.switchover_begun, do.main_killed(AGENT, side)),
+            heals=30, moves=None, after=(do.held_queue_dropped,),
+        )
+        for side in (primary, shadow)
+    ),
+)  # fmt: skip
+
+BY_NAME = {fault.name: fault for fault in FAULTS}
+
+SELECTION = (
+    "agent killed, primary",
+    "postfix lmtp killed, primary",
+    "dovecot master killed, primary",
+    "agent stopped, shadow",
+    "power cut, shadow",
+    "power cut and failover, primary",
+    "link cut",
+    "switchover",
+)
+"""What `make test` tries: one of each kind."""

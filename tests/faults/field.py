@@ -1,0 +1,133 @@
+"""The pair under test, as an operator reaches it: commands in hosts, roles, waiting for a state."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+LAB = ROOT / "tests" / "lab" / "lab"
+INVENTORY = ROOT / "inventories" / "lab"
+
+_hosts = yaml.safe_load((INVENTORY / "hosts.yml").read_text())
+_mail = yaml.safe_load((INVENTORY / "group_vars" / "all" / "mailboxes.yml").read_text())
+ADDRESSES: dict[str, str] = {
+    name: host["ansible_host"] for name, host in _hosts["umbra_nodes"]["hosts"].items()
+}
+NODES = tuple(ADDRESSES)
+CLIENT = next(iter(_hosts["umbra_outside"]["hosts"]))
+PASSWORD: str = _mail["lab_password"]
+MAILBOXES: tuple[str, ...] = tuple(item["address"] for item in _mail["mail_server_mailboxes"])
+
+Value = TypeVar("Value")
+
+# Runs on a host: what its agent reports. umbractl does the same, but takes long to start.
+_STATUS = """
+import http.client, socket
+connection = http.client.HTTPConnection("localhost", timeout=3)
+connection.sock = socket.socket(socket.AF_UNIX)
+connection.sock.settimeout(3)
+connection.sock.connect("/run/umbra/api.sock")
+connection.request("GET", "/status")
+print(connection.getresponse().read().decode())
+"""
+
+
+class FieldError(Exception):
+    """The hosts are not as the trial needs them; one sentence."""
+
+
+class Field:
+    """A lab and who is primary in it now."""
+
+    def __init__(self, lab: str) -> None:
+        self.name = lab
+        self.primary, self.shadow = NODES
+
+    def lab(
+        self, *words: str, text: str | None = None, timeout: float = 120, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        """Run the lab's own command."""
+        command = [str(LAB), "--name", self.name, *words]
+        try:
+            done = subprocess.run(
+                command, input=text or "", capture_output=True, text=True, timeout=timeout
+            )
+        except subprocess.TimeoutExpired:
+            raise FieldError(f"`lab {shlex.join(words)[:200]}` took over {timeout:g} s") from None
+        if check and done.returncode:
+            said = " ".join((done.stderr or done.stdout).split())[-400:]
+            raise FieldError(f"`lab {shlex.join(words)[:200]}` gave {done.returncode}: {said}")
+        return done
+
+    def run(
+        self,
+        host: str,
+        script: str,
+        *values: object,
+        text: str | None = None,
+        timeout: float = 60,
+        check: bool = True,
+    ) -> str:
+        """Run a shell script in a host and return what it prints; values are its $1, $2, ..."""
+        words = ["exec", host, "--", "sh", "-c", script, "sh", *map(str, values)]
+        return self.lab(*words, text=text, timeout=timeout, check=check).stdout
+
+    def start(self, host: str, *command: str) -> subprocess.Popen[str]:
+        """Start a command in a host and go on."""
+        return subprocess.Popen(
+            [str(LAB), "--name", self.name, "exec", host, "--", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def status(self, node: str) -> dict[str, Any] | None:
+        """The group as a node's agent sees it; None if that node does not answer."""
+        try:
+            done = self.lab("exec", node, "--", "python3", "-c", _STATUS, timeout=10, check=False)
+            return dict(json.loads(done.stdout)) if done.returncode == 0 else None
+        except (FieldError, ValueError):
+            return None
+
+    def protected(self) -> bool:
+        """Whether every node says that the group is protected, and agrees on who is primary."""
+        seen = [self.status(node) for node in NODES]
+        known = [status for status in seen if status and status["protected"]]
+        if len(known) < len(NODES) or len({status["primary"] for status in known}) != 1:
+            return False
+        self.primary = known[0]["primary"]
+        (self.shadow,) = set(NODES) - {self.primary}
+        return True
+
+    def why(self) -> str:
+        """What the nodes say instead, for a report."""
+        seen = {node: self.status(node) for node in NODES}
+        return "; ".join(
+            f"{node}: {', '.join(status['reasons']) or 'protected' if status else 'no answer'}"
+            for node, status in seen.items()
+        )
+
+    def wait_protected(self, seconds: float) -> float:
+        """Wait for that and return how long it took."""
+        began = time.monotonic()
+        wait(self.protected, seconds, lambda: f"the group is not protected: {self.why()}")
+        return time.monotonic() - began
+
+
+def wait(condition: Callable[[], Value], seconds: float, sentence: Callable[[], str]) -> Value:
+    """Wait until a condition holds; FieldError with a sentence if it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise FieldError(f"After {seconds:g} s {sentence()}.")
+        time.sleep(0.2)
+    return value

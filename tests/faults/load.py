@@ -1,0 +1,192 @@
+"""The load, and what the mailboxes hold of it: failover_test's client, on the lab's hosts."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from tests.faults.field import (
+    ADDRESSES,
+    CLIENT,
+    MAILBOXES,
+    NODES,
+    PASSWORD,
+    ROOT,
+    Field,
+    FieldError,
+    wait,
+)
+
+DIRECTORY = "/var/lib/umbra-faults"
+FILES = ROOT / "roles" / "failover_test" / "files"
+USERS = MAILBOXES[:6]
+MESSAGES_PER_S = 20.0
+WORKERS = 6
+LONGEST_S = 120.0
+REPLY_TIMEOUT_S = 8.0
+"""Longer than the milter's own decision takes in the worst case, so that few outcomes are unknown;
+shorter than a dead host would keep a worker."""
+ENOUGH = 40
+"""Acknowledged messages without which the load does not end: it goes on until mail flows again."""
+
+
+def settings(run: str) -> dict[str, Any]:
+    """Settings of the client for one trial, as `failover_client.settings` reads them."""
+    return {
+        "run": run,
+        "targets": [{"node": node, "address": address} for node, address in ADDRESSES.items()],
+        "users": [{"address": user, "password": PASSWORD} for user in USERS],
+        "sender": "faults@example.com",
+        "smtp_port": 25,
+        "imap_port": 993,
+        "ca_file": f"{DIRECTORY}/ca.crt",
+        "verify_tls": True,
+        "server_name": "mail.example.org",
+        "smtp_workers": WORKERS,
+        "imap_workers": 0,
+        "messages_per_s": MESSAGES_PER_S,
+        "changes_per_s": 1.0,
+        "samples": "",
+        "big_message_bytes": 0,
+        "min_messages": ENOUGH,
+        "min_changes": 0,
+        "max_s": LONGEST_S,
+        "connect_timeout_s": 0.5,
+        "reply_timeout_s": REPLY_TIMEOUT_S,
+    }
+
+
+def install(field: Field) -> None:
+    """Bring the client to the outside host, and to the nodes as their reader."""
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for path in sorted((FILES / "failover_client").glob("*.py")):
+            tar.add(path, f"failover_client/{path.name}")
+    authority = field.run(NODES[0], "cat /etc/ssl/umbra/ca.crt")
+    for host in (CLIENT, *NODES):
+        command = [
+            "exec",
+            host,
+            "--",
+            "sh",
+            "-c",
+            f"mkdir -p {DIRECTORY} && tar -C {DIRECTORY} -xf -",
+        ]
+        subprocess.run(
+            [str(ROOT / "tests/lab/lab"), "--name", field.name, *command],
+            input=archive.getvalue(), check=True, timeout=60,
+        )  # fmt: skip
+    field.run(CLIENT, f"cat > {DIRECTORY}/ca.crt", text=authority)
+
+
+class Load:
+    """Messages sent from outside, from ``start`` to ``stop``."""
+
+    def __init__(self, field: Field, run: str) -> None:
+        self._field = field
+        self._run = run
+        self._directory = f"{DIRECTORY}/{run}"
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        """Begin, and return when the first message was answered."""
+        self._field.run(
+            CLIENT,
+            "mkdir -p $1 && cat > $1/settings.json",
+            self._directory,
+            text=json.dumps(settings(self._run)),
+        )
+        command = "cd $1 && echo $$ > pid && PYTHONPATH=.. exec python3 -m failover_client $2 $3"
+        self._process = self._field.start(
+            CLIENT, "sh", "-c", command, "sh", self._directory, "run", "settings.json"
+        )
+        self.wait_for_more(0)
+
+    def taken(self) -> int:
+        """How many messages were acknowledged so far."""
+        script = 'grep -c \'"outcome":"ok"\' $1/log.jsonl; true'
+        return int(self._field.run(CLIENT, script, self._directory) or 0)
+
+    def wait_for_more(self, count: int) -> None:
+        """Wait until more than so many were acknowledged: mail flows."""
+        wait(lambda: self.taken() > count, 20, lambda: f"no mail is taken: {self._field.why()}")
+
+    def stop(self) -> list[dict[str, Any]]:
+        """End it and return its log."""
+        process, self._process = self._process, None
+        assert process is not None
+        self._field.run(CLIENT, "touch $1/stop", self._directory)
+        try:
+            said, _ = process.communicate(timeout=LONGEST_S + 30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            raise FieldError("the load did not end") from None
+        if process.returncode:
+            raise FieldError(f"the load broke off: {said[-300:]}")
+        text = self._field.run(CLIENT, "cat $1/log.jsonl; rm -r $1", self._directory)
+        return [json.loads(line) for line in text.splitlines()]
+
+    def abandon(self) -> None:
+        """End it whatever it does; for a trial that has failed already."""
+        process, self._process = self._process, None
+        if process is not None:
+            self._field.run(CLIENT, "kill $(cat $1/pid)", self._directory, check=False)
+            process.kill()
+            process.communicate()
+
+
+def read(field: Field, run: str) -> dict[str, dict[str, Any]]:
+    """What each node's mailboxes hold of a run, read on its own disk."""
+    script = (
+        f"cd {DIRECTORY} && run=$1 && shift && python3 -m failover_client read-local --run $run"
+        " --prefix failover-test-$run- --output view-$run.json $@"
+        " && cat view-$run.json && rm view-$run.json"
+    )
+    with ThreadPoolExecutor() as pool:
+        views = pool.map(lambda node: json.loads(field.run(node, script, run, *USERS)), NODES)
+        return dict(zip(NODES, views, strict=True))
+
+
+def clean(field: Field, run: str) -> None:
+    """Remove a run's messages from the mailboxes, so that they stay small."""
+    script = (
+        "for user; do doveadm expunge -u $user mailbox INBOX HEADER X-Failover-Test-Id $run; done"
+    )
+    field.run(field.primary, f"run=$1; shift; {script}", run, *USERS)
+
+
+def settle(field: Field, seconds: float) -> list[str]:
+    """Wait until nothing is in transit any more; return what still is, one sentence each.
+
+    What was deferred while Dovecot was away Postfix would try again in five minutes: that is asked
+    for here, by `postqueue -f`.
+    """
+    queue = (
+        "cd /var/spool/postfix && find maildrop incoming active deferred -type f | wc -l;"
+        " find hold -type f | wc -l; postqueue -f"
+    )
+
+    def left() -> list[str]:
+        found = []
+        waiting, held = field.run(field.primary, queue).split()
+        if waiting != "0":
+            found.append(f"{waiting} messages stay in the primary's queue")
+        if held != "0":
+            found.append(f"{held} messages are on hold on the primary")
+        status = field.status(field.primary)
+        for node in status["nodes"] if status else []:
+            if node["shadow_messages"]:
+                copies = node["shadow_messages"]
+                found.append(f"{copies} shadow messages are never discarded on {node['node']}")
+        return found if status else ["the primary's agent does not answer"]
+
+    deadline = time.monotonic() + seconds
+    while (found := left()) and time.monotonic() < deadline:
+        time.sleep(0.3)
+    return found

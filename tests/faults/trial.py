@@ -1,0 +1,144 @@
+"""One trial: load, fault, recovery, and the account of every message."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from plugins.module_utils import _accounting as accounting
+from tests.faults import load
+from tests.faults.actions import Action
+from tests.faults.catalogue import Fault
+from tests.faults.field import NODES, Field, FieldError
+from tests.faults.schedule import Plan
+
+SETTLE_S = 20.0
+COUNTED = ("lost", "duplicated", "altered", "unexpected", "refused_but_present", "nodes_differ",
+           "uids_changed")  # fmt: skip
+UNITS = ("umbra-agent", "umbra-helper", "umbra-fence", "postfix", "dovecot")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a trial. ``reasons`` is empty when all held that must hold."""
+
+    plan: Plan
+    primary: str
+    seconds: float
+    healed_s: float | None = None
+    refusal_s: float | None = None
+    acknowledged: int = 0
+    refused: int = 0
+    unknown: int = 0
+    counts: Mapping[str, int] = field(default_factory=dict)
+    reasons: Sequence[str] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as a JSON object."""
+        return asdict(self)
+
+
+def judge(
+    log: Sequence[Mapping[str, Any]],
+    views: Mapping[str, Mapping[str, Any]],
+    fault_ns: int,
+    healed_ns: int,
+) -> tuple[dict[str, Any], list[str]]:
+    """Account for a trial's messages: figures, and what is not as it must be. Pure."""
+    account = accounting.account(
+        log, [], views, [], {"acknowledged": load.ENOUGH, "changes_acknowledged": 0}, "fault"
+    )
+    reasons = list(account["reasons"])
+    ends = sorted(item["end"] for item in log if item.get("outcome") == accounting.OK)
+    last = max([item["end"] for item in log if item["type"] == "op"], default=healed_ns)
+    if not any(end > healed_ns for end in ends):
+        reasons.append("No message was taken after the group was protected again.")
+    figures = {
+        "refusal_s": accounting.outage_s(ends, fault_ns, max(healed_ns, fault_ns + 1), last),
+        "acknowledged": account["acknowledged"],
+        "refused": account["refused"],
+        "unknown": account["unknown"],
+        "counts": {name: account[name] for name in COUNTED},
+    }
+    return figures, [*reasons, *(item["text"] for item in account["findings"][:10])]
+
+
+def make(ground: Field, fault: Fault, plan: Plan, run: str, evidence: Path) -> Result:
+    """Make one trial; what it was judged from is left in ``evidence`` when it has failed."""
+    began = time.monotonic()
+    chance = random.Random(plan.seed)
+    before, since = ground.primary, time.time()
+    log: list[dict[str, Any]] = []
+    views: dict[str, dict[str, Any]] = {}
+    figures: dict[str, Any] = {}
+    healed_s: float | None = None
+    generator = load.Load(ground, run)
+    try:
+        _act(fault.before, ground, chance)
+        ground.wait_protected(fault.heals if fault.before else 5)
+        generator.start()
+        time.sleep(plan.moment_s)
+        fault_ns = time.monotonic_ns()
+        _act(fault.inject, ground, chance)
+        time.sleep(chance.uniform(*fault.stands))
+        _act(fault.recover, ground, chance)
+        healed_s = round(ground.wait_protected(fault.heals), 2)
+        healed_ns = time.monotonic_ns()
+        generator.wait_for_more(generator.taken())
+        log = generator.stop()
+        reasons = load.settle(ground, SETTLE_S)
+        ground.wait_protected(fault.heals)
+        views = load.read(ground, run)
+        figures, found = judge(log, views, fault_ns, healed_ns)
+        reasons += found
+        if fault.moves is not None and (ground.primary != before) is not fault.moves:
+            reasons.append(f"The primary was {before} and is {ground.primary}.")
+        if not reasons:  # or else all stays to be looked at
+            _act(fault.after, ground, chance)
+            load.clean(ground, run)
+    except FieldError as error:
+        reasons = [str(error)]
+    finally:
+        generator.abandon()
+    result = Result(
+        plan, before, round(time.monotonic() - began, 1), healed_s, reasons=reasons, **figures
+    )
+    if reasons:
+        keep(ground, evidence / run, since, log, views, result)
+    return result
+
+
+def _act(actions: Sequence[Action], ground: Field, chance: random.Random) -> None:
+    for action in actions:
+        action(ground, chance)
+
+
+def keep(
+    ground: Field,
+    directory: Path,
+    since: float,
+    log: Sequence[Mapping[str, Any]],
+    views: Mapping[str, Mapping[str, Any]],
+    result: Result,
+) -> None:
+    """Write down all that tells why a trial has failed, both nodes' journals included."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "result.json").write_text(json.dumps(result.to_json(), indent=2) + "\n")
+    (directory / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    for node in NODES:
+        (directory / f"{node}.json").write_text(json.dumps(views.get(node, {})))
+        units = " ".join(f"-u {unit}" for unit in UNITS)
+        script = (
+            f"journalctl --no-pager -o short-precise --since @$1 {units};"
+            " postqueue -p; umbractl status"
+        )
+        try:
+            said = ground.run(node, script, int(since), check=False)
+        except FieldError as error:
+            said = f"{error}\n"
+        (directory / f"{node}.journal").write_text(said)
