@@ -51,7 +51,7 @@ integration: root collection ## The molecule scenarios, one after the other, in 
 	@tests/lab/lab prerequisites
 	@tests/run.py lab integration
 
-faults: root collection ## Fault trials: load, one fault, every acknowledged message accounted for (an hour)
+faults: root collection ## Fault trials: load, one fault, every acknowledged message accounted for
 	@tests/lab/lab prerequisites && tests/lab/lab --name faults up
 	@tests/lab/lab --name faults control -- ansible-playbook -i inventories/lab umbra.mail.site
 	@python -m tests.faults --lab faults --trials $(TRIALS) $(if $(SEED),--seed $(SEED)) \

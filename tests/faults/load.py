@@ -165,10 +165,13 @@ def settle(field: Field, seconds: float) -> list[str]:
     """Wait until nothing is in transit any more; return what still is, one sentence each.
 
     What was deferred while Dovecot was away Postfix would try again in five minutes: that is asked
-    for here, by `postqueue -f`.
+    for here, by `postqueue -f`. A file in incoming that is not executable was never acknowledged: a
+    cleanup that was killed leaves it, and Postfix removes it some day.
     """
     queue = (
-        "cd /var/spool/postfix && find maildrop incoming active deferred -type f | wc -l;"
+        "cd /var/spool/postfix;"
+        " find maildrop incoming active deferred -type f"
+        " ! '(' -path 'incoming/*' ! -perm -u+x ')' | wc -l;"
         " find hold -type f | wc -l; postqueue -f"
     )
 
