@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import tarfile
 import tempfile
+from typing import Any
 
 from ansible import constants as C
 from ansible.errors import AnsibleActionFail
@@ -14,12 +15,14 @@ from ansible.plugins.action import ActionBase
 
 
 class ActionModule(ActionBase):
-    """Sends the directory to the host as one archive and lets the module of the same name compare and install it."""
+    """Sends the directory to the host as one archive; the module of the same name installs it."""
 
     TRANSFERS_FILES = True
     _VALID_ARGS = frozenset(("src", "dest"))
 
-    def run(self, tmp=None, task_vars=None):
+    def run(
+        self, tmp: str | None = None, task_vars: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         super().run(tmp, task_vars)
         args = dict(self._task.args)
         if not args.get("src"):
@@ -35,8 +38,11 @@ class ActionModule(ActionBase):
         finally:
             os.unlink(archive)
         self._fixup_perms2((self._connection._shell.tmpdir, remote))
-        return self._execute_module(module_args={**args, "src": remote}, task_vars=task_vars)
+        result: dict[str, Any] = self._execute_module(
+            module_args={**args, "src": remote}, task_vars=task_vars
+        )
+        return result
 
 
-def _without_cache(member):
+def _without_cache(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
     return None if os.path.basename(member.name) == "__pycache__" else member

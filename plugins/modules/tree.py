@@ -9,8 +9,8 @@ DOCUMENTATION = r"""
 module: tree
 short_description: Make a directory on the host exactly what it is on the controller
 description:
-  - Installs a directory of program files in one step, so that whoever starts the program finds the old files or the new
-    ones and never a mixture, even when the power fails in between.
+  - Installs a directory of program files in one step, so that whoever starts the program finds
+    the old files or the new ones and never a mixture, even when the power fails in between.
   - Files that are on the host and not on the controller vanish.
   - O(dest) becomes a symbolic link to a directory beside it that holds this version of the files.
   - The bytecode cache C(__pycache__) counts on neither side.
@@ -19,7 +19,9 @@ author:
   - umbra.mail contributors (@umbra-mail)
 options:
   src:
-    description: The directory on the controller; a relative one is looked for below the C(files) directory of the role.
+    description:
+      - The directory on the controller; a relative one is looked for below the C(files) directory
+        of the role.
     type: path
     required: true
   dest:
@@ -74,47 +76,70 @@ from ansible.module_utils.basic import AnsibleModule
 FILE_MODE = 0o644
 DIRECTORY_MODE = 0o755
 
+Files = dict[str, tuple[bytes, int]]
+"""Relative path to (content, mode)."""
 
-def wanted(archive):
-    """Return the files of an archive: relative path to (content, mode)."""
+
+def wanted(archive: str) -> Files:
+    """Return the files of an archive."""
+    files: Files = {}
     with tarfile.open(archive) as tar:
-        return {member.name: (tar.extractfile(member).read(), FILE_MODE) for member in tar if member.isfile()}
+        for member in tar:
+            stream = tar.extractfile(member)
+            if stream is not None:
+                files[member.name] = (stream.read(), FILE_MODE)
+    return files
 
 
-def found(directory):
-    """Return the files below a directory: relative path to (content, mode)."""
-    files = {}
+def found(directory: str) -> Files:
+    """Return the files below a directory; none if there is no such directory."""
+    files: Files = {}
     for parent, directories, names in os.walk(directory):
         directories[:] = [name for name in directories if name != "__pycache__"]
         for name in names:
             path = os.path.join(parent, name)
             with open(path, "rb") as stream:
                 content = stream.read()
-            files[os.path.relpath(path, directory)] = (content, stat.S_IMODE(os.stat(path).st_mode))
+            mode = stat.S_IMODE(os.stat(path).st_mode)
+            files[os.path.relpath(path, directory)] = (content, mode)
     return files
 
 
-def difference(dest, before, after):
+def changed_names(before: Files, after: Files) -> list[str]:
+    """Return the files that both states have and that differ."""
+    return sorted(name for name in before.keys() & after.keys() if before[name] != after[name])
+
+
+def difference(dest: str, before: Files, after: Files) -> list[dict[str, str]]:
     """Return Ansible's diff of two states, one entry for each file that differs."""
-    def text(state, name):
+
+    def text(state: Files, name: str) -> str:
         return state[name][0].decode("utf-8", "replace") if name in state else ""
 
-    def header(state, name):
-        return "%s (mode %04o)" % (os.path.join(dest, name), state[name][1]) if name in state else "/dev/null"
+    def header(state: Files, name: str) -> str:
+        if name not in state:
+            return "/dev/null"
+        return f"{os.path.join(dest, name)} (mode {state[name][1]:04o})"
 
     return [
         {
-            "before": text(before, name), "before_header": header(before, name),
-            "after": text(after, name), "after_header": header(after, name),
+            "before": text(before, name),
+            "before_header": header(before, name),
+            "after": text(after, name),
+            "after_header": header(after, name),
         }
-        for name in sorted(set(before) | set(after)) if before.get(name) != after.get(name)
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
     ]
 
 
-def publish(dest, files):
-    """Write the files to a new directory and turn the link to it; a crash on the way leaves the old version in place."""
+def publish(dest: str, files: Files) -> None:
+    """Write the files to a new directory and turn the link to it.
+
+    A crash on the way leaves the old version in place, and a directory that the next run removes.
+    """
     parent, name = os.path.split(dest)
-    prefix = "." + name + "-"
+    prefix = f".{name}-"
     fresh = tempfile.mkdtemp(prefix=prefix, dir=parent)
     os.chmod(fresh, DIRECTORY_MODE)
     for relative, (content, mode) in files.items():
@@ -133,24 +158,27 @@ def publish(dest, files):
             shutil.rmtree(os.path.join(parent, entry))
 
 
-def main():
+def main() -> None:
     module = AnsibleModule(
-        argument_spec={"src": {"type": "path", "required": True}, "dest": {"type": "path", "required": True}},
+        argument_spec={
+            "src": {"type": "path", "required": True},
+            "dest": {"type": "path", "required": True},
+        },
         supports_check_mode=True,
     )
     os.umask(0o022)
     dest = module.params["dest"].rstrip("/")
     if os.path.isdir(dest) and not os.path.islink(dest):
-        module.fail_json(msg="%s is a directory that this module did not make; move it away." % dest)
+        module.fail_json(msg=f"{dest} is a directory that this module did not make; move it away.")
     before, after = found(dest), wanted(module.params["src"])
     if not after:
-        module.fail_json(msg="There is no file to install; this would remove %s." % dest)
+        module.fail_json(msg=f"There is no file to install; this would remove {dest}.")
     changed = before != after
     result = {
         "changed": changed,
-        "added": sorted(set(after) - set(before)),
-        "changed_files": sorted(name for name in set(after) & set(before) if after[name] != before[name]),
-        "removed": sorted(set(before) - set(after)),
+        "added": sorted(after.keys() - before.keys()),
+        "changed_files": changed_names(before, after),
+        "removed": sorted(before.keys() - after.keys()),
     }
     if module._diff:
         result["diff"] = difference(dest, before, after)

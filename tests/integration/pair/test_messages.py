@@ -34,14 +34,14 @@ def test_acknowledged_message_is_on_the_shadow_before_it_is_delivered(
     """With delivery held back, the shadow has it all the same, and lets it go afterwards."""
     lab.wait("the shadow holds nothing", lambda: held(shadow) == 0)
     mail = lab.mail(body="".join(f"line {number}\n" for number in range(500)))
-    lab.run(primary, "postconf -e defer_transports=lmtp && postfix reload")
+    lab.run(primary, "postconf -e defer_transports=lmtp && postfix reload && sleep 1")
     try:
         code, answer = lab.send(primary, [USER], mail.content)
         assert code == 250, answer
-        assert held(shadow) == 1
         files = lab.host(shadow).run("grep -rlF -- %s /var/lib/umbra/shadow", mail.id)
         assert files.stdout.strip(), "the shadow's store has no file with the message's id"
-        assert lab.copies(shadow, USER, mail.id) == []
+        lab.wait("the shadow's report has the message", lambda: held(shadow) == 1, 5)
+        assert lab.copies(primary, USER, mail.id) == lab.copies(shadow, USER, mail.id) == []
     finally:
         lab.run(primary, "postconf -X defer_transports && postfix reload && postqueue -f")
     assert len(delivered(primary, USER, mail)) == 1

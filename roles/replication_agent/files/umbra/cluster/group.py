@@ -93,7 +93,9 @@ class Group:
 
     Its maker sets ``links``; ``catch_up``, which copies to a peer what it lacks and calls its
     second argument at a moment when nothing is missing there; ``on_lost`` (peer, reason) and
-    ``on_demotion``, called when a peer is no longer waited for and when this node stops to serve.
+    ``on_demotion``, called when a peer is no longer waited for and when this node stops to serve;
+    ``on_opening``, called when this node serves again after a start or a handover that came to
+    nothing (a promotion has its own order of steps).
     """
 
     def __init__(self, config: Config, states: StateFile, helper: NodeHelper) -> None:
@@ -104,6 +106,7 @@ class Group:
         self.catch_up: CatchUp | None = None
         self.on_lost: Callable[[str, str], None] = lambda peer, reason: None
         self.on_demotion: Callable[[], None] = lambda: None
+        self.on_opening: Callable[[], None] = lambda: None
         self._lock = asyncio.Lock()
         self._changed = asyncio.Event()
         self._moved = asyncio.Condition()
@@ -199,6 +202,11 @@ class Group:
                 if busy
                 else state.alone_reason
             )
+            found += [
+                f"{name}: {view.reason}"
+                for name, view in state.peers.items()
+                if not view.reachable and view.reason and view.reason not in state.alone_reason
+            ]
         if self.effect_error:
             found.append(self.effect_error)
         return found
@@ -242,6 +250,8 @@ class Group:
                     self._moved.notify_all()
             if old.serving and not new.serving:
                 self.on_demotion()
+            if new.serving and not old.serving and not isinstance(event, machine.Promote):
+                self.on_opening()
             for name, view in old.peers.items():
                 if view.synchronous and not new.peers[name].synchronous:
                     self.on_lost(name, new.peers[name].reason or "this node is not primary")

@@ -28,6 +28,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import Any, Protocol
 
 from umbra.mailbox import metrics
@@ -130,8 +131,9 @@ async def copy(
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
     exchange: Exchange,
+    moved: Callable[[], None] = lambda: None,
 ) -> tuple[int, int]:
-    """Copy both ways until both sides have ended.
+    """Copy both ways until both sides have ended; call ``moved`` whenever data did.
 
     Returns the bytes sent and received over the exchange.
 
@@ -149,6 +151,7 @@ async def copy(
             while data := await reader.read(CHUNK):
                 await exchange.send(data)
                 sent += len(data)
+                moved()
         await exchange.end()
 
     async def downstream() -> None:
@@ -156,6 +159,7 @@ async def copy(
         gone = False
         while (data := await exchange.receive()) is not None:
             received += len(data)
+            moved()
             try:
                 if not gone:
                     writer.write(data)
@@ -190,6 +194,11 @@ class _Stream:
 
     local: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
     task: asyncio.Task[None]
+    moved: float
+
+    def move(self) -> None:
+        """Note that data moved now."""
+        self.moved = monotonic()
 
 
 class DsyncCarrier:
@@ -227,6 +236,11 @@ class DsyncCarrier:
         await asyncio.gather(*self._streams, *self._connections, return_exceptions=True)
         self._path.unlink(missing_ok=True)
 
+    def progress(self, user: str) -> float:
+        """Return when data of the running sync of ``user`` last moved (monotonic), 0 for none."""
+        stream = self._expected.get(user)
+        return stream.moved if stream else 0.0
+
     def cut(self) -> None:
         """Break all streams: their syncs fail at once instead of hanging on a dead peer."""
         for task in self._streams:
@@ -241,7 +255,7 @@ class DsyncCarrier:
         task = asyncio.create_task(self._carry(user, local), name=f"dsync {user}")
         self._streams.add(task)
         task.add_done_callback(self._ended)
-        self._expected[user] = _Stream(local, task)
+        self._expected[user] = _Stream(local, task, monotonic())
         try:
             result = await self._doveadm.sync(
                 user, f"tcp:{self._path}", state, SYNC_LIMIT, merge=merge
@@ -274,7 +288,7 @@ class DsyncCarrier:
                 "dsync", {"user": user}, timeout=STREAM_LIMIT
             ) as exchange:
                 reader, writer = await local
-                sent, received = await copy(reader, writer, exchange)
+                sent, received = await copy(reader, writer, exchange, self._expected[user].move)
                 metrics.CARRIED.labels(name, "sent").inc(sent)
                 metrics.CARRIED.labels(name, "received").inc(received)
                 await exchange.result()

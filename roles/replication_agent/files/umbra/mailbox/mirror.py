@@ -48,6 +48,10 @@ ATTEMPTS = 5
 CHANGED_ATTEMPTS = 50
 # Each user's mailboxes are compared without a state once in this time (seconds), spread evenly.
 DEEP_PERIOD = 24 * 3600.0
+# A change whose sync moves on waits for so many times the time-out in all, but for less than
+# Dovecot's script waits for the answer (mail_server_notify_timeout, 30 s).
+PATIENCE = 4
+LONGEST = 29.0
 
 
 class NotPrimary(Exception):
@@ -97,6 +101,9 @@ class Carrier(Protocol):
     async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
         """Make ``user`` at the peer what it is here; with ``merge``, bring both together."""
 
+    def progress(self, user: str) -> float:
+        """Return when data of the running sync of ``user`` last moved, on the monotonic clock."""
+
     def cut(self) -> None:
         """Break all syncs that run."""
 
@@ -140,7 +147,8 @@ def next_phase(phase: Phase, noted: int, few: int, first_round: bool) -> Phase:
 class PeerMirror:
     """The mirror to one peer.
 
-    :param timeout: how long a change waits (seconds) before the group is made alone.
+    :param timeout: how long a change waits while its sync does not move on (seconds) before the
+        group is made alone.
     """
 
     def __init__(
@@ -214,12 +222,16 @@ class PeerMirror:
         self._arrived[number] = monotonic()
         self._queue.wait(user, number)
         self._pump()
-        # Not wait_for: if the caller goes away, the change must still be mirrored.
-        await asyncio.wait({future}, timeout=self._timeout)
-        if not future.done():
-            await self.lose(
-                f"{self.peer} did not have a change of {user} within {self._timeout:g} s"
-            )
+        arrived = self._arrived[number]
+        while not future.done():
+            # A large message may take its time as long as it moves.
+            moved = max(arrived, self._carrier.progress(user))
+            until = min(moved + self._timeout, arrived + min(PATIENCE * self._timeout, LONGEST))
+            if (left := until - monotonic()) <= 0:
+                await self.lose(f"a change of {user} did not get to {self.peer} in time")
+                break
+            # Not wait_for: if the caller goes away, the change must still be mirrored.
+            await asyncio.wait({future}, timeout=left)
         verdict: Verdict = await future
         return verdict
 

@@ -131,7 +131,7 @@ class Messages:
 
     async def run(self) -> None:
         """Discard, resubmit and count, until cancelled."""
-        if self._group.is_primary():
+        if self._group.is_primary():  # it was alone and has opened at once
             self._resubmitting.set()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._discarder.run())

@@ -1,0 +1,165 @@
+"""The shell around the decisions: first the disk, then what it allows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from umbra.cluster import machine
+from umbra.cluster.group import Group
+from umbra.cluster.machine import NotNow
+from umbra.cluster.state import Change, Durable, Mode, Phase, Role
+from umbra.cluster.static import StateFile
+from umbra.config import Config, Endpoint, Peer
+from umbra.node.client import NodeHelper
+from umbra.peer.exchange import PeerError
+from umbra.transport.ports import NotPrimary
+
+AT = "2026-01-01T00:00:00.000Z"
+CONFIG = Config(
+    group="mail",
+    node="a",
+    site="alpha",
+    role="primary",
+    link=Endpoint("127.0.0.1", 1),
+    api=Endpoint("127.0.0.1", 2),
+    peers=(Peer("b", "beta", "127.0.0.2"),),
+)
+
+
+class Disk(StateFile):
+    """A state file that can be made to fail."""
+
+    broken = False
+
+    def save(self, durable: Durable) -> None:
+        if self.broken:
+            raise OSError("the disk refuses")
+        super().save(durable)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Disk:
+    return Disk(tmp_path / "state.json", "mail", "a")
+
+
+def make(disk: Disk) -> Group:
+    return Group(CONFIG, disk, NodeHelper(Path("/nonexistent")))
+
+
+def status(**values: Any) -> dict[str, Any]:
+    return {"epoch": 1, "role": "shadow", "state": "shadow", "storage_id": "b1", **values}
+
+
+async def protected(disk: Disk) -> Group:
+    group = make(disk)
+    await group.heard_from("b", status(), answered=True)
+    await group.apply(machine.CatchingUp("b"))
+    await group.apply(machine.CaughtUp("b"))
+    return group
+
+
+async def test_a_new_primary_opens_when_a_shadow_answers(disk: Disk) -> None:
+    group = make(disk)
+    opened: list[str] = []
+    group.on_opening = lambda: opened.append("yes")
+    assert group.accepting() is not None
+    await group.heard_from("b", status(), answered=True)
+    assert group.accepting() is None
+    assert opened == ["yes"]
+
+
+async def test_alone_is_on_disk_before_anybody_is_told(disk: Disk) -> None:
+    group = await protected(disk)
+    await group.mirror_failed("b", "no answer")
+    stored = disk.load()
+    assert stored is not None
+    assert stored.mode is Mode.ALONE
+    assert group.reasons() == ["b: no answer"]
+
+
+async def test_a_disk_that_refuses_allows_nothing_new(disk: Disk) -> None:
+    group = await protected(disk)
+    disk.broken = True
+    with pytest.raises(OSError, match="refuses"):
+        await group.mirror_failed("b", "no answer")
+    assert group.state.durable.mode is Mode.PROTECTED  # so a change still has to wait for b
+
+
+async def test_what_is_forbidden_stops_even_if_the_disk_refuses(disk: Disk) -> None:
+    group = await protected(disk)
+    disk.broken = True
+    higher = status(epoch=9, role="primary", state="primary")
+    with pytest.raises(OSError, match="refuses"):
+        await group.heard_from("b", higher, answered=False)
+    assert not group.is_primary()
+
+
+async def test_the_parts_are_told_of_a_lost_peer_and_of_a_lost_role(disk: Disk) -> None:
+    group = await protected(disk)
+    told: list[Any] = []
+    group.on_lost = lambda peer, reason: told.append((peer, reason))
+    group.on_demotion = lambda: told.append("demoted")
+    await group.apply(machine.PeerLost("b", "gone"))
+    assert told == [("b", "gone")]
+    await group.heard_from("b", status(epoch=5, role="primary", state="primary"), answered=True)
+    assert told[1:] == ["demoted"]
+    with pytest.raises(NotPrimary):
+        await group.mirror_failed("b", "late")
+
+
+async def test_a_promotion_is_no_opening(disk: Disk) -> None:
+    """A handover's list of what is delivered must be noted before anything is resubmitted."""
+    disk.save(Durable("a1", 1, Role.SHADOW, Mode.PROTECTED, AT))
+    group = make(disk)
+    opened: list[str] = []
+    group.on_opening = lambda: opened.append("yes")
+    await group.apply(machine.Promote(2, Change("b", "a", AT, planned=True), protected=True))
+    assert group.is_primary()
+    assert opened == []
+
+
+@pytest.mark.parametrize(
+    ("op", "epoch", "code"),
+    [("shadow-store", 1, "refused"), ("dsync", 0, "stale-epoch"), ("handover", 1, "refused")],
+)
+async def test_a_primary_takes_nothing_from_its_equals_or_the_superseded(
+    disk: Disk, op: str, epoch: int, code: str
+) -> None:
+    group = await protected(disk)
+    with pytest.raises(PeerError) as caught:
+        await group.check_epoch("b", op, epoch)
+    assert caught.value.code == code
+    await group.check_epoch("b", "status", 0)
+
+
+async def test_an_operation_of_a_newer_epoch_ends_the_own_right_first(disk: Disk) -> None:
+    group = await protected(disk)
+    await group.check_epoch("b", "shadow-store", 2)
+    assert group.state.phase is Phase.SHADOW
+    stored = disk.load()
+    assert stored is not None
+    assert stored.epoch == 2
+
+
+async def test_a_status_that_makes_no_sense_is_refused(disk: Disk) -> None:
+    group = make(disk)
+    for nonsense in ({}, status(role="king"), status(epoch="many")):
+        with pytest.raises(PeerError, match="makes no sense"):
+            await group.heard_from("b", nonsense, answered=True)
+
+
+async def test_a_refused_wish_changes_nothing(disk: Disk) -> None:
+    group = make(disk)
+    with pytest.raises(NotNow):
+        await group.apply(machine.Drain())
+    assert group.state.phase is Phase.STARTING
+
+
+async def test_the_reason_names_the_peer_that_is_still_away_after_a_restart(disk: Disk) -> None:
+    disk.save(Durable("a1", 1, Role.PRIMARY, Mode.ALONE, AT))
+    group = make(disk)
+    await group.apply(machine.PeerLost("b", "b does not answer at 127.0.0.2"))
+    assert any("b does not answer" in reason for reason in group.reasons())
