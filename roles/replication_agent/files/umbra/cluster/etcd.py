@@ -1,0 +1,177 @@
+"""A small client of etcd's v3 JSON gateway: one key, read and swapped by committed transactions.
+
+Debian 13's etcd (3.5.16) may answer a plain linearizable read from a stale state while its leader
+changes, its watches can be silent without an error, and a lease can be renewed after it was
+revoked. So nothing of that is used: a read here is a transaction with a write that is never taken,
+which makes it go through the log like a write and leaves the key's revision alone.
+
+Every call has a short time-out. A swap that failed may still be committed later: only a greater
+revision of the key proves that it will not be.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import ssl
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import aiohttp
+
+
+class EtcdError(Exception):
+    """No usable answer; one sentence for people. Whether a swap is committed is not known."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a committed transaction showed of the key.
+
+    :param sent: when its request was sent, on this host's CLOCK_BOOTTIME, in seconds.
+    :param revision: the key's modification revision; 0 if there is no such key.
+    :param swapped: this transaction wrote ``value``.
+    """
+
+    sent: float
+    revision: int
+    value: bytes | None
+    swapped: bool = False
+
+
+def boottime() -> float:
+    """Return the seconds since the boot, those asleep included; nobody can set this clock."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def client_tls(authority: Path, certificate: Path, key: Path) -> ssl.SSLContext:
+    """Return what this host shows to the members, and whom it trusts: the group's CA alone."""
+    context = ssl.create_default_context(cafile=authority)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_cert_chain(certificate, key)
+    return context
+
+
+class Etcd:
+    """A client of all members of one cluster, to be used as an async context manager.
+
+    It stays with a member that answers, and turns to the next after a failure.
+
+    :param endpoints: ``https://ADDRESS:2379`` of each member, this host's own first.
+    :param timeout: seconds for one request, connecting included.
+    """
+
+    def __init__(
+        self, endpoints: Sequence[str], *, tls: ssl.SSLContext | None, timeout: float
+    ) -> None:
+        if not endpoints:
+            raise ValueError("a coordinator needs an endpoint")
+        self._endpoints = list(endpoints)
+        self._tls = tls
+        self._timeout = timeout
+        self._current = 0
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        connector = aiohttp.TCPConnector(ssl=self._tls if self._tls is not None else True)
+        self._session = aiohttp.ClientSession(connector=connector, trust_env=False)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    @property
+    def endpoint(self) -> str:
+        """The member that the next call goes to first."""
+        return self._endpoints[self._current]
+
+    async def read(self, key: str) -> Shown:
+        """Return the key as a committed transaction shows it.
+
+        A read may be repeated, so each member is asked once. EtcdError if none answered.
+        """
+        failures = []
+        for _ in self._endpoints:
+            try:
+                return await self._transact(
+                    key,
+                    {"target": "VERSION", "result": "LESS", "version": "0"},  # never true
+                    b"",
+                )
+            except EtcdError as error:
+                failures.append(str(error))
+        raise EtcdError("; ".join(failures))
+
+    async def swap(self, key: str, revision: int, value: bytes) -> Shown:
+        """Write ``value`` if the key's revision still is ``revision`` (0: there is no key).
+
+        Return what the transaction showed: the new value, or what is there instead. One member is
+        asked once. EtcdError if the outcome is not known.
+        """
+        return await self._transact(
+            key, {"target": "MOD", "result": "EQUAL", "mod_revision": str(revision)}, value
+        )
+
+    async def _transact(self, key: str, compare: Mapping[str, str], value: bytes) -> Shown:
+        name = _encode(key.encode())
+        body = {
+            "compare": [{"key": name, **compare}],
+            "success": [{"request_put": {"key": name, "value": _encode(value)}}],
+            "failure": [{"request_range": {"key": name}}],
+        }
+        sent = boottime()
+        endpoint = self.endpoint
+        try:
+            answer = await self._post(f"{endpoint}/v3/kv/txn", body)
+            return _shown(answer, sent, value)
+        except EtcdError as error:
+            # Also after an error that names no member: the next may have a leader.
+            self._current = (self._current + 1) % len(self._endpoints)
+            raise EtcdError(f"{endpoint}: {error}") from None
+
+    async def _post(self, url: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        if self._session is None:
+            raise EtcdError("the client is closed")
+        try:
+            async with (
+                asyncio.timeout(self._timeout),
+                self._session.post(url, json=body, allow_redirects=False) as response,
+            ):
+                answer = json.loads(await response.read())
+                status = response.status
+        except TimeoutError:
+            raise EtcdError(f"no answer within {self._timeout:g} s") from None
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise EtcdError(str(error) or type(error).__name__) from None
+        if not isinstance(answer, dict):
+            raise EtcdError("an answer that is no JSON object")
+        if status != 200:
+            raise EtcdError(str(answer.get("message") or answer.get("error") or f"HTTP {status}"))
+        return answer
+
+
+def _shown(answer: Mapping[str, Any], sent: float, value: bytes) -> Shown:
+    try:
+        if answer.get("succeeded"):
+            # A transaction's own revision is that of what it wrote.
+            return Shown(sent, int(answer["header"]["revision"]), value, swapped=True)
+        found = answer["responses"][0]["response_range"].get("kvs", [])
+        if not found:
+            return Shown(sent, 0, None)
+        return Shown(
+            sent,
+            int(found[0]["mod_revision"]),
+            base64.b64decode(found[0].get("value", ""), validate=True),
+        )
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise EtcdError(f"an answer that makes no sense: {error!r}") from None
+
+
+def _encode(value: bytes) -> str:
+    return base64.b64encode(value).decode()

@@ -1,0 +1,1 @@
+"""A discrete-event simulation of a group: nodes, network, coordinator, faults and invariants."""

@@ -1,0 +1,254 @@
+"""The protocol with a witness: single decisions, single faults, and random ones."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.sim import scenarios
+from tests.sim.faults import episode
+
+from umbra.cluster import protocol as p
+
+TIMING = p.PROFILES["default"]
+A = p.Config("a", "one", {"b": "two"}, TIMING, initial=True)
+B = p.Config("b", "two", {"a": "one"}, TIMING)
+RECORD = p.Record("a", "a.0", 1, p.Mode.PROTECTED, frozenset({p.Member("b", "b.0")}))
+
+
+def take(
+    config: p.Config, state: p.State, *events: p.Event, now: float, wall: float = 0.0
+) -> tuple[p.State, list[p.Effect]]:
+    effects: list[p.Effect] = []
+    for event in events:
+        state, more = p.step(config, state, event, now, wall)
+        effects += more
+    return state, effects
+
+
+def kinds(effects: list[p.Effect]) -> list[type]:
+    return [type(effect) for effect in effects]
+
+
+def primary(now: float = 100.0) -> p.State:
+    """`a`, open and answered at ``now``."""
+    state = p.boot("a", p.Durable("a.0", 1, 1), now - 10)
+    state, _ = take(
+        A,
+        state,
+        p.Worked(now),
+        p.Seen(now, 7, RECORD),
+        p.Answered("b", now, 1, "b.0"),
+        now=now,
+    )
+    assert state.phase is p.Phase.PRIMARY
+    return state
+
+
+def shadow(now: float = 100.0, record: p.Record = RECORD) -> p.State:
+    """`b`, asked by `a` at ``now``."""
+    state = p.boot("b", p.Durable("b.0"), now - 10)
+    state, _ = take(B, state, p.Worked(now), p.Seen(now, 7, record), p.Asked("a", 1, True), now=now)
+    return state
+
+
+def test_a_new_group_is_made_by_one_node_once() -> None:
+    state = p.boot("a", p.Durable("a.0"), 0.0)
+    state, effects = take(A, state, p.Seen(1.0, 0, None), now=1.0)
+    first = p.Record("a", "a.0", 1, p.Mode.ALONE)
+    assert p.Swap(0, first) in effects
+    state, effects = take(A, state, p.Seen(1.0, 3, first), now=1.1)
+    assert state.phase is p.Phase.PROMOTING
+    state, effects = take(A, state, p.Seen(4.0, 3, first), now=4.0)
+    assert kinds(effects)[:2] == [p.Persist, p.Open]
+    assert state.durable == p.Durable("a.0", 1, 1)
+
+
+def test_a_lost_key_waits_for_a_person() -> None:
+    state = p.boot("a", p.Durable("a.0", 5, 5), 0.0)
+    state, effects = take(A, state, p.Seen(1.0, 0, None), now=1.0)
+    assert state.phase is p.Phase.HELD
+    assert p.Swap not in kinds(effects)
+
+
+def test_a_250_needs_the_shadow_the_epoch_and_the_time() -> None:
+    state = primary(100.0)
+    assert p.may_acknowledge(A, state, 100.1, 1, {"b"})
+    assert not p.may_acknowledge(A, state, 100.1, 1, set())
+    assert not p.may_acknowledge(A, state, 100.1, 0, {"b"})
+    assert not p.may_acknowledge(A, state, 100.0 + TIMING.hold, 1, {"b"})
+
+
+def test_the_right_ends_and_comes_back_with_an_answer() -> None:
+    state = primary(100.0)
+    state, effects = take(A, state, p.Tick(), now=100.0 + TIMING.hold)
+    assert state.phase is p.Phase.FENCED
+    assert p.Close in kinds(effects)
+    late = 101.0 + TIMING.hold
+    state, effects = take(
+        A, state, p.Seen(late, 8, RECORD), p.Answered("b", late, 1, "b.0"), now=late
+    )
+    assert p.Open(1) in effects
+
+
+def test_what_is_asked_for_and_unanswered_counts_as_done() -> None:
+    state = primary(100.0)
+    state, _ = take(A, state, p.Switch("b"), p.Drained(), now=100.1)
+    assert state.phase is p.Phase.DEMOTING
+    assert not p.may_act(A, state, 100.1)
+    # Nobody answers; later the same node asks to have it as it was, and only then goes on.
+    state, effects = take(A, state, p.Worked(103.0), p.Tick(), now=103.0)
+    swap = next(effect for effect in effects if isinstance(effect, p.Swap))
+    assert swap.revision == 7
+    assert swap.record.holder == "a"
+    assert not p.may_act(A, state, 103.0)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "accepted"), [(0, False), (1, True), (2, True)], ids=["lower", "same", "higher"]
+)
+def test_a_shadow_refuses_a_lower_epoch_and_keeps_a_higher_one(epoch: int, accepted: bool) -> None:
+    state, effects = take(B, shadow(), p.Asked("a", epoch, False), now=100.2)
+    assert (p.Reply(None) in effects) is accepted
+    if epoch > 1:
+        assert effects[0] == p.Persist(p.Durable("b.0", epoch))
+        assert p.refusal(state, 1) is not None
+
+
+def test_a_shadow_takes_over_after_d_with_a_fresh_read_and_answers_nobody_meanwhile() -> None:
+    state = shadow(100.0)
+    early = 100.0 + TIMING.silence - 0.01
+    state, effects = take(B, state, p.Seen(early, 7, RECORD), now=early)
+    assert p.Swap not in kinds(effects)
+    late = 100.0 + TIMING.silence
+    state, effects = take(B, state, p.Tick(), now=late)
+    assert p.Swap not in kinds(effects), "the key was last read before the silence was over"
+    state, effects = take(B, state, p.Seen(late, 7, RECORD), now=late + 0.01, wall=50.0)
+    wish = p.Record("b", "b.0", 2, p.Mode.ALONE, automatic=(50.0,))
+    assert p.Swap(7, wish) in effects
+    assert state.phase is p.Phase.CANDIDATE
+    assert p.refusal(state, 1) is not None
+    state, effects = take(B, state, p.Seen(late + 0.01, 9, wish), now=late + 0.02)
+    assert kinds(effects)[:3] == [p.Persist, p.Persist, p.Open]
+
+
+def test_another_store_of_the_same_name_is_not_protected() -> None:
+    state = p.boot("b", p.Durable("b.1"), 0.0)
+    state, effects = take(B, state, p.Seen(90.0, 7, RECORD), now=90.0)
+    state, effects = take(B, state, p.Seen(200.0, 7, RECORD), now=200.0)
+    assert p.Swap not in kinds(effects)
+    assert state.phase is p.Phase.SYNCING
+
+
+@pytest.mark.parametrize(
+    ("config", "record"),
+    [
+        (B, replace(RECORD, paused=True)),
+        (replace(B, policy=p.Policy.BLOCKED), RECORD),
+        (replace(B, policy=p.Policy.SAME_SITE_ONLY), RECORD),
+        (B, replace(RECORD, automatic=(0.0, 100.0, 200.0))),
+    ],
+    ids=["paused", "blocked", "another site", "too many"],
+)
+def test_what_keeps_a_shadow_from_taking_over_is_said(config: p.Config, record: p.Record) -> None:
+    state = shadow(100.0, record)
+    state, effects = take(config, state, p.Seen(200.0, 7, record), now=200.0, wall=300.0)
+    assert p.Swap not in kinds(effects)
+    assert state.phase is p.Phase.HELD
+    assert "a is silent, but" in state.cause
+
+
+def test_no_renewal_without_work() -> None:
+    state = primary(100.0)
+    _, effects = take(A, state, p.Tick(), now=100.0 + TIMING.work)
+    assert p.Renew(1) in effects
+    _, effects = take(A, state, p.Tick(), now=100.1 + TIMING.work)
+    assert p.Renew not in kinds(effects)
+    assert p.Swap not in kinds(effects), "it leaves nobody behind either"
+
+
+def test_wishes_that_cannot_be_granted_change_nothing() -> None:
+    with pytest.raises(p.NotNow, match="not protected"):
+        take(A, primary(), p.Switch("c"), now=100.1)
+    with pytest.raises(p.NotNow, match="not an open primary"):
+        take(B, shadow(), p.Switch("a"), now=100.1)
+    with pytest.raises(p.NotNow, match="holds the key"):
+        take(A, primary(), p.Force(), now=100.1)
+    with pytest.raises(p.NotNow, match="does not answer"):
+        take(B, p.boot("b", p.Durable("b.0", 1), 0.0), p.Force(), now=1.0)
+
+
+def test_a_forced_node_opens_only_when_the_other_must_have_stopped() -> None:
+    alone = p.Record("a", "a.0", 1, p.Mode.ALONE)
+    state, effects = take(B, shadow(100.0, alone), p.Force(), now=100.1)
+    forced = p.Record("b", "b.0", 2, p.Mode.ALONE)
+    assert p.Swap(7, forced) in effects
+    state, effects = take(B, state, p.Seen(100.1, 8, forced), now=100.2)
+    assert state.phase is p.Phase.PROMOTING
+    later = 100.2 + TIMING.silence
+    state, effects = take(B, state, p.Seen(later, 8, forced), now=later)
+    assert p.Open(2) in effects
+
+
+@pytest.mark.parametrize("name", sorted(p.PROFILES))
+def test_the_profiles_are_sound_for_a_usual_round_trip(name: str) -> None:
+    assert not p.PROFILES[name].findings({"lan-fast": 0.005, "default": 0.04, "wan": 0.1}[name])
+
+
+@pytest.mark.parametrize(
+    "change", [{"hold": 2.5}, {"miss": 2.4}, {"beat": 1.0}, {"call": 0.1}], ids=str
+)
+def test_a_combination_that_is_not_safe_is_refused(change: dict[str, float]) -> None:
+    assert replace(TIMING, **change).findings(0.04)
+
+
+NAMES = st.text("abcxyz.-", min_size=1, max_size=8)
+
+
+@given(
+    holder=NAMES,
+    epoch=st.integers(1, 10**6),
+    protected=st.dictionaries(NAMES, NAMES, max_size=3),
+    paused=st.booleans(),
+    automatic=st.lists(st.floats(0, 1e10), max_size=3),
+)
+def test_a_record_survives_its_json(
+    holder: str, epoch: int, protected: dict[str, str], paused: bool, automatic: list[float]
+) -> None:
+    members = frozenset(p.Member(*item) for item in protected.items())
+    mode = p.Mode.PROTECTED if members else p.Mode.ALONE
+    record = p.Record(holder, "s", epoch, mode, members, paused, tuple(automatic))
+    assert p.Record.from_json(record.to_json()) == record
+
+
+def test_a_record_that_contradicts_itself_is_refused() -> None:
+    value = {**RECORD.to_json(), "mode": "alone"}
+    with pytest.raises(ValueError, match="protected"):
+        p.Record.from_json(value)
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        scenarios.shadow_lost,
+        scenarios.switchover_to_the_dying,
+        scenarios.limit,
+    ],
+    ids=lambda scenario: scenario.__name__,
+)
+def test_single_faults(scenario: scenarios.Scenario) -> None:
+    scenario()
+
+
+def test_a_lost_host_costs_d_and_little_more() -> None:
+    assert scenarios.host_lost() < 3.2
+
+
+def test_a_switchover_costs_a_few_transactions() -> None:
+    assert scenarios.switchover() < 1.0
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(0, 2**40))
+def test_random_faults_break_no_law_and_end_protected(seed: int) -> None:
+    episode(seed)
