@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import imaplib
+
 from tests.integration import lab
 
 
@@ -35,3 +37,28 @@ def test_the_agent_stays_primary_over_a_restart(protected: None, primary: str) -
         lab.wait("the agent is back", lambda: lab.host(primary).run("umbractl health").rc == 0, 30)
         assert session.noop()[0] == "OK"
     assert lab.status(primary)["primary"] == primary
+
+
+def test_a_flag_that_was_removed_in_the_other_nodes_term_stays_removed(
+    protected: None, primary: str, shadow: str
+) -> None:
+    user = "user07@example.org"
+
+    def flags(node: str) -> str:
+        return lab.run(node, "doveadm fetch -u %s 'uid flags' mailbox terms ALL", user)
+
+    with lab.imap(primary, user) as session:
+        session.create("terms")
+        session.append("terms", "", imaplib.Time2Internaldate(0), b"Subject: one\r\n\r\nx\r\n")
+        session.select("terms")
+        assert session.store("1", "+FLAGS", "($Important \\Flagged)")[0] == "OK"
+    lab.run(primary, "umbractl switchover %s", shadow)
+    with lab.imap(shadow, user) as session:
+        session.select("terms")
+        assert session.store("1", "-FLAGS", "($Important \\Flagged)")[0] == "OK"
+    lab.run(shadow, "umbractl switchover %s", primary)
+    with lab.imap(primary, user) as session:
+        session.append("terms", "", imaplib.Time2Internaldate(0), b"Subject: two\r\n\r\nx\r\n")
+    for node in (primary, shadow):
+        assert "$Important" not in flags(node)
+        assert "Flagged" not in flags(node)

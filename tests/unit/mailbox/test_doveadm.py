@@ -78,6 +78,20 @@ async def test_sync(tmp_path: Path, answer: bytes, outcome: Outcome, state: str 
     assert fields[-3:] == ["-s", "old", "tcp:/run/x.sock"]
 
 
+@pytest.mark.parametrize(
+    ("state", "merge", "command"),
+    [("old", False, "backup"), ("old", True, "sync"), ("", False, "sync")],
+)
+async def test_one_way_only_with_a_state(
+    tmp_path: Path, state: str, merge: bool, command: str
+) -> None:
+    """A backup from scratch brought flags back that the other node had removed (2.4.1)."""
+    server = Server(f"{STATE}\t\n+\n".encode())
+    async with dovecot(tmp_path, server) as doveadm:
+        await doveadm.sync("a@example.org", "tcp:/run/x.sock", state, 5, merge=merge)
+    assert server.asked.decode().split("\t")[2] == command
+
+
 async def test_a_user_cannot_add_arguments(tmp_path: Path) -> None:
     server = Server(b"\n-NOUSER\n")
     async with dovecot(tmp_path, server) as doveadm:
