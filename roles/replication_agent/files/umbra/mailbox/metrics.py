@@ -83,6 +83,10 @@ class _Gauges(Collector):
                 "1 if every change waits for the peer and nothing is noted",
                 lambda mirror: mirror.phase.value == "protected",
             ),
+            "waited_for": (
+                "1 if changes shall wait for the peer, 0 if it follows",
+                lambda mirror: mirror.limit.waits,
+            ),
             "catchup_done": ("Users synced since the catch-up began", lambda mirror: mirror.done),
             "catchup_total": ("Users that the catch-up began with", lambda mirror: mirror.total),
             "suspended": (

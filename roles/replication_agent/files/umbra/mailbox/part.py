@@ -27,6 +27,7 @@ from umbra.mailbox.mirror import CatchUpFailed, Mirror, PeerMirror, Phase
 from umbra.mailbox.notify import NotifyServer
 from umbra.mailbox.scripts import ScriptCarrier, ScriptsHandler
 from umbra.mailbox.seeding import Pacer, Seed, Seeds
+from umbra.mailbox.selection import chosen
 from umbra.mailbox.suspension import Suspensions
 from umbra.mailbox.verify import Verifier
 from umbra.peer.exchange import Exchange, PeerError
@@ -43,6 +44,9 @@ EVENTS_INTERVAL = 0.5
 EVENTS_RETRY = 60.0
 RELAX_INTERVAL = 1.0
 SEED_INTERVAL = 1.0
+
+# Why a shadow is not waited for, where no operator has said why.
+FOLLOWS = "enough other shadows have each change"
 
 Lag = tuple[int, float]
 
@@ -85,6 +89,7 @@ class Mailboxes:
         self._group = group
         self._node = config.node
         self._mode = config.mailbox.mirror_mode
+        self._copies = config.mailbox.mirror_copies
         self._hurrying = False
         self._suspensions = Suspensions(paths.state / "mirror")
         self._suspending = asyncio.Lock()
@@ -113,7 +118,11 @@ class Mailboxes:
             for name, carrier in self._scripts.items()
         }  # fmt: skip
         self._mirror = Mirror(
-            face, self._doveadm, self._peers, sweep_interval=config.mailbox.sweep_interval
+            face,
+            self._doveadm,
+            self._peers,
+            sweep_interval=config.mailbox.sweep_interval,
+            copies=self._copies,
         )
         token = paths.token.read_text(encoding="ascii").strip()
         self._notify = NotifyServer(NOTIFY_ADDRESS, NOTIFY_PORT, token, self._mirror.changed)
@@ -211,13 +220,19 @@ class Mailboxes:
 
     # -- what the operator wants of the mirror
 
-    def _limit(self) -> Phase:
-        """Return how far the mirrors may go on the way to protected."""
+    def _limit(self, peer: str) -> Phase:
+        """Return how far the mirror to ``peer`` may go on the way to protected."""
         if self._suspensions.group:
             return Phase.RECORDING
         if self._mode is MirrorMode.ASYNC and not self._hurrying:
             return Phase.CATCHING_UP
+        if peer not in self._waited_for() and not self._hurrying:
+            return Phase.CATCHING_UP
         return Phase.JOINING if self._suspensions.users else Phase.PROTECTED
+
+    def _waited_for(self) -> set[str]:
+        phases = {name: peer.phase for name, peer in self._peers.items()}
+        return chosen(phases, self._group.synchronous(), self._copies)
 
     def _limits(self) -> Sequence[str]:
         found = [
@@ -232,8 +247,10 @@ class Mailboxes:
         return found
 
     async def _keep_to_limit(self, reason: str) -> None:
-        for peer in self._peers.values():
-            await peer.keep_to(self._limit(), self._suspensions.users, reason)
+        # All limits first: each is of how far the others were before any of them moved.
+        limits = {name: self._limit(name) for name in self._peers}
+        for name, peer in self._peers.items():
+            await peer.keep_to(limits[name], self._suspensions.users, reason or FOLLOWS)
 
     async def _relax(self) -> None:
         """After a switchover nothing is missing and changes wait: back to what is wanted.
@@ -284,13 +301,13 @@ class Mailboxes:
             and all(peer.steady for peer in self._peers.values())
         )
 
-    async def hurry(self, timeout: float) -> None:
-        """Mode ``async``: let changes wait; return when all are there, or after ``timeout`` s."""
-        if self._mode is MirrorMode.SYNC:
+    async def hurry(self, to: str, timeout: float) -> None:
+        """Let changes wait for ``to``; return when it has all, or after ``timeout`` seconds."""
+        if self._mode is MirrorMode.SYNC and to in self._waited_for():
             return
         self._hurrying = True
         await self._keep_to_limit("")
-        await self._group.protected_within(timeout)
+        await self._group.complete_within(to, timeout)
 
     def at_ease(self) -> None:
         """Take ``hurry`` back; ``_relax`` notices."""
@@ -383,7 +400,7 @@ class Mailboxes:
                 log.warning("the seeding of %s is complete", peer)
 
         while True:
-            while self._limit() is Phase.RECORDING:
+            while self._limit(peer) is Phase.RECORDING:
                 await asyncio.sleep(RELAX_INTERVAL)
                 if peer not in self._group.synchronous():
                     raise PeerError(
@@ -399,7 +416,10 @@ class Mailboxes:
                 )
                 return
             except CatchUpFailed as error:
-                if self._limit() is not Phase.RECORDING or peer not in self._group.synchronous():
+                if (
+                    self._limit(peer) is not Phase.RECORDING
+                    or peer not in self._group.synchronous()
+                ):
                     raise PeerError("catch-up", str(error)) from None
 
     async def resume(self, peer: str, epoch: int) -> None:
