@@ -90,6 +90,7 @@ class Mailbox:
 
     :param mirror_copies: how many shadows a change waits for.
     :param mirror_workers: syncs at once; 0 means twice the cores.
+    :param verify_period: in which all users are compared once, in the background; 0 for never.
     """
 
     mirror_mode: MirrorMode = MirrorMode.SYNC
@@ -97,6 +98,7 @@ class Mailbox:
     mirror_timeout: float = 5.0
     mirror_workers: int = 0
     sweep_interval: float = 60.0
+    verify_period: float = 0.0
 
     @property
     def workers(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
-from prometheus_client import REGISTRY, Counter, Histogram
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -54,6 +54,9 @@ CARRIED = Counter(
 )
 VERIFIED = Counter(
     "umbra_mirror_verified_total", "Comparisons of one user by outcome", ["peer", "outcome"]
+)
+DIFFERENT = Gauge(
+    "umbra_mirror_different_users", "Users who differed when they were last compared", ["peer"]
 )
 REFUSED = Counter("umbra_mirror_refused_total", "dsync connections refused", ["side"])
 

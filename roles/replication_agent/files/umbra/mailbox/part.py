@@ -23,13 +23,14 @@ from umbra.mailbox.describe import DescribeHandler, Dovecot, Peer
 from umbra.mailbox.doveadm import Doveadm, DoveadmError
 from umbra.mailbox.events import ScriptEvents
 from umbra.mailbox.ledger import Ledger
+from umbra.mailbox.merged import Record, RecordingCarrier
 from umbra.mailbox.mirror import CatchUpFailed, Mirror, PeerMirror, Phase
 from umbra.mailbox.notify import NotifyServer
 from umbra.mailbox.scripts import ScriptCarrier, ScriptsHandler
 from umbra.mailbox.seeding import Pacer, Seed, Seeds
 from umbra.mailbox.selection import chosen
 from umbra.mailbox.suspension import Suspensions
-from umbra.mailbox.verify import Verifier
+from umbra.mailbox.verify import Rounds, Verifier
 from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import PeerIdentity
 from umbra.peer.server import Handler
@@ -110,13 +111,22 @@ class Mailboxes:
             name: ScriptCarrier(carrier, link, dovecot)
             for (name, link), carrier in zip(group.links.items(), self._carriers, strict=True)
         }
-        self._peers = {
-            name: PeerMirror(
-                name, face, self._ledger, self._doveadm, carrier,
-                workers=config.mailbox.workers, timeout=config.mailbox.mirror_timeout,
+        self._peers: dict[str, PeerMirror] = {}
+        self._verifier = Verifier(
+            dovecot, {name: Peer(link) for name, link in group.links.items()}, self._peers
+        )
+        self._merged = {name: Record(paths.state / "mirror", name) for name in group.links}
+        for name, carrier in self._scripts.items():
+            recording = RecordingCarrier(
+                carrier, name, self._merged[name], self._verifier, self._begin_merge
             )
-            for name, carrier in self._scripts.items()
-        }  # fmt: skip
+            self._peers[name] = PeerMirror(
+                name, face, self._ledger, self._doveadm, recording,
+                workers=config.mailbox.workers, timeout=config.mailbox.mirror_timeout,
+            )  # fmt: skip
+        self._rounds = Rounds(
+            self._verifier, self._doveadm.users, self._equal_expected, config.mailbox.verify_period
+        )
         self._mirror = Mirror(
             face,
             self._doveadm,
@@ -129,9 +139,6 @@ class Mailboxes:
         self._dsync_handler = DsyncHandler(group.is_primary)
         self._scripts_handler = ScriptsHandler(group.is_primary, dovecot)
         self._describe_handler = DescribeHandler(dovecot)
-        self._verifier = Verifier(
-            dovecot, {name: Peer(link) for name, link in group.links.items()}, self._peers
-        )
         self._losing: set[asyncio.Task[None]] = set()
         group.on_lost = self._lost
         group.on_demotion = self._mirror.stop
@@ -182,6 +189,7 @@ class Mailboxes:
             tasks.create_task(self._make_up_for_missed())
             tasks.create_task(self._relax())
             tasks.create_task(self._follow_scripts())
+            tasks.create_task(self._rounds.run())
 
     async def _make_up_for_missed(self) -> None:
         """Sync the users whose changes Dovecot could not tell the agent.
@@ -431,6 +439,16 @@ class Mailboxes:
         await self._peers[peer].resume(binding)
         self._compared.add(binding)
 
+    async def _begin_merge(self, record: Record) -> None:
+        await asyncio.to_thread(record.begin, self._group.epoch, now())
+
+    def _equal_expected(self, user: str) -> bool:
+        return (
+            self._group.is_primary()
+            and user not in self._suspensions.users
+            and all(peer.steady for peer in self._peers.values())
+        )
+
     def stop(self) -> None:
         """End all waiting: this node is not primary."""
         self._mirror.stop()
@@ -449,6 +467,13 @@ class Mailboxes:
         async with aclosing(self._verifier.run(users, bodies=bodies, repair=repair)) as results:
             async for result in results:
                 yield result
+
+    async def merged(self) -> list[dict[str, Any]]:
+        """Return what was merged with each peer that came back; OSError if it cannot be read."""
+        records = await asyncio.gather(
+            *(asyncio.to_thread(record.read) for record in self._merged.values())
+        )
+        return [record for record in records if record is not None]
 
     async def delivered(self, recipient: str, shadow_id: str) -> bool:
         """Return whether a mailbox of ``recipient`` has the message; OSError if nobody can tell."""
@@ -498,6 +523,21 @@ class Mailboxes:
             Check(
                 "mirrorable users", not found, len(found), 0,
                 f"{len(found)} users cannot be mirrored{': ' + some if some else ''}.",
+            ),
+            *self._differing(),
+        ]  # fmt: skip
+
+    def _differing(self) -> Sequence[Check]:
+        if not self._group.is_primary():
+            return ()
+        by_peer = self._verifier.different.items()
+        users = sorted({user for _, found in by_peer for user in found})
+        return [
+            Check(
+                "equal copies", not users, len(users), 0,
+                f"{len(users)} users differed when they were last compared"
+                + (f": {', '.join(users[:5])}; umbractl verify --repair mends it." if users
+                   else "."),
             )
         ]  # fmt: skip
 
