@@ -6,12 +6,13 @@ MAKEFLAGS += --no-print-directory
 
 LAB  ?= demo#     name of the lab that `make lab` and `make demo` use
 HOST ?= mail-a#   host that `make lab-shell` enters
+OPERATIONS ?= 2000#  how many `make model` makes; SEED=N makes the same again
 TRIALS ?= 200#    how many `make faults` makes; SEED=N makes the same again, FAULT=NAME only that fault's
 export LAB
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 lab := tests/lab/lab --name $(LAB)
 
-.PHONY: help venv collection lab lab-shell lab-down demo test lint unit gates sanity integration faults bench-transport changelog lock root
+.PHONY: help venv collection lab lab-shell lab-down demo test lint unit gates sanity integration faults model bench-transport changelog lock root
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^##-/ { printf "\n%s\n", substr($$0, 6) } \
@@ -57,6 +58,15 @@ faults: root collection ## Fault trials: load, one fault, every acknowledged mes
 	@python -m tests.faults --lab faults --trials $(TRIALS) $(if $(SEED),--seed $(SEED)) \
 	    $(if $(FAULT),--fault "$(FAULT)")
 	@tests/lab/lab --name faults down
+
+model: root collection ## Random mailbox operations, without and with faults: each OK is held against the shadow's disk
+	@tests/lab/lab prerequisites && tests/lab/lab --name model up
+	@tests/lab/lab --name model control -- ansible-playbook -i inventories/lab umbra.mail.site \
+	    -e @tests/model/settings.yml
+	@tests/lab/lab --name model control -- python -m tests.model --operations $(OPERATIONS) $(if $(SEED),--seed $(SEED))
+	@tests/lab/lab --name model control -- python -m tests.model --operations $(OPERATIONS) $(if $(SEED),--seed $(SEED)) \
+	    --faults
+	@tests/lab/lab --name model down
 
 ##-- Benchmarks (root needed)
 bench-transport: root collection ## Plain Postfix, our milter and two peers: messages/s and latency, into build/bench/transport.json

@@ -42,6 +42,9 @@ FAULTS = (
     "switchover",
 )
 
+SELECTION = ("agent killed, primary", "dovecot doveadm-server killed, shadow", "link cut")
+"""What `make test` tries."""
+
 
 @dataclass
 class Tally:

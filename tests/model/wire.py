@@ -7,6 +7,7 @@ by the test's clients and, as text, by ``on_node.py`` on the mail hosts: standar
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -77,6 +78,12 @@ class Imap:
         if not text.startswith("OK"):
             raise Refused(text)
         return Answer(text, lines)
+
+    def close(self) -> None:
+        """Close the streams; what cannot be sent any more is dropped."""
+        for stream in (self._write, self._read):
+            with suppress(OSError, ValueError):
+                stream.close()
 
     def _response(self) -> list[Any]:
         """Read one answer line with its literals, as nested lists."""

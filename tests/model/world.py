@@ -127,6 +127,8 @@ class Client:
 
     def close(self) -> None:
         """End the session without a word."""
+        if self._imap is not None:
+            self._imap.close()
         if self._socket is not None:
             self._socket.close()
         self._imap = self._socket = self.selected = None
@@ -140,6 +142,7 @@ class Sieve:
         self._file = self._socket.makefile("rb")
         self._answer()
         self.run("STARTTLS")
+        self._file.close()
         self._socket = world.context.wrap_socket(self._socket, server_hostname=SERVICE_NAME)
         self._file = self._socket.makefile("rb")
         self._answer()
@@ -150,6 +153,7 @@ class Sieve:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._file.close()
         self._socket.close()
 
     def run(self, command: str) -> list[str]:
