@@ -56,14 +56,16 @@ def verified(ssh: list[str], node: str) -> list[dict[str, Any]]:
     return [row for row in results if row["outcome"] != "equal"]
 
 
-def make(operations: int, number: int, faults: tuple[str, ...], output: Path) -> dict[str, Any]:
+def make(
+    operations: int, number: int, faults: tuple[str, ...], output: Path, *, shrink: bool = False
+) -> dict[str, Any]:
     """Make one run and write its report; the report."""
     config = os.environ["UMBRA_LAB_SSH_CONFIG"]
     ssh = ["ssh", "-F", config]
     lab = Path(config).parents[1].name
     began = time.monotonic()
     world = World(config, USERS)
-    run = Run(world, Field(lab) if faults else None, faults, operations)
+    run = Run(world, Field(lab) if faults else None, faults, operations, shrink=shrink)
     error = ""
     try:
         campaign(run, number)
@@ -109,6 +111,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="default: a random one")
     parser.add_argument("--faults", action="store_true", help="with faults in between")
     parser.add_argument("--fault", action="append", choices=FAULTS, metavar="NAME")
+    parser.add_argument(
+        "--shrink", action="store_true", help="look for the shortest example that fails (minutes)"
+    )
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     if "UMBRA_LAB_SSH_CONFIG" not in os.environ:
@@ -118,7 +123,7 @@ def main() -> int:
     faults = tuple(options.fault or (FAULTS if options.faults else ()))
     output = options.output or BUILD / ("faults.json" if faults else "report.json")
     print(f"seed {number}, {options.operations} operations, {len(faults)} faults", flush=True)
-    made = make(options.operations, number, faults, output)
+    made = make(options.operations, number, faults, output, shrink=options.shrink)
     print(
         f"\nseed {number}: {made['operations']} operations in {made['seconds']:.0f} s,"
         f" {sum(made['faults'].values())} faults; {output}"

@@ -23,7 +23,7 @@ from tests.model.world import NodeError, Sieve, World
 STEPS = 50
 DICE = st.integers(0, 2**32 - 1)
 # How long a difference is watched before it is told, so that it can be told how late it was.
-LATE = 10.0
+LATE = 4.0
 HEALS = 45.0
 SUBSCRIBED = SYSTEM[1:]
 FAULTS = (
@@ -72,7 +72,7 @@ class Run:
     failures: list[dict[str, Any]] = field(default_factory=list)
     marks: int = 0
     operations: int = 0
-    shrinking: bool = False
+    shrink: bool = False
 
     def note(self, text: str) -> None:
         """Add a line to the trace of the running example."""
@@ -327,7 +327,7 @@ def campaign(run: Run, number: int) -> None:
     rules = _rules()
     if run.faults:
         rules |= {f"strike_{turn}": rule(dice=DICE)(_named(struck, turn)) for turn in range(2)}
-    phases = [Phase.generate] if run.faults else [Phase.generate, Phase.shrink]
+    phases = [Phase.generate, *([Phase.shrink] if run.shrink else [])]
     while run.operations < run.wanted:
         left = run.wanted - run.operations
         machine = type("Mirror", (Mirrored,), {**rules, "run": run})
