@@ -26,6 +26,7 @@ from umbra.mailbox.ledger import Ledger
 from umbra.mailbox.merged import Record, RecordingCarrier
 from umbra.mailbox.mirror import CatchUpFailed, Mirror, PeerMirror, Phase
 from umbra.mailbox.notify import NotifyServer
+from umbra.mailbox.parents import ParentsCarrier
 from umbra.mailbox.scripts import ScriptCarrier, ScriptsHandler
 from umbra.mailbox.seeding import Pacer, Seed, Seeds
 from umbra.mailbox.selection import chosen
@@ -107,9 +108,13 @@ class Mailboxes:
         ]
         face = _Face(group)
         dovecot = Dovecot(self._doveadm)
+        self._parents = {
+            name: ParentsCarrier(carrier)
+            for name, carrier in zip(group.links, self._carriers, strict=True)
+        }
         self._scripts = {
-            name: ScriptCarrier(carrier, link, dovecot)
-            for (name, link), carrier in zip(group.links.items(), self._carriers, strict=True)
+            name: ScriptCarrier(self._parents[name], link, dovecot)
+            for name, link in group.links.items()
         }
         self._peers: dict[str, PeerMirror] = {}
         self._verifier = Verifier(
@@ -135,7 +140,9 @@ class Mailboxes:
             copies=self._copies,
         )
         token = paths.token.read_text(encoding="ascii").strip()
-        self._notify = NotifyServer(NOTIFY_ADDRESS, NOTIFY_PORT, token, self._mirror.changed)
+        self._notify = NotifyServer(
+            NOTIFY_ADDRESS, NOTIFY_PORT, token, self._mirror.changed, self._restructured
+        )
         self._dsync_handler = DsyncHandler(group.is_primary)
         self._scripts_handler = ScriptsHandler(group.is_primary, dovecot)
         self._describe_handler = DescribeHandler(dovecot)
@@ -166,6 +173,10 @@ class Mailboxes:
     async def listen(self) -> None:
         """Let Dovecot's notifications in."""
         await self._notify.start()
+
+    def _restructured(self, user: str) -> None:
+        for carrier in self._parents.values():
+            carrier.restructured(user)
 
     def handlers(self) -> dict[str, Handler]:
         """Return the operations of the peer link."""
