@@ -19,15 +19,22 @@ USER = "a@example.org"
 class FakeDovecot:
     def __init__(self, *names: str) -> None:
         self.names = list(names)
+        self.active = ""
         self.error = ""
 
-    async def scripts(self, user: str) -> list[str]:
+    async def scripts(self, user: str) -> tuple[list[str], str]:
         if self.error:
             raise DoveadmError(self.error)
-        return list(self.names)
+        return list(self.names), self.active
 
     async def remove_script(self, user: str, name: str) -> None:
         self.names.remove(name)
+        if self.active == name:
+            self.active = ""
+
+    async def activate_script(self, user: str, name: str) -> None:
+        assert name in ("", *self.names)
+        self.active = name
 
 
 class World:
@@ -71,6 +78,21 @@ async def test_a_sync_of_everything_removes_what_is_gone_here(world: World) -> N
     assert world.there.names == ["one", "two"]
 
 
+async def test_the_active_one_was_renamed(world: World) -> None:
+    """dsync brings the new name, not that it is active (found by the model test)."""
+    world.here.active, world.there.active = "two", "old"
+    world.carrier.changed(USER)
+    assert (await world.carrier.sync(USER, "state")).outcome is Outcome.SYNCED
+    assert (world.there.names, world.there.active) == (["one", "two"], "two")
+
+
+async def test_none_is_active_any_more(world: World) -> None:
+    world.there.active = "one"
+    world.carrier.changed(USER)
+    await world.carrier.sync(USER, "state")
+    assert world.there.active == ""
+
+
 async def test_a_merge_and_a_plain_sync_remove_nothing(world: World) -> None:
     await world.carrier.sync(USER, "", merge=True)
     await world.carrier.sync(USER, "state")
@@ -111,7 +133,14 @@ async def test_own_dovecot_that_cannot_tell_removes_nothing(world: World) -> Non
 
 @pytest.mark.parametrize(
     "args",
-    [{}, {"user": USER}, {"user": "-A", "keep": []}, {"user": USER, "keep": ["x"] * 1001}],
+    [
+        {},
+        {"user": USER},
+        {"user": USER, "keep": []},
+        {"user": "-A", "keep": [], "active": ""},
+        {"user": USER, "keep": ["x"] * 1001, "active": ""},
+        {"user": USER, "keep": ["x"], "active": "y"},
+    ],
 )
 async def test_what_the_shadow_refuses(world: World, args: dict[str, Any]) -> None:
     with pytest.raises(PeerError, match="not a list"):
@@ -121,5 +150,5 @@ async def test_what_the_shadow_refuses(world: World, args: dict[str, Any]) -> No
 async def test_a_primary_refuses(world: World) -> None:
     world.primary = True
     with pytest.raises(PeerError, match="primary"):
-        await world.ask({"user": USER, "keep": []})
+        await world.ask({"user": USER, "keep": [], "active": ""})
     assert "old" in world.there.names

@@ -148,9 +148,18 @@ class Dovecot:
         ]
         return _digest([json.dumps(part) for part in parts])
 
-    async def scripts(self, user: str) -> list[str]:
-        """Return the names of the user's Sieve scripts."""
-        return [name for name, _ in _rows(await self._fields(user, "sieve list"), 2)]
+    async def scripts(self, user: str) -> tuple[list[str], str]:
+        """Return the names of the user's Sieve scripts, and the active one's or ""."""
+        rows = _rows(await self._fields(user, "sieve list"), 2)
+        active = [name for name, state in rows if state == "ACTIVE"]
+        return [name for name, _ in rows], active[0] if active else ""
+
+    async def activate_script(self, user: str, name: str) -> None:
+        """Make a Sieve script the active one; "" for none."""
+        if name:
+            await self._fields(user, "sieve activate", name)
+        else:
+            await self._fields(user, "sieve deactivate")
 
     async def remove_script(self, user: str, name: str) -> None:
         """Remove a Sieve script, the active one too; none of this name is no error."""

@@ -1,9 +1,10 @@
-"""Deleted Sieve scripts: dsync carries new, changed and active ones, but never a deletion (2.4.1).
+"""What dsync does not tell of Sieve scripts (2.4.1): deletions, and that the active one was renamed.
 
 A script that was deleted or renamed would stay on the peer under its old name, and come back when
-the peer becomes primary. So a sync that compares everything, and one of a user whose scripts have
-just changed, is followed by the list of the scripts that there are; the peer removes all others.
-The user's next sync begins only after that, so no newer script can be among them.
+the peer becomes primary; and a peer that loses the active one that way would filter nothing. So a
+sync that compares everything, and one of a user whose scripts have just changed, is followed by the
+list of the scripts that there are, and which one is active; the peer removes all others and makes
+that one active. The user's next sync begins only after that, so no newer script can be among them.
 """
 
 from __future__ import annotations
@@ -64,8 +65,9 @@ class ScriptCarrier:
 
     async def _keep(self, user: str) -> SyncResult | None:
         try:
-            keep = await self._dovecot.scripts(user)
-            await self._link.request("scripts", {"user": user, "keep": keep}, timeout=TIMEOUT)
+            keep, active = await self._dovecot.scripts(user)
+            args = {"user": user, "keep": keep, "active": active}
+            await self._link.request("scripts", args, timeout=TIMEOUT)
         except DoveadmError as error:
             return SyncResult(Outcome.FAILED, reason=str(error))
         except PeerError as error:
@@ -84,8 +86,11 @@ class ScriptsHandler:
     async def __call__(
         self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
     ) -> dict[str, Any]:
-        """Remove the scripts of ``user`` that are not in ``keep``. PeerError if that cannot be."""
-        user, keep = args.get("user"), args.get("keep")
+        """Remove the scripts of ``user`` that are not in ``keep``, and have ``active`` active.
+
+        PeerError if that cannot be.
+        """
+        user, keep, active = args.get("user"), args.get("keep"), args.get("active")
         if self._is_primary():
             raise PeerError("refused", "this node is primary; it takes no changes from others")
         if (
@@ -93,12 +98,20 @@ class ScriptsHandler:
             or not valid_user(user)
             or not isinstance(keep, list)
             or len(keep) > MAX_SCRIPTS
+            or not isinstance(active, str)
+            or (active and active not in keep)
         ):
             raise PeerError("refused", "not a list of scripts")
         try:
-            removed = [name for name in await self._dovecot.scripts(user) if name not in keep]
+            names, now = await self._dovecot.scripts(user)
+            # The other script first: there is no moment without one.
+            if active and active != now and active in names:
+                await self._dovecot.activate_script(user, active)
+            removed = [name for name in names if name not in keep]
             for name in removed:
                 await self._dovecot.remove_script(user, name)
+            if not active and now in keep:
+                await self._dovecot.activate_script(user, "")
         except DoveadmError as error:
             raise PeerError("dovecot", str(error)) from None
         return {"removed": len(removed)}
