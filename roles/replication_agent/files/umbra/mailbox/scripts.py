@@ -1,4 +1,4 @@
-"""What dsync does not tell of Sieve scripts (2.4.1): deletions, and that the active one was renamed.
+"""What dsync does not tell of Sieve scripts (2.4.1): deletions, and a rename of the active one.
 
 A script that was deleted or renamed would stay on the peer under its old name, and come back when
 the peer becomes primary; and a peer that loses the active one that way would filter nothing. So a
