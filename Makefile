@@ -61,8 +61,7 @@ faults: root collection ## Fault trials: load, one fault, every acknowledged mes
 
 model: root collection ## Random mailbox operations, without and with faults: each OK is held against the shadow's disk
 	@tests/lab/lab prerequisites && tests/lab/lab --name model up
-	@tests/lab/lab --name model control -- ansible-playbook -i inventories/lab umbra.mail.site \
-	    -e @tests/model/settings.yml
+	@tests/lab/lab --name model control -- ansible-playbook -i inventories/lab umbra.mail.site
 	@tests/lab/lab --name model control -- python -m tests.model --operations $(OPERATIONS) $(if $(SEED),--seed $(SEED))
 	@tests/lab/lab --name model control -- python -m tests.model --operations $(OPERATIONS) $(if $(SEED),--seed $(SEED)) \
 	    --faults
