@@ -20,8 +20,8 @@ MAIL = "/var/vmail"
 QUEUE = "/var/spool/postfix"
 FILLER = "faults-filler"
 SMALL_MIB = 96
-"""Size of a file system that is to run full: the reserve of the shadow store of 64 MiB, and room for
-a minute's messages."""
+"""Size of a file system that is to run full: the reserve of the shadow store of 64 MiB, and room
+for a minute's messages."""
 
 # Kills each process of unit $1 that bears name $2. One that comes and goes is waited for: a trial
 # whose fault hit nothing would prove nothing.

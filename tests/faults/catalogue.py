@@ -45,7 +45,10 @@ FAULTS: tuple[Fault, ...] = (
         for side in (primary, shadow)
     ),
     *_parts(
-        POSTFIX, "postfix", ("master", "qmgr", "cleanup", "smtpd", "lmtp", "trivial-rewrite"), primary
+        POSTFIX,
+        "postfix",
+        ("master", "qmgr", "cleanup", "smtpd", "lmtp", "trivial-rewrite"),
+        primary,
     ),
     *_parts(DOVECOT, "dovecot", ("dovecot", "lmtp", "doveadm-server", "auth"), primary),
     *_parts(DOVECOT, "dovecot", ("dovecot", "doveadm-server", "auth"), shadow),
