@@ -65,7 +65,10 @@ class Pair:
         self.closed = ""
         self.requests: list[str] = []
         self.handler = CopiesHandler(lambda: self.closed, cast(Dovecot, there))
-        self.carrier = CopiesCarrier(self, self, cast(Dovecot, here))
+        self.delivered: set[str] = set()
+        self.carrier = CopiesCarrier(
+            self, self, cast(Dovecot, here), lambda user, shadow_id: shadow_id in self.delivered
+        )
 
     async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
         if merge:
@@ -133,6 +136,14 @@ async def test_a_message_that_was_resubmitted_is_there_once() -> None:
     there = Node(m1=one, m2=two, m3=three)
     assert (await merged(Pair(here, there))).outcome is Outcome.SYNCED
     assert here.messages == there.messages == {guid(1): one, guid(12): two, guid(3): three}
+
+
+async def test_a_message_that_is_being_stored_counts_as_there() -> None:
+    one = ids.new()
+    pair = Pair(Node(), Node(m1=one))
+    pair.delivered.add(one)
+    await merged(pair)
+    assert not pair.there.messages
 
 
 async def test_messages_without_an_id_are_left_alone() -> None:

@@ -104,6 +104,17 @@ async def test_a_try_that_has_ended_is_not(ended: str) -> None:
         assert not await asked.delivered(shadow_id, BOB, 2)
 
 
+async def test_who_has_asked_is_known() -> None:
+    asked, one, two = Mailbox().once(), ids.new(), ids.new()
+    asked.accepted(one)
+    await asked.delivered(one, "bob+lists@example.org", 1)
+    await asked.delivered(two, BOB, 1)
+    assert asked.asked(BOB, one)
+    assert asked.asked(BOB, two)
+    assert not asked.asked("ann@example.org", one)
+    assert not asked.asked(BOB, ids.new())
+
+
 async def test_it_waits_while_dovecot_cannot_tell() -> None:
     mailbox, shadow_id = Mailbox(), ids.new()
     mailbox.held.add((BOB, shadow_id))

@@ -134,12 +134,23 @@ class Dovecot:
 
 
 class CopiesCarrier:
-    """A carrier whose merges leave no message there twice."""
+    """A carrier whose merges leave no message there twice.
 
-    def __init__(self, carrier: Carrier, link: Link, dovecot: Dovecot) -> None:
+    :param delivered: (user, shadow id): whether a delivery of the message to the user is under way
+        here, or has been.
+    """
+
+    def __init__(
+        self,
+        carrier: Carrier,
+        link: Link,
+        dovecot: Dovecot,
+        delivered: Callable[[str, str], bool] = lambda user, shadow_id: False,
+    ) -> None:
         self._carrier = carrier
         self._link = link
         self._dovecot = dovecot
+        self._delivered = delivered
 
     async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
         """See ``Carrier.sync``."""
@@ -171,6 +182,8 @@ class CopiesCarrier:
             theirs = [Copy.read(row) async for row in received_rows(exchange)]
             await exchange.result()
         here = await self._dovecot.present(user, (copy.shadow_id for copy in theirs))
+        # What is not stored yet, but too late to be stopped from it.
+        here |= {copy.shadow_id for copy in theirs if self._delivered(user, copy.shadow_id)}
         copies = [list(astuple(copy)) for copy in theirs if copy.shadow_id in here]
         for start in range(0, len(copies), BATCH):
             args = {"user": user, "copies": copies[start : start + BATCH]}

@@ -33,6 +33,7 @@ from umbra.mailbox.verify import Verifier
 from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import PeerIdentity
 from umbra.peer.server import Handler
+from umbra.transport.once import plain
 
 log = logging.getLogger(__name__)
 
@@ -103,8 +104,15 @@ class Mailboxes:
         face = _Face(group)
         dovecot = Dovecot(self._doveadm)
         messages = copies.Dovecot(self._doveadm)
+        self.being_delivered: Callable[[str, str], bool] = lambda user, shadow_id: False
         self._scripts = {
-            name: ScriptCarrier(copies.CopiesCarrier(carrier, link, messages), link, dovecot)
+            name: ScriptCarrier(
+                copies.CopiesCarrier(
+                    carrier, link, messages, lambda user, key: self.being_delivered(user, key)
+                ),
+                link,
+                dovecot,
+            )
             for (name, link), carrier in zip(group.links.items(), self._carriers, strict=True)
         }
         self._peers = {
@@ -456,10 +464,8 @@ class Mailboxes:
 
         None if there is no such mailbox; OSError if nobody can tell.
         """
-        local, at, domain = recipient.rpartition("@")
-        plain = local.split("+", 1)[0] + at + domain
         try:
-            for user in dict.fromkeys((recipient, plain)):
+            for user in dict.fromkeys((recipient, plain(recipient))):
                 found = await self._doveadm.has_message(user, shadow_id, message_id)
                 if found is not None:
                     return found

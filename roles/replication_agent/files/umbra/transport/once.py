@@ -113,6 +113,16 @@ class Once:
             track(DUPLICATE_DROPPED, "-", "", shadow_id, f"recipient={recipient!r}")
         return found
 
+    def asked(self, user: str, shadow_id: str) -> bool:
+        """Tell whether a delivery to ``user`` has asked for this message: it is stored, or will be.
+
+        One that fails stays in the queue.
+        """
+        message = self._messages.get(shadow_id)
+        return message is not None and any(
+            user in (recipient, plain(recipient)) for recipient in message.tries
+        )
+
     def _remember(self, shadow_id: str, message: _Message) -> _Message:
         self._messages[shadow_id] = message
         while len(self._messages) > MAX_MESSAGES:
@@ -141,6 +151,12 @@ class Once:
             except OSError as error:
                 log.warning("a delivery to %r waits: %s", recipient, error)
             await asyncio.sleep(self._pause)
+
+
+def plain(address: str) -> str:
+    """Return an address without what stands after a ``+``."""
+    local, at, domain = address.rpartition("@")
+    return local.split("+", 1)[0] + at + domain
 
 
 def _alive(process: int) -> bool:

@@ -337,6 +337,10 @@ class Messages:
         """Forget the copies elsewhere: they are the new primary's."""
         self._discarder.forget()
 
+    def being_delivered(self, user: str, shadow_id: str) -> bool:
+        """Return whether a delivery to ``user`` has asked for the message; see ``Once.asked``."""
+        return self._once.asked(user, shadow_id)
+
     def resubmit(self) -> None:
         """Begin to resubmit what was taken over."""
         self._resubmitting.set()
