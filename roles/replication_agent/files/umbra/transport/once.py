@@ -38,6 +38,8 @@ MAX_PROCESSES = 1000
 GRACE = 10.0
 """Seconds that an earlier try may still be storing the message when the next one asks."""
 LOOK = 0.1
+TIMEOUT = 55.0
+"""Seconds for an answer: a little less than Dovecot waits (``sieve_execute_exec_timeout``)."""
 PAUSE = 1.0
 """Seconds between two searches while Dovecot does not answer."""
 
@@ -88,7 +90,7 @@ class Once:
     async def delivered(self, shadow_id: str, recipient: str, process: int) -> bool:
         """Return whether ``recipient`` has the message, so that it must not be stored again.
 
-        Waits for as long as Dovecot cannot tell.
+        Waits while Dovecot cannot tell; TimeoutError if that takes too long.
 
         :param process: the one that asks and will store the message if the answer is no.
         """
@@ -102,12 +104,13 @@ class Once:
         if message.fresh and earlier is None:
             return False
         found, running = False, True
-        while running and not found:
-            # In this order: what a try that has ended did not store, it will not store.
-            running = earlier is not None and self._running(earlier, process)
-            found = await self._search(recipient, shadow_id)
-            if running and not found:
-                await asyncio.sleep(LOOK)
+        async with asyncio.timeout(TIMEOUT):
+            while running and not found:
+                # In this order: what a try that has ended did not store, it will not store.
+                running = earlier is not None and self._running(earlier, process)
+                found = await self._search(recipient, shadow_id)
+                if running and not found:
+                    await asyncio.sleep(LOOK)
         if found:
             metrics.DUPLICATES.inc()
             track(DUPLICATE_DROPPED, "-", "", shadow_id, f"recipient={recipient!r}")

@@ -27,8 +27,6 @@ NAME = "once"
 MAX_REQUEST = 4096
 BACKLOG = 512
 READ_TIMEOUT = 10.0
-TIMEOUT = 55.0
-"""Seconds for an answer: a little less than Dovecot waits (``sieve_execute_exec_timeout``)."""
 _PEER = struct.Struct("3i")
 
 
@@ -103,18 +101,14 @@ class OnceServer:
             task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, connection: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
         with connection:
             connection.setblocking(False)
             try:
-                async with asyncio.timeout(READ_TIMEOUT):
-                    request = await self._read(connection)
-                shadow_id, recipient = parse(request)
+                shadow_id, recipient = parse(await self._read(connection))
                 raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
                 process, _, _ = _PEER.unpack(raw)
-                async with asyncio.timeout(TIMEOUT):
-                    there = await self._application.delivered(shadow_id, recipient, process)
-                await loop.sock_sendall(connection, b"there+\n" if there else b"new+\n")
+                there = await self._application.delivered(shadow_id, recipient, process)
+                connection.send(b"there+\n" if there else b"new+\n")
             except Refused as error:
                 metrics.ONCE_REFUSED.inc()
                 log.warning("question of a delivery refused: %s", error)
@@ -122,11 +116,17 @@ class OnceServer:
                 log.info("a delivery got no answer: %s", error or type(error).__name__)
 
     async def _read(self, connection: socket.socket) -> bytes:
+        try:
+            request = connection.recv(MAX_REQUEST)  # mostly it is there, and whole
+        except BlockingIOError:
+            request = b""
+        if request.endswith(b"\n\n"):
+            return request
         loop = asyncio.get_running_loop()
-        request = b""
-        while not request.endswith(b"\n\n"):
-            data = await loop.sock_recv(connection, MAX_REQUEST)
-            request += data
-            if not data or len(request) > MAX_REQUEST:
-                raise Refused(f"it does not end: {request[:80]!r}")
+        async with asyncio.timeout(READ_TIMEOUT):
+            while not request.endswith(b"\n\n"):
+                data = await loop.sock_recv(connection, MAX_REQUEST)
+                request += data
+                if not data or len(request) > MAX_REQUEST:
+                    raise Refused(f"it does not end: {request[:80]!r}")
         return request
