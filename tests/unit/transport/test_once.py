@@ -146,7 +146,8 @@ async def test_processes_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None
 
 def request(shadow_id: str, recipient: str) -> bytes:
     """As Dovecot 2.4.1 sends it."""
-    return f"VERSION\tscript\t4\t0\nalarm=60\n-\n{shadow_id}\n{recipient}\n\n".encode()
+    environment = f"env_USER={BOB}\nenv_HOME=/var/vmail/example.org/bob\nenv_SENDER=a@example.com\n"
+    return f"VERSION\tscript\t4\t0\n{environment}-\n{shadow_id}\n{recipient}\n\n".encode()
 
 
 def test_parse() -> None:
