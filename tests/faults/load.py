@@ -183,7 +183,8 @@ def settle(field: Field, seconds: float) -> list[str]:
 
     before: list[str] = []
     since = time.monotonic()
-    while (found := left()) and time.monotonic() < since + seconds:
+    latest = since + LONGEST_S
+    while (found := left()) and time.monotonic() < min(since + seconds, latest):
         if found != before:
             before, since = found, time.monotonic()
         time.sleep(0.3)
