@@ -33,7 +33,7 @@ lab-down: root ## Remove the lab: no process, mount, namespace or interface stay
 ##-- Tests
 test: root collection ## Everything that CI runs, fast tests first
 	@tests/lab/lab prerequisites
-	@tests/run.py lint unit gates sanity lab integration
+	@tests/run.py lint unit gates sanity lab integration faults
 
 lint: collection ## ruff, mypy, yamllint, ansible-lint
 	@tests/run.py lint

@@ -178,7 +178,7 @@ async def _drive(path: Path, messages: int, options: argparse.Namespace) -> list
                 await writer.drain()
             started = time.perf_counter()
             writer.write(packet(b"D", b"Ei\x004abcDEF%d\0" % item) + packet(b"E"))
-            if await answer() != b"h" or await answer() != b"a":
+            if await answer() != b"i" or await answer() != b"a":
                 raise SystemExit("a message was not accepted")
             waits.append(time.perf_counter() - started)
         writer.close()

@@ -18,12 +18,13 @@ from umbra.cluster.group import Group, now
 from umbra.cluster.machine import Merged
 from umbra.cluster.state import Phase as GroupPhase
 from umbra.config import Config, MirrorMode
+from umbra.mailbox import copies
 from umbra.mailbox.carrier import DsyncCarrier, DsyncHandler
 from umbra.mailbox.describe import DescribeHandler, Dovecot, Peer
 from umbra.mailbox.doveadm import Doveadm, DoveadmError
 from umbra.mailbox.events import ScriptEvents
 from umbra.mailbox.ledger import Ledger
-from umbra.mailbox.mirror import CatchUpFailed, Mirror, PeerMirror, Phase
+from umbra.mailbox.mirror import CatchUpFailed, Mirror, PeerMirror, Phase, Verdict
 from umbra.mailbox.notify import NotifyServer
 from umbra.mailbox.scripts import ScriptCarrier, ScriptsHandler
 from umbra.mailbox.seeding import Pacer, Seed, Seeds
@@ -32,6 +33,7 @@ from umbra.mailbox.verify import Verifier
 from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import PeerIdentity
 from umbra.peer.server import Handler
+from umbra.transport.once import plain
 
 log = logging.getLogger(__name__)
 
@@ -101,8 +103,16 @@ class Mailboxes:
         ]
         face = _Face(group)
         dovecot = Dovecot(self._doveadm)
+        messages = copies.Dovecot(self._doveadm)
+        self.being_delivered: Callable[[str, str], bool] = lambda user, shadow_id: False
         self._scripts = {
-            name: ScriptCarrier(carrier, link, dovecot)
+            name: ScriptCarrier(
+                copies.CopiesCarrier(
+                    carrier, link, messages, lambda user, key: self.being_delivered(user, key)
+                ),
+                link,
+                dovecot,
+            )
             for (name, link), carrier in zip(group.links.items(), self._carriers, strict=True)
         }
         self._peers = {
@@ -116,10 +126,11 @@ class Mailboxes:
             face, self._doveadm, self._peers, sweep_interval=config.mailbox.sweep_interval
         )
         token = paths.token.read_text(encoding="ascii").strip()
-        self._notify = NotifyServer(NOTIFY_ADDRESS, NOTIFY_PORT, token, self._mirror.changed)
+        self._notify = NotifyServer(NOTIFY_ADDRESS, NOTIFY_PORT, token, self._changed)
         self._dsync_handler = DsyncHandler(group.is_primary)
         self._scripts_handler = ScriptsHandler(group.is_primary, dovecot)
         self._describe_handler = DescribeHandler(dovecot)
+        self._copies_handler = copies.CopiesHandler(self._closed_to_removal, messages)
         self._verifier = Verifier(
             dovecot, {name: Peer(link) for name, link in group.links.items()}, self._peers
         )
@@ -158,7 +169,21 @@ class Mailboxes:
             "scripts": self._scripts_handler,
             "merged": self._handle_merged,
             "describe": self._describe_handler,
+            "unmirrored": self._copies_handler.unmirrored,
+            "remove-copies": self._copies_handler.remove,
         }
+
+    def _closed_to_removal(self) -> str:
+        if self._group.is_primary():
+            return "this node is primary; it takes no changes from others"
+        if self._group.state.durable.merged:
+            return "this node's mailboxes have been merged; it has nothing of its own"
+        return ""
+
+    async def _changed(self, user: str) -> Verdict:
+        if user in self._copies_handler.removing and not self._group.is_primary():
+            return Verdict.RECORDED
+        return await self._mirror.changed(user)
 
     async def _handle_merged(
         self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
@@ -439,10 +464,8 @@ class Mailboxes:
 
         None if there is no such mailbox; OSError if nobody can tell.
         """
-        local, at, domain = recipient.rpartition("@")
-        plain = local.split("+", 1)[0] + at + domain
         try:
-            for user in dict.fromkeys((recipient, plain)):
+            for user in dict.fromkeys((recipient, plain(recipient))):
                 found = await self._doveadm.has_message(user, shadow_id, message_id)
                 if found is not None:
                     return found

@@ -119,9 +119,13 @@ def reply(code: int, enhanced: str, text: str) -> bytes:
     return packet(b"y", line[:500] + b"\0")
 
 
-def add_header(name: str, value: str) -> bytes:
-    """Append a header; the space after the colon is ours to write (``SMFIP_HDR_LEADSPC``)."""
-    return packet(b"h", name.encode("ascii") + b"\0 " + value.encode("ascii") + b"\0")
+def insert_header(name: str, value: str) -> bytes:
+    """Make a header the first; the space after the colon is ours to write.
+
+    (``SMFIP_HDR_LEADSPC``.) Only the Received header that Postfix itself wrote stands before it.
+    """
+    place = (1).to_bytes(4)
+    return packet(b"i", place + name.encode("ascii") + b"\0 " + value.encode("ascii") + b"\0")
 
 
 def strings(data: bytes) -> list[bytes]:

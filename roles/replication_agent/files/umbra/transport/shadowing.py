@@ -78,6 +78,7 @@ class Shadowing:
     :param net: gets a copy of each accepted message.
     :param enough: whether these holders are enough for a message (see ``selection``).
     :param pressure: why no message is taken now, by this node's or the shadows' load.
+    :param accepted: told the id of each new message before Postfix has it.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Shadowing:
         net: SafetyNet | None = None,
         enough: Callable[[Collection[str]], bool] = bool,
         pressure: Callable[[], Refusal | None] = lambda: None,
+        accepted: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.node = node
         self.group = group
@@ -104,6 +106,7 @@ class Shadowing:
         self.net = net
         self.enough = enough
         self.pressure = pressure
+        self.accepted = accepted
         self.in_flight = 0
         self.storing_alone = 0
         """Messages that found the group alone and are not in the own store yet."""
@@ -212,7 +215,10 @@ class _Message:
         await self._keep()
         if self._resubmission is not None:
             return milter.ACCEPT  # the id is in its header already
-        return milter.add_header(ids.HEADER, self._shadow_id) + milter.ACCEPT
+        self._shadowing.accepted(self._shadow_id)
+        # The first of its name, as in a resubmitted message: whatever else bears that name came
+        # with the message.
+        return milter.insert_header(ids.HEADER, self._shadow_id) + milter.ACCEPT
 
     # -- within
 
