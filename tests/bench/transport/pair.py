@@ -68,8 +68,10 @@ class Part:
     def stop(self) -> None:
         """End it in order."""
         assert self.process.stdin
+        assert self.process.stdout
         self.process.stdin.close()
         self.process.wait(30)
+        self.process.stdout.close()
 
 
 class Pair:
@@ -120,11 +122,14 @@ async def drive(path: Path, messages: int, connections: int, size: int) -> list[
     waits: list[float] = []
     left = iter(range(messages))
 
+    def packet(kind: bytes, data: bytes = b"") -> bytes:
+        return struct.pack(">I", len(data) + 1) + kind + data
+
+    body = (b"x" * 70 + b"\r\n") * (size // 72)
+    pieces = [packet(b"B", body[at : at + 65535]) for at in range(0, len(body), 65535)]
+
     async def client(number: int) -> None:
         reader, writer = await asyncio.open_unix_connection(path)
-
-        def packet(kind: bytes, data: bytes = b"") -> bytes:
-            return struct.pack(">I", len(data) + 1) + kind + data
 
         async def answer() -> bytes:
             head = await reader.readexactly(5)
@@ -139,7 +144,6 @@ async def drive(path: Path, messages: int, connections: int, size: int) -> list[
             + packet(b"D", b"H")
             + packet(b"H", b"client.example.org\0")
         )
-        body = (b"x" * 70 + b"\r\n") * (size // 72)
         for item in left:
             writer.write(packet(b"D", b"M") + packet(b"M", b"<ann@example.org>\0SIZE=4096\0"))
             assert await answer() == b"c"
@@ -155,7 +159,6 @@ async def drive(path: Path, messages: int, connections: int, size: int) -> list[
                     (b"Message-Id", b"<%d.%d@example.org>" % (number, item)),
                 )
             )
-            pieces = [packet(b"B", body[at : at + 65535]) for at in range(0, len(body), 65535)]
             writer.write(
                 packet(b"D", b"Ti\x004abcDEF%d\0" % item) + headers + packet(b"N") + pieces[0]
             )
