@@ -6,12 +6,13 @@ MAKEFLAGS += --no-print-directory
 
 LAB  ?= demo#     name of the lab that `make lab` and `make demo` use
 HOST ?= mail-a#   host that `make lab-shell` enters
+SECONDS ?= 60#    how long `make fuzz` takes for each parser; KEEP=1 adds to the corpus
 TRIALS ?= 200#    how many `make faults` makes; SEED=N makes the same again, FAULT=NAME only that fault's
 export LAB
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 lab := tests/lab/lab --name $(LAB)
 
-.PHONY: help venv collection lab lab-shell lab-down demo test lint unit gates sanity integration faults bench-transport changelog lock root
+.PHONY: help venv collection lab lab-shell lab-down demo test lint unit gates sanity integration faults fuzz bench-transport changelog lock root
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^##-/ { printf "\n%s\n", substr($$0, 6) } \
@@ -57,6 +58,9 @@ faults: root collection ## Fault trials: load, one fault, every acknowledged mes
 	@python -m tests.faults --lab faults --trials $(TRIALS) $(if $(SEED),--seed $(SEED)) \
 	    $(if $(FAULT),--fault "$(FAULT)")
 	@tests/lab/lab --name faults down
+
+fuzz: venv ## The coverage-guided fuzzer on both parsers of the transport
+	@python -m tests.fuzz.run --seconds $(SECONDS) $(if $(KEEP),--keep)
 
 ##-- Benchmarks (root needed)
 bench-transport: root collection ## Plain Postfix, our milter and two peers: messages/s and latency, into build/bench/transport.json
