@@ -42,12 +42,19 @@ def test_every_host_has_an_image() -> None:
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def labs(tmp_path: Path) -> Path:
+    """Where labs keep their state."""
+    return tmp_path / "labs"
+
+
+@pytest.fixture
+def cache(labs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache in which building an image is making its directory; labs live beside it."""
-    monkeypatch.setenv("UMBRA_LAB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(image, "STATE_ROOT", tmp_path / "labs")
-    monkeypatch.setattr(image, "_build", lambda release, name: (tmp_path / "cache" / name).mkdir())
-    return tmp_path / "cache"
+    cache = labs.with_name("cache")
+    monkeypatch.setenv("UMBRA_LAB_CACHE", str(cache))
+    monkeypatch.setattr(image, "STATE_ROOT", labs)
+    monkeypatch.setattr(image, "_build", lambda release, name: (cache / name).mkdir())
+    return cache
 
 
 def directories(cache: Path) -> set[str]:
@@ -65,8 +72,8 @@ def test_only_the_images_that_are_asked_for_are_built(cache: Path) -> None:
     assert directories(cache) == set(both.values())
 
 
-def test_an_outdated_image_goes_when_no_host_uses_it(cache: Path) -> None:
-    host = image.STATE_ROOT / "one" / "hosts" / "mail-a"
+def test_an_outdated_image_goes_when_no_host_uses_it(cache: Path, labs: Path) -> None:
+    host = labs / "one" / "hosts" / "mail-a"
     host.mkdir(parents=True)
     (host / "image").write_text("trixie-old\n")
     for name in ("trixie-old", "bookworm-old"):
@@ -75,9 +82,9 @@ def test_an_outdated_image_goes_when_no_host_uses_it(cache: Path) -> None:
     assert directories(cache) == {"trixie-old", image.current_name("trixie")}
 
 
-def test_a_used_image_is_not_built_anew(cache: Path) -> None:
+def test_a_used_image_is_not_built_anew(cache: Path, labs: Path) -> None:
     names = image.ensure(["trixie", "bookworm"])
-    lab = image.STATE_ROOT / "one"
+    lab = labs / "one"
     lab.mkdir(parents=True)
     (lab / "image").write_text("".join(f"{name}\n" for name in names.values()))
     with pytest.raises(LabError, match="A lab uses"):
