@@ -260,7 +260,7 @@ def say(text: str) -> None:
 def _table(summary: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
     if summary["changes"]:
         yield (
-            f"\n{'':7} {'clients':>7} {'users':>5} {'':17} {'a second':>17} {'p50':>7} {'p99':>7} ms"
+            f"\n{'':7} {'clients':>7} {'users':>5} {'':17} {'per s':>17} {'p50':>7} {'p99':>7} ms"
         )
     for row in summary["changes"]:
         rate = row["per_s"]

@@ -38,7 +38,7 @@ ALONE_LMTP = "/run/dovecot-alone/lmtp"
 OLD_LMTP = "/run/dovecot/lmtp"
 # What the role adds for the replication, and what would stand in the way of the other Dovecot.
 ADDED = ("sieve_script once", "mail_plugins", "push_notification umbra", "event_exporter umbra",
-         "metric umbra_sieve", "service doveadm", "service auth", "service lmtp",
+         "metric umbra_sieve", "service umbra-doveadm", "service auth", "service lmtp",
          "protocols")  # fmt: skip
 PACKAGES = {
     "mail-a": ("dovecot-core", "dovecot-sieve", "python3", "python3-uvloop", "python3-aiohttp",
