@@ -12,7 +12,7 @@ export LAB
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 lab := tests/lab/lab --name $(LAB)
 
-.PHONY: help venv collection lab lab-shell lab-down demo test lint unit gates sanity integration faults fuzz bench-transport changelog lock root
+.PHONY: help venv collection lab lab-shell lab-down demo test lint unit gates sanity integration faults fuzz bench-transport bench-mailbox changelog lock root
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^##-/ { printf "\n%s\n", substr($$0, 6) } \
@@ -66,6 +66,10 @@ fuzz: venv ## The coverage-guided fuzzer on both parsers of the transport
 bench-transport: root collection ## Plain Postfix, our milter and two peers: messages/s and latency, into build/bench/transport.json
 	@tests/lab/lab prerequisites
 	@python -m tests.bench.transport.run
+
+bench-mailbox: root collection ## Dovecot alone, our mirror, Dovecot 2.3's replicator: latency, lag, growth, into build/bench/mailbox.json
+	@tests/lab/lab prerequisites
+	@python -m tests.bench.mailbox.run
 
 ##-- The collection
 collection: venv ## Build the tarball (build/dist) and install it into build/collections, where playbooks run from

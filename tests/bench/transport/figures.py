@@ -6,11 +6,12 @@ a machine that grows slower over the run changes no ratio. The median of the rat
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from tests.bench.figures import Goal, Missing, percentile, spread
 
 PLAIN = "plain"
 
@@ -65,34 +66,6 @@ class Peak:
     size: int
     before_kib: int
     peak_kib: int
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A figure of the specification: ``value`` must be at least or at most ``bound``."""
-
-    name: str
-    value: float
-    bound: float
-    unit: str
-    holds: bool
-
-
-class Missing(Exception):
-    """The samples do not decide the figure."""
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, smallest and largest of ``values``."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def percentile(values: Iterable[float], percent: float) -> float:
-    """The smallest value that is not under ``percent`` of all (nearest rank)."""
-    ordered = sorted(values)
-    if not ordered:
-        raise Missing("no value")
-    return ordered[max(math.ceil(len(ordered) * percent / 100) - 1, 0)]
 
 
 def ratios(rates: Sequence[Rate], variant: str, connections: int, size: int) -> list[float]:
@@ -180,11 +153,11 @@ def goals(rates: Sequence[Rate], latencies: Sequence[Latencies]) -> list[Goal]:
 
     def at_least(name: str, bound: float, values: Callable[[], list[float]]) -> Goal:
         value = statistics.median(values())
-        return Goal(name, value, bound, "of plain Postfix", value >= bound)
+        return Goal.at_least(name, value, bound, "of plain Postfix")
 
     def at_most(name: str, bound: float, values: Callable[[], list[float]]) -> Goal:
         value = statistics.median(values())
-        return Goal(name, value, bound, "ms", value <= bound)
+        return Goal.at_most(name, value, bound, "ms")
 
     wanted: list[
         tuple[Callable[[str, float, Callable[[], list[float]]], Goal], str, float, Any]

@@ -15,13 +15,14 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from tests.bench.figures import lines
+from tests.bench.place import ROOT, SceneError
 from tests.bench.transport import figures, scene
 from tests.bench.transport.figures import LARGE, SMALL, Held, Latencies, Peak, Rate
-from tests.bench.transport.scene import ROOT, Scene, SceneError
+from tests.bench.transport.scene import Scene
 
 OUTPUT = ROOT / "build" / "bench" / "transport.json"
 LAB = "bench"
@@ -84,18 +85,14 @@ def main() -> int:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results["summary"]))
-    for goal in results["goals"]:
-        print(
-            f"{'holds' if goal['holds'] else 'FAILS'}  {goal['name']}:"
-            f" {goal['value']:.2f} {goal['unit']} (bound {goal['bound']:g})"
-        )
+    print(lines(results["goals"]))
     print(f"\nWritten to {options.output}")
     return 0
 
 
 def measure(place: Scene, rounds: int, seconds: float) -> dict[str, Any]:
     """Take all samples; each round has every cell once, in an order of its own."""
-    started = datetime.now(UTC)
+    about = place.about("tests.bench.transport.run", {"mail-a": scene.PACKAGES})
     cells = [
         (variant, count, size) for variant in VARIANTS for size in SIZES for count in CONNECTIONS
     ]
@@ -133,11 +130,7 @@ def measure(place: Scene, rounds: int, seconds: float) -> dict[str, Any]:
     resident.append(place.resident())
     held, peaks = measure_memory(place)
     return {
-        "about": {
-            "date": started.isoformat(timespec="seconds"),
-            "command": " ".join(["python -m tests.bench.transport.run", *sys.argv[1:]]),
-            **place.about(),
-        },
+        "about": about,
         "round_trip_ms": round_trips,
         "agents_resident_kib": resident,
         "held": [asdict(item) for item in held],

@@ -9,14 +9,14 @@ while it is a shadow, so the proxy's target is an instance of its own.
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from pathlib import Path
-from typing import Any
+
+from tests.bench.place import Place, SceneError
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[2]
 ADDRESS = "192.0.2.10"
+PACKAGES = ("postfix", "python3", "python3-uvloop", "wireguard-go", "dovecot-core")
 PLAIN, UMBRA, NOTHING, PROXY, TARGET = 2601, 2602, 2603, 2604, 2605
 HOSTS = ("mail-a", "mail-b")
 LIMIT = 180  # seconds that one burst may take
@@ -116,44 +116,12 @@ _RESIDENT = f"sed -n 's/^{{what}}: *\\([0-9]*\\) kB/\\1/p' {_PROCESS}/status"
 _FORGET_PEAK = f"echo 5 > {_PROCESS}/clear_refs"
 
 
-class SceneError(Exception):
-    """Something in the lab is not as the benchmark needs it."""
-
-
-class Scene:
+class Scene(Place):
     """The hosts of one lab."""
 
     def __init__(self, lab: str) -> None:
-        self._lab = [str(ROOT / "tests" / "lab" / "lab"), "--name", lab]
+        super().__init__(lab)
         self._overlay: dict[str, str] = {}
-
-    def lab(self, *arguments: str, quiet: bool = False) -> None:
-        """Run a command of the lab."""
-        subprocess.run(
-            [*self._lab, *arguments],
-            check=True,
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL if quiet else None,
-        )
-
-    def run(self, host: str, *command: str, input: str | None = None) -> str:
-        """Return what a command on a host prints. SceneError if it fails."""
-        done = subprocess.run(
-            [*self._lab, "exec", host, "--", *command],
-            input=input,
-            stdin=subprocess.DEVNULL if input is None else None,
-            capture_output=True,
-            text=True,
-            timeout=LIMIT + 60,
-            check=False,
-        )
-        if done.returncode:
-            raise SceneError(f"{host}: {' '.join(command)[:200]}: {done.stderr.strip()[-500:]}")
-        return done.stdout
-
-    def write(self, host: str, path: str, text: str) -> None:
-        """Write a file on a host."""
-        self.run(host, "sh", "-c", f"cat > {path}", input=text)
 
     # -- setting up
 
@@ -297,20 +265,6 @@ class Scene:
     def shadowed(self) -> float:
         """How many messages the primary has accepted with a shadow's copy since it started."""
         return float(self.run("mail-a", "python3", "-c", _ACCEPTED, self._overlay["mail-a"]))
-
-    def about(self) -> dict[str, Any]:
-        """What was measured: commit, kernel, packages."""
-        packages = ("postfix", "python3", "python3-uvloop", "wireguard-go", "dovecot-core")
-        shown = self.run("mail-a", "dpkg-query", "-W", "-f", "${Package} ${Version}\\n", *packages)
-        git = ["git", "-C", str(ROOT)]
-        dirty = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False).returncode
-        commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
-        return {
-            "commit": commit + ("+changes" if dirty else ""),
-            "kernel": self.run("mail-a", "uname", "-r").strip(),
-            "cpus": int(self.run("mail-a", "nproc")),
-            "packages": dict(line.split(" ", 1) for line in shown.splitlines()),
-        }
 
     def resident(self, what: str = "VmRSS") -> dict[str, int]:
         """Resident memory of each agent in KiB; ``VmHWM`` is the most since `forget_peak`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from tests.bench.figures import Missing, percentile
 from tests.bench.transport import figures, run
 from tests.bench.transport.figures import (
     FAR,
@@ -14,7 +15,6 @@ from tests.bench.transport.figures import (
     SMALL,
     Held,
     Latencies,
-    Missing,
     Peak,
     Rate,
 )
@@ -34,12 +34,12 @@ def latency(variant: str, number: int, *ms: float) -> Latencies:
     ("percent", "value"), [(50, 5), (99, 10), (100, 10), (90, 9), (0, 1), (91, 10)]
 )
 def test_percentile_is_a_value_that_was_measured(percent: float, value: float) -> None:
-    assert figures.percentile([10, 1, 9, 2, 8, 3, 7, 4, 6, 5], percent) == value
+    assert percentile([10, 1, 9, 2, 8, 3, 7, 4, 6, 5], percent) == value
 
 
 def test_a_percentile_of_nothing_is_missing() -> None:
     with pytest.raises(Missing):
-        figures.percentile([], 50)
+        percentile([], 50)
 
 
 def test_ratios_compare_within_a_round_so_drift_cancels() -> None:
