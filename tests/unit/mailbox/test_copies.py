@@ -284,9 +284,10 @@ class FakeDoveadm:
                 for number in (1, 2, 3):
                     for text in ("Work/a b", BOX, str(number), guid(number)):
                         yield text.encode(), True
-            case ("hdr.x-umbra-id", "mailbox-guid", _, "uid", "2"):
+            case ("uid hdr.x-umbra-id", "mailbox-guid", _, "uid", "2,3"):
+                yield b"2", True
                 yield b"0" * 32 + b"\x01n" + b"1" * 32, True
-            case ("hdr.x-umbra-id", "mailbox-guid", _, "uid", "3"):
+                yield b"3", True
                 yield b"", True
             case ("hdr.x-umbra-id", "HEADER", *_):
                 yield b"0" * 32, True

@@ -87,14 +87,20 @@ class Dovecot:
     async def unmirrored(self, user: str, known: set[str]) -> AsyncIterator[Copy]:
         """Yield the messages with an id whose GUID is not ``known``."""
         names = ("mailbox", "mailbox-guid", "uid", "guid")
-        others = [row async for row in self._rows(user, names, ("all",)) if row[3] not in known]
-        for mailbox, box, uid, guid in others:
-            # Few, so one question for each: the header is not in Dovecot's index.
-            where = ("mailbox-guid", box, "uid", uid)
-            async for (text,) in self._rows(user, ("hdr.x-umbra-id",), where):
-                shadow_id = text.split("\n", 1)[0].strip()
-                if ids.valid(shadow_id):
-                    yield Copy(mailbox, box, int(uid), guid, shadow_id)
+        others: dict[str, dict[str, tuple[str, str]]] = {}
+        async for mailbox, box, uid, guid in self._rows(user, names, ("all",)):
+            if guid not in known:
+                others.setdefault(box, {})[uid] = mailbox, guid
+        # Only of these the header is read: it is not in Dovecot's index.
+        for box, messages in others.items():
+            uids = list(messages)
+            for start in range(0, len(uids), BATCH):
+                where = ("mailbox-guid", box, "uid", ",".join(uids[start : start + BATCH]))
+                async for uid, text in self._rows(user, ("uid", "hdr.x-umbra-id"), where):
+                    shadow_id = text.split("\n", 1)[0].strip()
+                    if uid in messages and ids.valid(shadow_id):
+                        mailbox, guid = messages[uid]
+                        yield Copy(mailbox, box, int(uid), guid, shadow_id)
 
     async def present(self, user: str, wanted: Iterable[str]) -> set[str]:
         """Return those of the ids that a mailbox of ``user`` has."""
