@@ -131,7 +131,9 @@ def measure(place: Scene, rounds: int, seconds: float) -> dict[str, Any]:
             )
         print(f"round {number} took {time.monotonic() - began:.0f} s", flush=True)
     resident.append(place.resident())
-    held, peaks, memory_error = [], [], ""
+    held: list[Held] = []
+    peaks: list[Peak] = []
+    memory_error = ""
     try:
         held, peaks = measure_memory(place)
     except SceneError as error:  # the other samples are good all the same
