@@ -112,7 +112,7 @@ print(float(rows.get('umbra_messages_accepted_total{copy="shadow"}', 0)))
 """
 
 _PROCESS = "/proc/$(systemctl show -P MainPID umbra-agent)"
-_RESIDENT = f"sed -n 's/^{{what}}: *\\([0-9]*\\) kB/\\1/p' {_PROCESS}/status"
+_RESIDENT = f"awk '$1 == \"{{what}}:\" {{{{ print $2 }}}}' {_PROCESS}/status"
 _FORGET_PEAK = f"echo 5 > {_PROCESS}/clear_refs"
 
 
