@@ -71,7 +71,6 @@ def make(
         campaign(run, number)
     except Exception:
         error = traceback.format_exc()
-        print(error, flush=True)
         if not run.failures:
             run.failures.append({"what": "the test broke off", "details": error.splitlines()[-5:],
                                  "trace": list(run.trace[-60:])})  # fmt: skip
@@ -101,6 +100,8 @@ def make(
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(made, indent=2) + "\n")
     print("\n".join(report.lines(table)))
+    for failure in run.failures[:1]:
+        print(json.dumps(failure, indent=2))
     return made
 
 

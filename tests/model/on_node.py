@@ -27,11 +27,13 @@ from tests.model.wire import Broken, Imap, Refused, quoted  # cut off when it is
 LMTP = "/var/spool/postfix/private/dovecot-lmtp"
 API = "/run/umbra/api.sock"
 MARK = re.compile(rb"(?im)^X-Model: (\S+)")
-STATUS = b"RETURN (STATUS (UIDNEXT UIDVALIDITY MESSAGES X-GUID))"
+STATUS = b"RETURN (STATUS (UIDNEXT UIDVALIDITY MESSAGES HIGHESTMODSEQ X-GUID))"
 
 sessions: dict[str, tuple[Imap, set[str]]] = {}
 homes: dict[str, str] = {}
 bodies: dict[tuple[str, ...], list[Any]] = {}
+# What was read of a mailbox when its status was this. Any change raises HIGHESTMODSEQ.
+known: dict[tuple[str, str], tuple[Any, list[list[Any]]]] = {}
 
 
 def session(user: str) -> tuple[Imap, set[str]]:
@@ -53,8 +55,11 @@ def session(user: str) -> tuple[Imap, set[str]]:
     return sessions[user]
 
 
-def view(user: str) -> dict[str, Any]:
+def view(user: str, fresh: bool) -> dict[str, Any]:
     """All that a user has here; a session that broke is made anew once."""
+    if fresh:
+        known.clear()
+        bodies.clear()
     try:
         return look(user)
     except Broken:
@@ -75,7 +80,7 @@ def look(user: str) -> dict[str, Any]:
             "guid": guid,
             "uidvalidity": int(status[b"UIDVALIDITY"]),
             "uidnext": int(status[b"UIDNEXT"]),
-            "messages": messages(imap, user, guid, name) if int(status[b"MESSAGES"]) else [],
+            "messages": unless_known(imap, user, guid, name, status),
         }
         if "ACL" in able:
             found = imap.run(b"GETACL", quoted(name)).of(b"ACL")[0][2:]
@@ -105,6 +110,17 @@ def look(user: str) -> dict[str, Any]:
         "notes": {name: values for name, values in notes.items() if values},
         "able": sorted(able & {"ACL", "METADATA", "MULTIAPPEND", "CATENATE", "REPLACE"}),
     }
+
+
+def unless_known(
+    imap: Imap, user: str, guid: str, name: bytes, status: dict[bytes, bytes]
+) -> list[list[Any]]:
+    """The messages of a mailbox, read only if it has changed."""
+    if status[b"MESSAGES"] == b"0":
+        return []
+    if known.get((user, guid), (None,))[0] != status:
+        known[user, guid] = status, messages(imap, user, guid, name)
+    return known[user, guid][1]
 
 
 def messages(imap: Imap, user: str, guid: str, name: bytes) -> list[list[Any]]:
@@ -167,7 +183,7 @@ def answer(request: dict[str, Any]) -> Any:
     """Do what is asked."""
     match request["do"]:
         case "view":
-            return view(request["user"])
+            return view(request["user"], request.get("fresh", False))
         case "lmtp":
             with ThreadPoolExecutor() as pool:
                 return list(pool.map(deliver, request["to"], request["contents"]))

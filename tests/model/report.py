@@ -21,6 +21,7 @@ def rows(tallies: Mapping[str, Tally]) -> list[dict[str, Any]]:
             "unknown": tally.unknown,
             "compared": tally.compared,
             "before_ok": sum(late == 0 for late in tally.late_s),
+            "last_refusal": tally.said,
             "late_p50_s": round(median(tally.late_s), 3) if tally.late_s else None,
             "late_max_s": round(max(tally.late_s), 3) if tally.late_s else None,
         }
@@ -63,4 +64,6 @@ def lines(table: Sequence[Mapping[str, Any]]) -> list[str]:
             f"{row['operation']:24} {row['acknowledged']:>12} {row['refused']:>8}"
             f" {row['unknown']:>8} {row['before_ok']:>10} {late:>14}"
         )
+        if row["last_refusal"]:
+            found.append(f"    last refusal: {row['last_refusal'][:150]}")
     return found

@@ -258,10 +258,14 @@ class World:
         except OSError as error:
             raise Broken(str(error)) from None
 
-    def views(self, user: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What the primary and the shadow have of a user now; the shadow is asked first."""
-        there = self._pool.submit(self.nodes[self.shadow].ask, "view", user=user)
-        here = self._pool.submit(self.nodes[self.primary].ask, "view", user=user)
+    def views(self, user: str, *, fresh: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the primary and the shadow have of a user now; the shadow is asked first.
+
+        ``fresh``: read every message, also of mailboxes that have not changed since the last look.
+        """
+        ask = {"user": user, "fresh": fresh}
+        there = self._pool.submit(self.nodes[self.shadow].ask, "view", **ask)
+        here = self._pool.submit(self.nodes[self.primary].ask, "view", **ask)
         shadow = there.result()
         return here.result(), shadow
 

@@ -27,6 +27,7 @@ from umbra.mailbox.ledger import Ledger
 from umbra.mailbox.merged import Record, RecordingCarrier
 from umbra.mailbox.mirror import CatchUpFailed, Mirror, PeerMirror, Phase, Verdict
 from umbra.mailbox.notify import NotifyServer
+from umbra.mailbox.parents import ParentsCarrier
 from umbra.mailbox.scripts import ScriptCarrier, ScriptsHandler
 from umbra.mailbox.seeding import Pacer, Seed, Seeds
 from umbra.mailbox.selection import chosen
@@ -111,9 +112,13 @@ class Mailboxes:
         dovecot = Dovecot(self._doveadm)
         messages = copies.Dovecot(self._doveadm)
         self.being_delivered: Callable[[str, str], bool] = lambda user, shadow_id: False
+        self._parents = {
+            name: ParentsCarrier(carrier)
+            for name, carrier in zip(group.links, self._carriers, strict=True)
+        }
         self._scripts = {
-            name: ScriptCarrier(carrier, link, dovecot)
-            for (name, link), carrier in zip(group.links.items(), self._carriers, strict=True)
+            name: ScriptCarrier(self._parents[name], link, dovecot)
+            for name, link in group.links.items()
         }
         self._peers: dict[str, PeerMirror] = {}
         self._verifier = Verifier(
@@ -144,7 +149,9 @@ class Mailboxes:
             copies=self._copies,
         )
         token = paths.token.read_text(encoding="ascii").strip()
-        self._notify = NotifyServer(NOTIFY_ADDRESS, NOTIFY_PORT, token, self._changed)
+        self._notify = NotifyServer(
+            NOTIFY_ADDRESS, NOTIFY_PORT, token, self._changed, self._restructured
+        )
         self._dsync_handler = DsyncHandler(group.is_primary)
         self._scripts_handler = ScriptsHandler(group.is_primary, dovecot)
         self._describe_handler = DescribeHandler(dovecot)
@@ -176,6 +183,10 @@ class Mailboxes:
     async def listen(self) -> None:
         """Let Dovecot's notifications in."""
         await self._notify.start()
+
+    def _restructured(self, user: str) -> None:
+        for carrier in self._parents.values():
+            carrier.restructured(user)
 
     def handlers(self) -> dict[str, Handler]:
         """Return the operations of the peer link."""
