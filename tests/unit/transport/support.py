@@ -144,13 +144,14 @@ class FakeExchange:
         self._over = data is None
         return data
 
-    async def receive_lines(self) -> list[dict[str, Any]]:
+    async def receive_lines(self) -> AsyncIterator[dict[str, Any]]:
         import json
 
         text = b""
         while (data := await self.receive()) is not None:
             text += data
-        return [json.loads(line) for line in text.splitlines()]
+        for line in text.splitlines():
+            yield json.loads(line)
 
     async def result(self) -> dict[str, Any]:
         await self.end()

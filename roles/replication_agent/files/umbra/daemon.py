@@ -122,7 +122,7 @@ class Agent:
         )
         self._api = Api(
             self._composer.report,
-            {"queue": self._get_queue},
+            {"queue": self._get_queue, "merged": self._get_merged},
             {
                 "switchover": self._post_switchover,
                 "failover": self._post_failover,
@@ -209,6 +209,12 @@ class Agent:
             return await self._messages.queue()
         except StoreError as error:
             raise Refused(f"{error}.") from None
+
+    async def _get_merged(self) -> dict[str, Any]:
+        try:
+            return {"merged": await self._mailboxes.merged()}
+        except OSError as error:
+            raise Refused(f"the record cannot be read: {error}.") from None
 
     async def _post_switchover(self, body: dict[str, Any]) -> dict[str, Any]:
         to, dry_run, timeout_s = (
