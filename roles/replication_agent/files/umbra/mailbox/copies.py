@@ -16,6 +16,7 @@ simply done again with the next merge: a copy is removed only while this node ha
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -157,18 +158,31 @@ class CopiesCarrier:
         self._link = link
         self._dovecot = dovecot
         self._delivered = delivered
+        self._merging: dict[str, asyncio.Event] = {}
+
+    async def settled(self, user: str) -> None:
+        """Wait while the mailboxes of ``user`` are merged: what is in them is not known then."""
+        while event := self._merging.get(user):
+            await event.wait()
 
     async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
         """See ``Carrier.sync``."""
-        if merge:
-            try:
-                await self._remove(user)
-            except DoveadmError as error:
-                return SyncResult(Outcome.FAILED, reason=str(error))
-            except PeerError as error:
-                lost = error.code in ("unreachable", "stale-epoch", "refused")
-                return SyncResult(Outcome.LOST if lost else Outcome.FAILED, reason=error.text)
-        return await self._carrier.sync(user, state, merge=merge)
+        if not merge:
+            return await self._carrier.sync(user, state)
+        # From the comparison to the end of the merge no delivery looks into the mailboxes: it would
+        # not find a copy that is on its way here, and store another.
+        event = self._merging[user] = asyncio.Event()
+        try:
+            await self._remove(user)
+            return await self._carrier.sync(user, state, merge=True)
+        except DoveadmError as error:
+            return SyncResult(Outcome.FAILED, reason=str(error))
+        except PeerError as error:
+            lost = error.code in ("unreachable", "stale-epoch", "refused")
+            return SyncResult(Outcome.LOST if lost else Outcome.FAILED, reason=error.text)
+        finally:
+            del self._merging[user]
+            event.set()
 
     def progress(self, user: str) -> float:
         """See ``Carrier.progress``."""
