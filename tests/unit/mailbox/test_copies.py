@@ -146,6 +146,31 @@ async def test_a_message_that_is_being_stored_counts_as_there() -> None:
     assert not pair.there.messages
 
 
+async def test_nobody_looks_into_mailboxes_that_are_merged() -> None:
+    one = ids.new()
+    pair = Pair(Node(), Node(m1=one))
+    merging, go = asyncio.Event(), asyncio.Event()
+    sync = pair.sync
+
+    async def slow(user: str, state: str, *, merge: bool = False) -> SyncResult:
+        merging.set()
+        await go.wait()
+        return await sync(user, state, merge=merge)
+
+    pair.sync = slow  # type: ignore[method-assign]
+    merge = asyncio.create_task(merged(pair))
+    await merging.wait()
+    looked = asyncio.create_task(pair.carrier.settled(USER))
+    await pair.carrier.settled("b@example.org")
+    await asyncio.sleep(0.01)
+    assert not looked.done()
+    go.set()
+    await looked
+    assert pair.here.messages == {guid(1): one}
+    await merge
+    await pair.carrier.settled(USER)
+
+
 async def test_messages_without_an_id_are_left_alone() -> None:
     here, there = Node(m1="", m2=""), Node(m1="", m3="")
     await merged(Pair(here, there))

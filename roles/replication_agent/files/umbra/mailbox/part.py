@@ -121,6 +121,7 @@ class Mailboxes:
             for name, link in group.links.items()
         }
         self._peers: dict[str, PeerMirror] = {}
+        self._mergers: dict[str, copies.CopiesCarrier] = {}
         self._verifier = Verifier(
             dovecot, {name: Peer(link) for name, link in group.links.items()}, self._peers
         )
@@ -130,7 +131,7 @@ class Mailboxes:
                 carrier, name, self._merged[name], self._verifier, self._begin_merge
             )
             # Second copies go first, so that they are not told as merged.
-            whole = copies.CopiesCarrier(
+            whole = self._mergers[name] = copies.CopiesCarrier(
                 recording, group.links[name], messages,
                 lambda user, key: self.being_delivered(user, key),
             )  # fmt: skip
@@ -521,6 +522,8 @@ class Mailboxes:
         """
         try:
             for user in dict.fromkeys((recipient, plain(recipient))):
+                for merger in self._mergers.values():
+                    await merger.settled(user)
                 found = await self._doveadm.has_message(user, shadow_id, message_id)
                 if found is not None:
                     return found
