@@ -273,20 +273,6 @@ async def test_what_removal_refuses(args: dict[str, Any]) -> None:
     assert node.messages
 
 
-async def test_while_it_removes_the_user_is_known() -> None:
-    """Dovecot tells the agent of the removal, which is nobody's to mirror."""
-    node, seen = Node(m1="0" * 32), []
-    handler = CopiesHandler(lambda: "", cast(Dovecot, node))
-
-    async def remove(user: str, copy: Copy) -> None:
-        seen.append(set(handler.removing))
-
-    node.remove = remove  # type: ignore[method-assign]
-    await handler.remove(PEER, {"user": USER, "copies": [ROW]}, cast(Any, None))
-    assert seen == [{USER}]
-    assert not handler.removing
-
-
 class FakeDoveadm:
     """Answers as Dovecot 2.4.1 did."""
 

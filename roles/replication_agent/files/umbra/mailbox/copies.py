@@ -219,8 +219,6 @@ class CopiesHandler:
     def __init__(self, closed: Callable[[], str], dovecot: Dovecot) -> None:
         self._closed = closed
         self._dovecot = dovecot
-        self.removing: set[str] = set()
-        """Users of whom something is removed now: their changes here are nobody's to mirror."""
 
     def _user(self, args: Mapping[str, Any]) -> str:
         if reason := self._closed():
@@ -259,7 +257,6 @@ class CopiesHandler:
         if not isinstance(rows, list) or len(rows) > BATCH:
             raise PeerError("refused", "not a list of copies")
         copies = [Copy.read(row) for row in rows]
-        self.removing.add(user)
         try:
             for copy in copies:
                 await self._dovecot.remove(user, copy)
@@ -270,6 +267,4 @@ class CopiesHandler:
                 )  # fmt: skip
         except DoveadmError as error:
             raise PeerError("dovecot", str(error)) from None
-        finally:
-            self.removing.discard(user)
         return {"removed": len(copies)}

@@ -25,7 +25,7 @@ from umbra.mailbox.doveadm import Doveadm, DoveadmError
 from umbra.mailbox.events import ScriptEvents
 from umbra.mailbox.ledger import Ledger
 from umbra.mailbox.merged import Record, RecordingCarrier
-from umbra.mailbox.mirror import CatchUpFailed, Mirror, PeerMirror, Phase, Verdict
+from umbra.mailbox.mirror import CatchUpFailed, Mirror, PeerMirror, Phase
 from umbra.mailbox.notify import NotifyServer
 from umbra.mailbox.parents import ParentsCarrier
 from umbra.mailbox.scripts import ScriptCarrier, ScriptsHandler
@@ -206,11 +206,6 @@ class Mailboxes:
         if self._group.state.durable.merged:
             return "this node's mailboxes have been merged; it has nothing of its own"
         return ""
-
-    async def _changed(self, user: str) -> Verdict:
-        if user in self._copies_handler.removing and not self._group.is_primary():
-            return Verdict.RECORDED
-        return await self._mirror.changed(user)
 
     async def _handle_merged(
         self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
