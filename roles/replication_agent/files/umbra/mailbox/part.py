@@ -151,7 +151,7 @@ class Mailboxes:
         )
         token = paths.token.read_text(encoding="ascii").strip()
         self._notify = NotifyServer(
-            NOTIFY_ADDRESS, NOTIFY_PORT, token, self._changed, self._restructured
+            NOTIFY_ADDRESS, NOTIFY_PORT, token, self._mirror.changed, self._restructured
         )
         self._dsync_handler = DsyncHandler(group.is_primary)
         self._scripts_handler = ScriptsHandler(group.is_primary, dovecot)
