@@ -154,8 +154,6 @@ def clean(field: Field, run: str) -> None:
 def settle(field: Field, seconds: float) -> list[str]:
     """Wait until nothing is in transit any more; return what still is, one sentence each.
 
-    It may take its time for as long as it becomes less: what is the same for ``seconds`` is stuck.
-
     What was deferred while Dovecot was away Postfix would try again in five minutes: that is asked
     for here, by `postqueue -f`. A file in incoming that is not executable was never acknowledged: a
     cleanup that was killed leaves it, and Postfix removes it some day.
@@ -181,11 +179,7 @@ def settle(field: Field, seconds: float) -> list[str]:
                 found.append(f"{copies} shadow messages are never discarded on {node['node']}")
         return found if status else ["the primary's agent does not answer"]
 
-    before: list[str] = []
-    since = time.monotonic()
-    latest = since + LONGEST_S
-    while (found := left()) and time.monotonic() < min(since + seconds, latest):
-        if found != before:
-            before, since = found, time.monotonic()
+    deadline = time.monotonic() + seconds
+    while (found := left()) and time.monotonic() < deadline:
         time.sleep(0.3)
     return found
