@@ -593,9 +593,9 @@ async def test_a_suspended_group_copies_nothing(tmp_path: Path) -> None:
 async def test_suspending_the_group_ends_a_catch_up(tmp_path: Path) -> None:
     world = World()
     async with mirror(world, tmp_path, protected=False) as peer:
-        world.delay = lambda user: 0.05
+        world.delay = lambda user: 0.5
         catch_up = asyncio.create_task(peer.catch_up(world.protect, everyone=True, binding="one"))
-        await asyncio.sleep(0.02)
+        await until(lambda: peer.phase is Phase.CATCHING_UP)
         await limited(peer, Phase.RECORDING)
         with pytest.raises(CatchUpFailed, match="wanted"):
             await catch_up

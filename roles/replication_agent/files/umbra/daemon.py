@@ -100,6 +100,7 @@ class Agent:
         self._switchover = Switchover(config, group, helper, self._messages, self._mailboxes)
         group.catch_up = self._catch_up
         group.on_opening = self._messages.resubmit
+        self._mailboxes.being_delivered = self._messages.being_delivered
         self._composer = Composer(
             config,
             group,

@@ -347,8 +347,10 @@ class Switchover:
         try:
             epoch, change = int(args["epoch"]), Change.from_json(args["change"])
             elapsed = float(args["elapsed_s"])
-            rows = await exchange.receive_lines()
-            remaining = {str(row["queue_id"]): [str(r) for r in row["recipients"]] for row in rows}
+            remaining = {
+                str(row["queue_id"]): [str(name) for name in row["recipients"]]
+                async for row in exchange.receive_lines()
+            }
         except (KeyError, TypeError, ValueError) as error:
             raise PeerError("protocol", f"a handover that makes no sense: {error!r}") from None
         if change.old != peer.node or change.new != self._group.state.node:

@@ -55,6 +55,10 @@ CARRIED = Counter(
 VERIFIED = Counter(
     "umbra_mirror_verified_total", "Comparisons of one user by outcome", ["peer", "outcome"]
 )
+COPIES_REMOVED = Counter(
+    "umbra_mirror_copies_removed_total",
+    "Messages removed here before a merge because the primary had them too",
+)
 DIFFERENT = Gauge(
     "umbra_mirror_different_users", "Users who differed when they were last compared", ["peer"]
 )

@@ -18,6 +18,7 @@ from umbra.cluster.group import Group, now
 from umbra.cluster.machine import Merged
 from umbra.cluster.state import Phase as GroupPhase
 from umbra.config import Config, MirrorMode
+from umbra.mailbox import copies
 from umbra.mailbox.carrier import DsyncCarrier, DsyncHandler
 from umbra.mailbox.describe import DescribeHandler, Dovecot, Peer
 from umbra.mailbox.doveadm import Doveadm, DoveadmError
@@ -35,6 +36,7 @@ from umbra.mailbox.verify import Rounds, Verifier
 from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import PeerIdentity
 from umbra.peer.server import Handler
+from umbra.transport.once import plain
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +110,8 @@ class Mailboxes:
         ]
         face = _Face(group)
         dovecot = Dovecot(self._doveadm)
+        messages = copies.Dovecot(self._doveadm)
+        self.being_delivered: Callable[[str, str], bool] = lambda user, shadow_id: False
         self._parents = {
             name: ParentsCarrier(carrier)
             for name, carrier in zip(group.links, self._carriers, strict=True)
@@ -117,6 +121,7 @@ class Mailboxes:
             for name, link in group.links.items()
         }
         self._peers: dict[str, PeerMirror] = {}
+        self._mergers: dict[str, copies.CopiesCarrier] = {}
         self._verifier = Verifier(
             dovecot, {name: Peer(link) for name, link in group.links.items()}, self._peers
         )
@@ -125,8 +130,13 @@ class Mailboxes:
             recording = RecordingCarrier(
                 carrier, name, self._merged[name], self._verifier, self._begin_merge
             )
+            # Second copies go first, so that they are not told as merged.
+            whole = self._mergers[name] = copies.CopiesCarrier(
+                recording, group.links[name], messages,
+                lambda user, key: self.being_delivered(user, key),
+            )  # fmt: skip
             self._peers[name] = PeerMirror(
-                name, face, self._ledger, self._doveadm, recording,
+                name, face, self._ledger, self._doveadm, whole,
                 workers=config.mailbox.workers, timeout=config.mailbox.mirror_timeout,
             )  # fmt: skip
         self._rounds = Rounds(
@@ -146,6 +156,7 @@ class Mailboxes:
         self._dsync_handler = DsyncHandler(group.is_primary)
         self._scripts_handler = ScriptsHandler(group.is_primary, dovecot)
         self._describe_handler = DescribeHandler(dovecot)
+        self._copies_handler = copies.CopiesHandler(self._closed_to_removal, messages)
         self._losing: set[asyncio.Task[None]] = set()
         group.on_lost = self._lost
         group.on_demotion = self._mirror.stop
@@ -185,7 +196,16 @@ class Mailboxes:
             "scripts": self._scripts_handler,
             "merged": self._handle_merged,
             "describe": self._describe_handler,
+            "unmirrored": self._copies_handler.unmirrored,
+            "remove-copies": self._copies_handler.remove,
         }
+
+    def _closed_to_removal(self) -> str:
+        if self._group.is_primary():
+            return "this node is primary; it takes no changes from others"
+        if self._group.state.durable.merged:
+            return "this node's mailboxes have been merged; it has nothing of its own"
+        return ""
 
     async def _handle_merged(
         self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
@@ -495,10 +515,10 @@ class Mailboxes:
 
         None if there is no such mailbox; OSError if nobody can tell.
         """
-        local, at, domain = recipient.rpartition("@")
-        plain = local.split("+", 1)[0] + at + domain
         try:
-            for user in dict.fromkeys((recipient, plain)):
+            for user in dict.fromkeys((recipient, plain(recipient))):
+                for merger in self._mergers.values():
+                    await merger.settled(user)
                 found = await self._doveadm.has_message(user, shadow_id, message_id)
                 if found is not None:
                     return found
