@@ -45,14 +45,12 @@ class Imap:
         await session.do(f'LOGIN "{user}" "{password}"')
         return session
 
-    async def do(
-        self, command: str, literal: bytes = b"", *, may_fail: bool = False
-    ) -> list[bytes]:
-        """Run a command and return the untagged lines."""
+    async def do(self, command: str, *messages: bytes, may_fail: bool = False) -> list[bytes]:
+        """Run a command and return its lines; messages follow it as literals (MULTIAPPEND)."""
         self._number += 1
         tag = b"a%d" % self._number
-        end = b" {%d+}\r\n%b\r\n" % (len(literal), literal) if literal else b"\r\n"
-        self._writer.write(b"%b %b%b" % (tag, command.encode(), end))
+        literals = b"".join(b" {%d+}\r\n%b" % (len(message), message) for message in messages)
+        self._writer.write(b"%b %b%b\r\n" % (tag, command.encode(), literals))
         lines = []
         while not (line := await self._reader.readline()).startswith(tag + b" "):
             if not line:
@@ -88,13 +86,8 @@ class Client:
         for name in (self._mailbox, self._other):
             await self._imap.do(f"DELETE {name}", may_fail=True)
             await self._imap.do(f"CREATE {name}")
-        await self._imap.do(f"APPEND {self._mailbox}", self._message)
+        await self._imap.do(f"APPEND {self._mailbox}", *[self._message] * KEPT)
         await self._imap.do(f"SELECT {self._mailbox}")
-        kept = 1
-        while kept < KEPT:
-            more = min(kept, KEPT - kept)
-            await self._imap.do(f"COPY 1:{more} {self._mailbox}")
-            kept += more
 
     def changes(self, operation: str) -> AsyncIterator[None]:
         """Each step is one change."""

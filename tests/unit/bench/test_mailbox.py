@@ -24,6 +24,7 @@ from tests.bench.mailbox.figures import (
     Samples,
     Size,
 )
+from tests.bench.mailbox.settle import settled
 from tests.bench.place import SceneError
 
 
@@ -131,11 +132,11 @@ def test_when_the_mirror_is_settled() -> None:
     lag = {"nodes": [{"lag_changes": 0}, {"lag_changes": 0}], "protected": False}
     behind = {"nodes": [{"lag_changes": 2}], "protected": False}
     only = ["mailboxes are mirrored asynchronously: the last changes may be only on mail-a"]
-    assert scene.settled({**lag, "protected": True, "reasons": []}, "sync")
-    assert not scene.settled({**lag, "reasons": []}, "sync")
-    assert scene.settled({**lag, "reasons": only}, "async")
-    assert not scene.settled({**lag, "reasons": [*only, "mail-b is lost"]}, "async")
-    assert not scene.settled({**behind, "reasons": only}, "async")
+    assert settled({**lag, "protected": True, "reasons": []}, "sync")
+    assert not settled({**lag, "reasons": []}, "sync")
+    assert settled({**lag, "reasons": only}, "async")
+    assert not settled({**lag, "reasons": [*only, "mail-b is lost"]}, "async")
+    assert not settled({**behind, "reasons": only}, "async")
 
 
 def test_users_have_names_of_their_own() -> None:
