@@ -5,8 +5,8 @@ Run on a mail host by the benchmark; standard library only. The plan is JSON on 
 ``imap``: port on 127.0.0.1; ``lmtp``: socket; ``users``, ``password``; ``clients``: how many, user
 by user in turn; ``operations``: of ``append``, ``store``, ``move``, ``lmtp``; ``seconds``: of each;
 ``size``: bytes of a message. With ``count`` and ``pace`` every client makes that many changes, so
-many seconds apart. ``mailbox``: change this one, which is there, and leave it there. ``tour``:
-deliver once to every user, and nothing else.
+many seconds apart. ``mailbox``: change this one, which is there, and leave it there. ``reset``: with
+no flag set in it. ``tour``: deliver once to every user, and nothing else.
 
 Prints JSON ``{operation: {"seconds": S, "changes": [[begun, answered], ...]}}``: all on the
 monotonic clock, the same on every host of a lab.
@@ -82,6 +82,8 @@ class Client:
         self._imap = await Imap.login(self._plan["imap"], self._user, self._plan["password"])
         if not self._own:
             await self._imap.do(f"SELECT {self._mailbox}")
+            if self._plan.get("reset"):
+                await self._imap.do(f"STORE 1:{KEPT} -FLAGS.SILENT (\\Flagged)")
             return
         for name in (self._mailbox, self._other):
             await self._imap.do(f"DELETE {name}", may_fail=True)
@@ -108,8 +110,9 @@ class Client:
         await self._imap.do("NOOP")
         yield
         for number in itertools.count():
-            # Message by message, so that a watcher on the other side knows which change it sees.
-            sign, message = "+-"[number // KEPT % 2], number % KEPT + 1
+            # On and off again, message by message: each is a change, and a watcher on the other
+            # side knows which it sees.
+            sign, message = "+-"[number % 2], number // 2 % KEPT + 1
             await self._imap.do(f"STORE {message} {sign}FLAGS.SILENT (\\Flagged)")
             yield
 

@@ -163,7 +163,7 @@ class Bench:
             for messages in random.Random(number).sample(SIZES, len(SIZES)):
                 answer = self.place.load(
                     "mail-a", imap=143, users=[f"big{messages}@{DOMAIN}"], clients=1,
-                    operations=["append", "store"], mailbox="INBOX", count=SINGLE,
+                    operations=["append", "store"], mailbox="INBOX", reset=True, count=SINGLE,
                 )  # fmt: skip
                 for operation, result in answer.items():
                     took_ms = [round((end - begin) * 1000, 3) for begin, end in result["changes"]]

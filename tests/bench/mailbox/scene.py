@@ -317,6 +317,8 @@ class Scene(Place):
     ) -> list[tuple[float, float, float | None]]:  # fmt: skip
         """Change ``mailbox`` at a pace; return when each began, was answered, was seen."""
         seconds = count * pace + 10
+        plan = {"imap": 143, "users": [user], "clients": 1, "mailbox": mailbox}
+        self.load(primary, operations=[], reset=True, **plan)
         watcher = subprocess.Popen(
             self.command(replica, "python3", "/run/bench/watch.py", "143", user, PASSWORD, mailbox,
                          operation, str(count), str(seconds)),
@@ -326,8 +328,7 @@ class Scene(Place):
         try:
             if watcher.stdout.readline() != "ready\n":
                 raise SceneError(f"nobody watches on {replica}")
-            done = self.load(primary, imap=143, users=[user], clients=1, operations=[operation],
-                             mailbox=mailbox, count=count, pace=pace)  # fmt: skip
+            done = self.load(primary, operations=[operation], count=count, pace=pace, **plan)
             seen = json.loads(watcher.communicate(timeout=seconds + 30)[0])
         finally:
             watcher.kill()

@@ -60,8 +60,11 @@ async def main(
                     seen[place] = seen[place] or now
         else:
             for number in re.findall(rb"\* (\d+) FETCH", lines):
-                if int(number) <= count:
-                    seen[int(number) - 1] = seen[int(number) - 1] or now
+                # Two changes of each message, one after the other.
+                place = 2 * int(number) - 2
+                place += place < count and seen[place] is not None
+                if place < count and seen[place] is None:
+                    seen[place] = now
         await asyncio.sleep(STEP)
     return seen
 
