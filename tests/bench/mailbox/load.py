@@ -86,8 +86,12 @@ class Client:
                 await self._imap.do(f"STORE 1:{KEPT} -FLAGS.SILENT (\\Flagged)")
             return
         for name in (self._mailbox, self._other):
+            # Dovecot 2.3's replicator may bring back what was deleted: it is emptied, too.
             await self._imap.do(f"DELETE {name}", may_fail=True)
-            await self._imap.do(f"CREATE {name}")
+            await self._imap.do(f"CREATE {name}", may_fail=True)
+            if await self._select(name):
+                await self._imap.do("STORE 1:* +FLAGS.SILENT (\\Deleted)")
+                await self._imap.do("EXPUNGE")
         await self._imap.do(f"APPEND {self._mailbox}", *[self._message] * KEPT)
         await self._imap.do(f"SELECT {self._mailbox}")
 
