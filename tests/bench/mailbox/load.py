@@ -5,8 +5,8 @@ Run on a mail host by the benchmark; standard library only. The plan is JSON on 
 ``imap``: port on 127.0.0.1; ``lmtp``: socket; ``users``, ``password``; ``clients``: how many, user
 by user in turn; ``operations``: of ``append``, ``store``, ``move``, ``lmtp``; ``seconds``: of each;
 ``size``: bytes of a message. With ``count`` and ``pace`` every client makes that many changes, so
-many seconds apart. ``mailbox``: change this one, which is there, and leave it there; ``reset``: take
-\\Flagged off its first messages before. ``tour``: deliver once to every user, and nothing else.
+many seconds apart. ``mailbox``: change this one, which is there, and leave it there; ``reset``:
+take its flags off before. ``tour``: deliver once to every user, and nothing else.
 
 Prints JSON ``{operation: {"seconds": S, "changes": [[begun, answered], ...]}}``: all on the
 monotonic clock, the same on every host of a lab.
