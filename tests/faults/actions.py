@@ -165,8 +165,9 @@ def failed_over(field: Field, chance: random.Random) -> None:
     script = "printf '%s\\n' $1 | umbractl failover --accept-loss"
 
     def done() -> bool:
-        done = field.lab("exec", field.shadow, "--", "sh", "-c", script, "sh", field.shadow,
-                         check=False)  # fmt: skip
+        done = field.call(
+            field.shadow, "sh", "-c", script, "sh", field.shadow, timeout=120, check=False
+        )
         if done.returncode and "answers and is" not in done.stderr:
             raise FieldError(f"umbractl failover: {' '.join(done.stderr.split())}")
         return done.returncode == 0
@@ -178,8 +179,10 @@ def switched_over(field: Field, chance: random.Random) -> None:
     """An operator moves the primary; a refusal for a moment's reason is tried again."""
 
     def done() -> bool:
-        return field.lab("exec", field.shadow, "--", "umbractl", "switchover", field.shadow,
-                         check=False).returncode == 0  # fmt: skip
+        done = field.call(
+            field.shadow, "umbractl", "switchover", field.shadow, timeout=120, check=False
+        )
+        return done.returncode == 0
 
     wait(done, 60, lambda: f"the primary could not be moved: {field.why()}")
 

@@ -69,18 +69,8 @@ def install(field: Field) -> None:
             tar.add(path, f"failover_client/{path.name}")
     authority = field.run(NODES[0], "cat /etc/ssl/umbra/ca.crt")
     for host in (CLIENT, *NODES):
-        command = [
-            "exec",
-            host,
-            "--",
-            "sh",
-            "-c",
-            f"mkdir -p {DIRECTORY} && tar -C {DIRECTORY} -xf -",
-        ]
-        subprocess.run(
-            [str(ROOT / "tests/lab/lab"), "--name", field.name, *command],
-            input=archive.getvalue(), check=True, timeout=60,
-        )  # fmt: skip
+        command = field.enter(host, "sh", "-c", f"mkdir -p {DIRECTORY} && tar -C {DIRECTORY} -xf -")
+        subprocess.run(command, input=archive.getvalue(), check=True, timeout=60)
     field.run(CLIENT, f"cat > {DIRECTORY}/ca.crt", text=authority)
 
 

@@ -17,6 +17,8 @@ PLAIN = "plain"
 
 LOCAL, FAR = "umbra 0.2 ms", "umbra 40 ms"
 SMALL, LARGE = 4096, 262144
+HELD = 100_000
+HUGE, AT_ONCE = 50_000_000, 10
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,25 @@ class Latencies:
     size: int
     round: int
     seconds: list[float]
+
+
+@dataclass(frozen=True)
+class Held:
+    """What was resident of the shadow's agent while it held so many shadow messages."""
+
+    messages: int
+    resident_kib: int
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What an agent took, at most, while ``messages`` of ``size`` bytes came in at once."""
+
+    host: str
+    messages: int
+    size: int
+    before_kib: int
+    peak_kib: int
 
 
 def ratios(rates: Sequence[Rate], variant: str, connections: int, size: int) -> list[float]:
@@ -104,8 +125,31 @@ def summary(rates: Sequence[Rate], latencies: Sequence[Latencies]) -> list[dict[
     return list(rows.values())
 
 
+def megabytes(kib: float) -> float:
+    """Return KiB as MB of a million bytes."""
+    return kib * 1024 / 1e6
+
+
+def memory_goals(held: Sequence[Held], peaks: Sequence[Peak]) -> list[Goal]:
+    """What the memory of the agents' processes decides."""
+    found = []
+    enough = [megabytes(item.resident_kib) for item in held if item.messages >= HELD]
+    if enough:
+        name = f"resident memory of the shadow's agent, {HELD} messages held"
+        found.append(Goal(name, max(enough), 150.0, "MB", max(enough) < 150.0))
+    for host in dict.fromkeys(item.host for item in peaks):
+        cost = max(
+            megabytes(item.peak_kib - item.before_kib)
+            for item in peaks
+            if (item.host, item.messages, item.size) == (host, AT_ONCE, HUGE)
+        )
+        name = f"memory that {AT_ONCE} messages of 50 MB at once cost, {host}"
+        found.append(Goal(name, cost, 64.0, "MB", cost < 64.0))
+    return found
+
+
 def goals(rates: Sequence[Rate], latencies: Sequence[Latencies]) -> list[Goal]:
-    """Every figure that these samples decide; one that they do not is not in the list."""
+    """Every figure of speed that these samples decide; the others are not in the list."""
 
     def at_least(name: str, bound: float, values: Callable[[], list[float]]) -> Goal:
         value = statistics.median(values())

@@ -7,7 +7,17 @@ import json
 import pytest
 from tests.bench.figures import Missing, percentile
 from tests.bench.transport import figures, run
-from tests.bench.transport.figures import FAR, LARGE, LOCAL, PLAIN, SMALL, Latencies, Rate
+from tests.bench.transport.figures import (
+    FAR,
+    LARGE,
+    LOCAL,
+    PLAIN,
+    SMALL,
+    Held,
+    Latencies,
+    Peak,
+    Rate,
+)
 
 
 def rate(
@@ -120,3 +130,23 @@ def test_each_round_has_every_variant_in_an_order_of_its_own() -> None:
     assert all(sorted(o, key=str) == sorted(run.VARIANTS, key=str) for o in orders)
     assert len({str(o) for o in orders}) > 3
     assert run.order(3) == orders[3]
+
+
+@pytest.mark.parametrize(
+    ("kib", "peak_kib", "holds"),
+    [
+        (146_000, 70_000, [True, True]),
+        (146_500, 70_000, [False, True]),
+        (146_000, 72_600, [True, False]),
+    ],
+)
+def test_memory_is_judged_in_millions_of_bytes(kib: int, peak_kib: int, holds: list[bool]) -> None:
+    held = [Held(25_000, 900_000), Held(100_000, kib)]
+    peaks = [Peak("mail-b", 10, 50_000_000, 10_000, peak_kib)]
+    found = figures.memory_goals(held, peaks)
+    assert [goal.holds for goal in found] == holds
+    assert found[0].value == pytest.approx(kib * 1.024e-3)
+
+
+def test_too_few_held_decide_nothing() -> None:
+    assert figures.memory_goals([Held(99_999, 1)], []) == []

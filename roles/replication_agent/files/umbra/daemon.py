@@ -100,6 +100,7 @@ class Agent:
         self._switchover = Switchover(config, group, helper, self._messages, self._mailboxes)
         group.catch_up = self._catch_up
         group.on_opening = self._messages.resubmit
+        self._mailboxes.being_delivered = self._messages.being_delivered
         self._composer = Composer(
             config,
             group,
@@ -121,7 +122,7 @@ class Agent:
         )
         self._api = Api(
             self._composer.report,
-            {"queue": self._get_queue},
+            {"queue": self._get_queue, "merged": self._get_merged},
             {
                 "switchover": self._post_switchover,
                 "failover": self._post_failover,
@@ -208,6 +209,12 @@ class Agent:
             return await self._messages.queue()
         except StoreError as error:
             raise Refused(f"{error}.") from None
+
+    async def _get_merged(self) -> dict[str, Any]:
+        try:
+            return {"merged": await self._mailboxes.merged()}
+        except OSError as error:
+            raise Refused(f"the record cannot be read: {error}.") from None
 
     async def _post_switchover(self, body: dict[str, Any]) -> dict[str, Any]:
         to, dry_run, timeout_s = (

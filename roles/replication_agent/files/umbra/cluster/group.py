@@ -126,7 +126,8 @@ class Group:
         if durable is None:
             durable = first(config.role, now())
             states.save(durable)
-        self.state = machine.step(State(config.node, durable, Phase.SHADOW), machine.Started())
+        known = State(config.node, durable, Phase.SHADOW, copies=config.mailbox.mirror_copies)
+        self.state = machine.step(known, machine.Started())
         if self.state.durable != durable:
             states.save(self.state.durable)
         self._was_serving = False
@@ -160,17 +161,19 @@ class Group:
         await self._failed(peer, f"a message was not taken: {reason}")
 
     async def mirror_failed(self, peer: str, reason: str, *, lost: bool = True) -> None:
-        """A mailbox change is only here.
+        """A mailbox change is not on ``peer``.
 
-        Make the group alone, durably; harmless if it is. NotPrimary if this node may not act any
-        more. Unless the peer is ``lost``, messages go to it as before.
+        Count it no more among those that have everything, durably; with too few of these the group
+        is alone. Harmless if it is not counted. NotPrimary if this node may not act any more.
+        Unless the peer is ``lost``, messages go to it as before.
         """
-        if not self.state.serving or self.state.durable.mode is Mode.PROTECTED:
+        view = self.state.peers.get(peer)
+        if not self.state.serving or (view is not None and view.complete):
             await self._failed(peer, reason, lost=lost)
 
     async def _failed(self, peer: str, reason: str, *, lost: bool = True) -> None:
         state = await self.apply(
-            machine.PeerLost(peer, reason) if lost else machine.Unmirrored(reason)
+            machine.PeerLost(peer, reason) if lost else machine.Unmirrored(peer, reason)
         )
         if not state.serving:
             raise NotPrimary(f"{state.node} is {state.phase}")
@@ -278,11 +281,16 @@ class Group:
             return False
         return True
 
-    async def protected_within(self, seconds: float) -> bool:
-        """Wait until this node is a protected primary; False if it is not after so long."""
+    async def complete_within(self, peer: str, seconds: float) -> bool:
+        """Wait until this primary is protected and ``peer`` has everything; False if it is late."""
+
+        def complete() -> bool:
+            view = self.state.peers.get(peer)
+            return self.state.protected and view is not None and view.complete
+
         try:
             async with asyncio.timeout(seconds), self._moved:
-                await self._moved.wait_for(lambda: self.state.protected)
+                await self._moved.wait_for(complete)
         except TimeoutError:
             return False
         return True
@@ -414,7 +422,7 @@ class Group:
                 and view.phase is Phase.SHADOW
                 and view.epoch == self.epoch
             )
-            wanted = state.phase is Phase.PRIMARY and state.durable.mode is Mode.ALONE and ready
+            wanted = state.phase is Phase.PRIMARY and not view.complete and ready
             if wanted and name not in self._catching_up:
                 task = asyncio.create_task(self._catch_up(name), name=f"catch-up of {name}")
                 self._catching_up[name] = task
