@@ -6,7 +6,8 @@ Run on a mail host by the benchmark; standard library only. The plan is JSON on 
 by user in turn; ``operations``: of ``append``, ``store``, ``move``, ``lmtp``; ``seconds``: of each;
 ``size``: bytes of a message. With ``count`` and ``pace`` every client makes that many changes, so
 many seconds apart. ``mailbox``: change this one, which is there, and leave it there; ``reset``:
-take its flags off before. ``tour``: deliver once to every user, and nothing else.
+take its flags off before. ``prefix``: of the names of mailboxes that are made instead, and removed
+afterwards without ``keep``. ``tour``: deliver once to every user, and nothing else.
 
 Prints JSON ``{operation: {"seconds": S, "changes": [[begun, answered], ...]}}``: all on the
 monotonic clock, the same on every host of a lab.
@@ -68,15 +69,17 @@ class Client:
         self._plan = plan
         self._user = plan["users"][number % len(plan["users"])]
         self._own = "mailbox" not in plan
-        self._mailbox = plan.get("mailbox", f"bench{number}")
-        self._other = f"moved{number}"
+        # New names each time: what was deleted a moment ago may come back by way of a replicator.
+        name = f"{plan.get('prefix', 'bench')}-{number}"
+        self._mailbox = plan.get("mailbox", name)
+        self._other = f"{name}-moved"
         text = b"Subject: bench\r\nFrom: <bench@example.net>\r\n\r\n"
         self._message = text + (b"x" * 70 + b"\r\n") * ((plan["size"] - len(text)) // 72)
         self._tour: list[str] = plan["users"][number :: plan["clients"]] if plan.get("tour") else []
         self._imap: Imap
 
     async def prepare(self) -> None:
-        """Make the mailboxes as they are to be, whatever an earlier run has left."""
+        """Make the client's own mailboxes and fill one."""
         if self._tour:
             return
         self._imap = await Imap.login(self._plan["imap"], self._user, self._plan["password"])
@@ -86,14 +89,16 @@ class Client:
                 await self._imap.do(f"STORE 1:{KEPT} -FLAGS.SILENT (\\Flagged)")
             return
         for name in (self._mailbox, self._other):
-            # Dovecot 2.3's replicator may bring back what was deleted: it is emptied, too.
-            await self._imap.do(f"DELETE {name}", may_fail=True)
-            await self._imap.do(f"CREATE {name}", may_fail=True)
-            if await self._select(name):
-                await self._imap.do("STORE 1:* +FLAGS.SILENT (\\Deleted)")
-                await self._imap.do("EXPUNGE")
+            await self._imap.do(f"CREATE {name}")
         await self._imap.do(f"APPEND {self._mailbox}", *[self._message] * KEPT)
         await self._imap.do(f"SELECT {self._mailbox}")
+
+    async def clear(self) -> None:
+        """Remove what ``prepare`` has made."""
+        if self._own and not self._tour and not self._plan.get("keep"):
+            await self._imap.do("UNSELECT")
+            for name in (self._mailbox, self._other):
+                await self._imap.do(f"DELETE {name}", may_fail=True)
 
     def changes(self, operation: str) -> AsyncIterator[None]:
         """Each step is one change."""
@@ -167,7 +172,10 @@ async def main(plan: dict[str, Any]) -> dict[str, Any]:
     # In turn: what they prepare is no load.
     for client in clients:
         await client.prepare()
-    return {name: await _measure(plan, clients, name) for name in plan["operations"]}
+    results = {name: await _measure(plan, clients, name) for name in plan["operations"]}
+    for client in clients:
+        await client.clear()
+    return results
 
 
 async def _measure(plan: dict[str, Any], clients: list[Client], name: str) -> dict[str, Any]:

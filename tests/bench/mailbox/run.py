@@ -103,6 +103,7 @@ class Bench:
             place.prepare_old()
             place.users(scene.OLD, names("u", MANY))
             place.users(scene.OLD, names("s", MANY), "userdb_replication_sync_timeout=5")
+            place.start_old()
         place.users(scene.MAIL, names("u", MANY))
         # Round 0 warms up and is no sample.
         for number in range(rounds + 1):
@@ -123,6 +124,7 @@ class Bench:
                 variant.host,
                 imap=variant.port,
                 lmtp=variant.lmtp,
+                prefix=f"r{number}c{clients}u{users}",
                 users=names(variant.users, users),
                 clients=clients,
                 operations=self._options.operations,
@@ -138,8 +140,8 @@ class Bench:
         assert variant.replica
         for operation in ("append", "store") if number else ():
             changes = self.place.lag(
-                variant.host, variant.replica, names(variant.users, 1)[0], "bench0", operation,
-                LAGS, PACE,
+                variant.host, variant.replica, names(variant.users, 1)[0],
+                f"lag{number}{operation}", operation, LAGS, PACE,
             )  # fmt: skip
             seen = [(begun, done, at) for begun, done, at in changes if at is not None]
             self.samples.lags.append(

@@ -218,12 +218,16 @@ class Scene(Place):
                 "command -v dovecot >/dev/null || DEBIAN_FRONTEND=noninteractive apt-get -qq -y"
                 " install dovecot-core dovecot-imapd dovecot-lmtpd >/dev/null;"
                 " id vmail >/dev/null 2>&1 || useradd --uid 5000 --user-group vmail;"
-                " install -d -o vmail -g vmail /var/vmail; touch /etc/dovecot/users",
+                " systemctl stop dovecot; rm -rf /var/vmail /var/lib/dovecot/replicator.db;"
+                " install -d -o vmail -g vmail /var/vmail; : > /etc/dovecot/users",
             )  # fmt: skip
             self.write(
                 host, "/etc/dovecot/dovecot.conf", _OLD.format(other=other, password=PASSWORD)
             )
             self._programs(host)
+
+    def start_old(self) -> None:
+        """Start Dovecot 2.3, whose replicator reads once who there is."""
         for host in OLD:
             self.run(host, "systemctl", "restart", "dovecot")
             self._wait(host, 143)
@@ -312,13 +316,14 @@ class Scene(Place):
         return answer
 
     def lag(
-        self, primary: str, replica: str, user: str, mailbox: str, operation: str, count: int,
+        self, primary: str, replica: str, user: str, prefix: str, operation: str, count: int,
         pace: float,
     ) -> list[tuple[float, float, float | None]]:  # fmt: skip
-        """Change ``mailbox`` at a pace; return when each began, was answered, was seen."""
+        """Change a new mailbox at a pace; return when each began, was answered, was seen."""
         seconds = count * pace + 10
-        plan = {"imap": 143, "users": [user], "clients": 1, "mailbox": mailbox}
-        self.load(primary, operations=[], reset=True, **plan)
+        plan = {"imap": 143, "users": [user], "clients": 1}
+        self.load(primary, operations=[], prefix=prefix, keep=True, **plan)
+        mailbox = f"{prefix}-0"
         watcher = subprocess.Popen(
             self.command(replica, "python3", "/run/bench/watch.py", "143", user, PASSWORD, mailbox,
                          operation, str(count), str(seconds)),
@@ -328,7 +333,9 @@ class Scene(Place):
         try:
             if watcher.stdout.readline() != "ready\n":
                 raise SceneError(f"nobody watches on {replica}")
-            done = self.load(primary, operations=[operation], count=count, pace=pace, **plan)
+            done = self.load(
+                primary, operations=[operation], mailbox=mailbox, count=count, pace=pace, **plan
+            )
             seen = json.loads(watcher.communicate(timeout=seconds + 30)[0])
         finally:
             watcher.kill()
