@@ -37,9 +37,9 @@ LMTP = "/var/spool/postfix/private/dovecot-lmtp"
 ALONE_LMTP = "/run/dovecot-alone/lmtp"
 OLD_LMTP = "/run/dovecot/lmtp"
 # What the role adds for the replication, and what would stand in the way of the other Dovecot.
-ADDED = ("sieve_script once", "mail_plugins", "push_notification umbra", "event_exporter umbra",
-         "metric umbra_sieve", "service umbra-doveadm", "service auth", "service lmtp",
-         "protocols")  # fmt: skip
+ADDED = ("sieve_script once", "mail_plugins", "service auth", "service lmtp", "protocols")
+_NAMED = r"^(?:service|metric|event_exporter|push_notification) umbra\S* \{\n.*?^\}\n"
+_SETTINGS = r"^sieve_(?:plugins|global_extensions|execute_\w+) = .*\n"
 PACKAGES = {
     "mail-a": ("dovecot-core", "dovecot-sieve", "python3", "python3-uvloop", "python3-aiohttp",
                "wireguard-go"),
@@ -167,14 +167,13 @@ _CPU_SECONDS = (
 
 
 def without(config: str, blocks: Iterable[str]) -> str:
-    """The configuration without these blocks of its top level. SceneError if one is not there."""
+    """The configuration less what the role adds to it. SceneError if a block is not there once."""
     for name in blocks:
-        config, count = re.subn(
-            rf"^{re.escape(name)} \{{\n.*?^\}}\n", "", config, flags=re.M | re.S
-        )
+        config, count = re.subn(rf"^{name} \{{\n.*?^\}}\n", "", config, flags=re.M | re.S)
         if count != 1:
             raise SceneError(f"dovecot.conf has {count} blocks {name!r}")
-    return config
+    config = re.sub(_NAMED, "", config, flags=re.M | re.S)
+    return re.sub(_SETTINGS, "", config, flags=re.M)
 
 
 class Scene(Place):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 
 import pytest
@@ -25,7 +26,7 @@ from tests.bench.mailbox.figures import (
     Size,
 )
 from tests.bench.mailbox.settle import settled
-from tests.bench.place import SceneError
+from tests.bench.place import ROOT, SceneError
 
 
 def burst(
@@ -116,16 +117,27 @@ service doveadm {
 service doveadm-other {
   a = b
 }
+metric umbra_imap {
+  fields {
+    user = yes
+  }
+}
+sieve_execute_socket_dir = ../umbra/delivery
 last = 2
 """
 
 
 def test_a_block_is_taken_out_whole_and_no_other() -> None:
-    assert scene.without(CONFIG, ["service doveadm"]) == CONFIG.replace(
-        "service doveadm {\n  unix_listener x {\n    mode = 0600\n  }\n}\n", ""
-    )
+    left = scene.without(CONFIG, ["service doveadm"])
+    assert left == "first = 1\nservice doveadm-other {\n  a = b\n}\nlast = 2\n"
     with pytest.raises(SceneError, match="0 blocks 'mail_plugins'"):
         scene.without(CONFIG, ["mail_plugins"])
+
+
+def test_the_roles_own_template_has_what_is_taken_out() -> None:
+    template = (ROOT / "roles/mail_server/templates/dovecot.conf.j2").read_text()
+    left = scene.without(re.sub(r"^\{%.*\n", "", template, flags=re.M), scene.ADDED)
+    assert "umbra" not in re.sub("#.*", "", left).replace("__mail_server", "")
 
 
 def test_when_the_mirror_is_settled() -> None:
