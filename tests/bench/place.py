@@ -54,26 +54,23 @@ class Place:
         """Write a file on a host."""
         self.run(host, "sh", "-c", f"cat > {path}", input=text)
 
-    def about(self, module: str, packages: dict[str, tuple[str, ...]]) -> dict[str, Any]:
-        """What was measured and with which command: commit, kernel, packages of each host."""
+    def about(self, module: str, host: str) -> dict[str, Any]:
+        """What is measured and with which command: commit, kernel, cores."""
         git = ["git", "-C", str(ROOT)]
         dirty = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False).returncode
         commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
-        first = next(iter(packages))
-        versions = {
-            host: dict(
-                line.split(" ", 1)
-                for line in self.run(
-                    host, "dpkg-query", "-W", "-f", "${Package} ${Version}\\n", *names
-                ).splitlines()
-            )
-            for host, names in packages.items()
-        }
         return {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": " ".join([f"python -m {module}", *sys.argv[1:]]),
             "commit": commit + ("+changes" if dirty else ""),
-            "kernel": self.run(first, "uname", "-r").strip(),
-            "cpus": int(self.run(first, "nproc")),
-            "packages": versions[first] if len(versions) == 1 else versions,
+            "kernel": self.run(host, "uname", "-r").strip(),
+            "cpus": int(self.run(host, "nproc")),
+        }
+
+    def packages(self, wanted: dict[str, tuple[str, ...]]) -> dict[str, dict[str, str]]:
+        """The versions of these packages on each host."""
+        show = ("dpkg-query", "-W", "-f", "${Package} ${Version}\\n")
+        return {
+            host: dict(line.split(" ", 1) for line in self.run(host, *show, *names).splitlines())
+            for host, names in wanted.items()
         }

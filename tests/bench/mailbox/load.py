@@ -5,8 +5,9 @@ Run on a mail host by the benchmark; standard library only. The plan is JSON on 
 ``imap``: port on 127.0.0.1; ``lmtp``: socket; ``users``, ``password``; ``clients``: how many, user
 by user in turn; ``operations``: of ``append``, ``store``, ``move``, ``lmtp``; ``seconds``: of each;
 ``size``: bytes of a message. With ``count`` and ``pace`` every client makes that many changes, so
-many seconds apart. ``mailbox``: change this one, which is there, and leave it there. ``tour``:
-deliver once to every user, and nothing else.
+many seconds apart. ``mailbox``: change this one, which is there, and leave it there; ``reset``:
+take its flags off before. ``prefix``: of the names of mailboxes that are made instead, and removed
+afterwards without ``keep``. ``tour``: deliver once to every user, and nothing else.
 
 Prints JSON ``{operation: {"seconds": S, "changes": [[begun, answered], ...]}}``: all on the
 monotonic clock, the same on every host of a lab.
@@ -45,14 +46,12 @@ class Imap:
         await session.do(f'LOGIN "{user}" "{password}"')
         return session
 
-    async def do(
-        self, command: str, literal: bytes = b"", *, may_fail: bool = False
-    ) -> list[bytes]:
-        """Run a command and return the untagged lines."""
+    async def do(self, command: str, *messages: bytes, may_fail: bool = False) -> list[bytes]:
+        """Run a command and return its lines; messages follow it as literals (MULTIAPPEND)."""
         self._number += 1
         tag = b"a%d" % self._number
-        end = b" {%d+}\r\n%b\r\n" % (len(literal), literal) if literal else b"\r\n"
-        self._writer.write(b"%b %b%b" % (tag, command.encode(), end))
+        literals = b"".join(b" {%d+}\r\n%b" % (len(message), message) for message in messages)
+        self._writer.write(b"%b %b%b\r\n" % (tag, command.encode(), literals))
         lines = []
         while not (line := await self._reader.readline()).startswith(tag + b" "):
             if not line:
@@ -70,31 +69,36 @@ class Client:
         self._plan = plan
         self._user = plan["users"][number % len(plan["users"])]
         self._own = "mailbox" not in plan
-        self._mailbox = plan.get("mailbox", f"bench{number}")
-        self._other = f"moved{number}"
+        # New names each time: what was deleted a moment ago may come back by way of a replicator.
+        name = f"{plan.get('prefix', 'bench')}-{number}"
+        self._mailbox = plan.get("mailbox", name)
+        self._other = f"{name}-moved"
         text = b"Subject: bench\r\nFrom: <bench@example.net>\r\n\r\n"
         self._message = text + (b"x" * 70 + b"\r\n") * ((plan["size"] - len(text)) // 72)
         self._tour: list[str] = plan["users"][number :: plan["clients"]] if plan.get("tour") else []
         self._imap: Imap
 
     async def prepare(self) -> None:
-        """Make the mailboxes as they are to be, whatever an earlier run has left."""
+        """Make the client's own mailboxes and fill one."""
         if self._tour:
             return
         self._imap = await Imap.login(self._plan["imap"], self._user, self._plan["password"])
         if not self._own:
             await self._imap.do(f"SELECT {self._mailbox}")
+            if self._plan.get("reset"):
+                await self._imap.do(f"STORE 1:{KEPT} -FLAGS.SILENT (\\Flagged)")
             return
         for name in (self._mailbox, self._other):
-            await self._imap.do(f"DELETE {name}", may_fail=True)
             await self._imap.do(f"CREATE {name}")
-        await self._imap.do(f"APPEND {self._mailbox}", self._message)
+        await self._imap.do(f"APPEND {self._mailbox}", *[self._message] * KEPT)
         await self._imap.do(f"SELECT {self._mailbox}")
-        kept = 1
-        while kept < KEPT:
-            more = min(kept, KEPT - kept)
-            await self._imap.do(f"COPY 1:{more} {self._mailbox}")
-            kept += more
+
+    async def clear(self) -> None:
+        """Remove what ``prepare`` has made."""
+        if self._own and not self._tour and not self._plan.get("keep"):
+            await self._imap.do("UNSELECT")
+            for name in (self._mailbox, self._other):
+                await self._imap.do(f"DELETE {name}", may_fail=True)
 
     def changes(self, operation: str) -> AsyncIterator[None]:
         """Each step is one change."""
@@ -115,8 +119,9 @@ class Client:
         await self._imap.do("NOOP")
         yield
         for number in itertools.count():
-            # Message by message, so that a watcher on the other side knows which change it sees.
-            sign, message = "+-"[number // KEPT % 2], number % KEPT + 1
+            # On and off again, message by message: each is a change, and a watcher on the other
+            # side knows which it sees.
+            sign, message = "+-"[number % 2], number // 2 % KEPT + 1
             await self._imap.do(f"STORE {message} {sign}FLAGS.SILENT (\\Flagged)")
             yield
 
@@ -167,7 +172,10 @@ async def main(plan: dict[str, Any]) -> dict[str, Any]:
     # In turn: what they prepare is no load.
     for client in clients:
         await client.prepare()
-    return {name: await _measure(plan, clients, name) for name in plan["operations"]}
+    results = {name: await _measure(plan, clients, name) for name in plan["operations"]}
+    for client in clients:
+        await client.clear()
+    return results
 
 
 async def _measure(plan: dict[str, Any], clients: list[Client], name: str) -> dict[str, Any]:

@@ -11,9 +11,10 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,9 @@ VARIANTS = (
     Variant(OLD, "old-a", 143, scene.OLD_LMTP, "old-b", "u"),
     Variant(OLD_SYNC, "old-a", 143, scene.OLD_LMTP, "old-b", "s"),
 )
-# clients, users: one user each; and a few busy users.
-CLIENTS = ((1, 1), (4, 4), (MANY, MANY), (MANY, 4))
+# Clients and users: one user each; and a few busy users, whose changes share syncs.
+CLIENTS = ((1, 1), (4, 4), (MANY, MANY))
+FEW = (MANY, 4)
 LAGS = 6  # changes in each round, and seconds between them
 PACE = 0.5
 SIZES = (100, 10_000, 100_000)
@@ -77,8 +79,22 @@ class Bench:
     def __init__(self, place: Scene, options: argparse.Namespace) -> None:
         self.place = place
         self.samples = Samples()
+        self.load_before: dict[str, float] = {}  # tells a reader what else the machine had to do
         self._options = options
         self._variants = [v for v in VARIANTS if v.name in options.variants]
+
+    def run(self, parts: Sequence[str]) -> dict[str, str]:
+        """Run these parts; return why some did not end. What they had measured by then stays."""
+        failed = {}
+        for part in parts:
+            self.load_before[part] = os.getloadavg()[0]
+            began = time.monotonic()
+            try:
+                getattr(self, part)()
+            except (SceneError, subprocess.SubprocessError) as error:
+                failed[part] = str(error)[-500:]
+            say(f"{part} took {time.monotonic() - began:.0f} s {failed.get(part, '')}")
+        return failed
 
     def latency(self) -> None:
         """Latency and throughput of single operations, and the replication lag."""
@@ -87,6 +103,7 @@ class Bench:
             place.prepare_old()
             place.users(scene.OLD, names("u", MANY))
             place.users(scene.OLD, names("s", MANY), "userdb_replication_sync_timeout=5")
+            place.start_old()
         place.users(scene.MAIL, names("u", MANY))
         # Round 0 warms up and is no sample.
         for number in range(rounds + 1):
@@ -101,11 +118,13 @@ class Bench:
         place.set_mode(SYNC)
 
     def _bursts(self, variant: Variant, number: int) -> None:
-        for clients, users in CLIENTS if number else CLIENTS[:1]:
+        wanted = (*CLIENTS, FEW) if variant.name == SYNC else CLIENTS
+        for clients, users in wanted if number else CLIENTS[:1]:
             answer = self.place.load(
                 variant.host,
                 imap=variant.port,
                 lmtp=variant.lmtp,
+                prefix=f"r{number}c{clients}u{users}",
                 users=names(variant.users, users),
                 clients=clients,
                 operations=self._options.operations,
@@ -121,8 +140,8 @@ class Bench:
         assert variant.replica
         for operation in ("append", "store") if number else ():
             changes = self.place.lag(
-                variant.host, variant.replica, names(variant.users, 1)[0], "bench0", operation,
-                LAGS, PACE,
+                variant.host, variant.replica, names(variant.users, 1)[0],
+                f"lag{number}{operation}", operation, LAGS, PACE,
             )  # fmt: skip
             seen = [(begun, done, at) for begun, done, at in changes if at is not None]
             self.samples.lags.append(
@@ -146,7 +165,7 @@ class Bench:
             for messages in random.Random(number).sample(SIZES, len(SIZES)):
                 answer = self.place.load(
                     "mail-a", imap=143, users=[f"big{messages}@{DOMAIN}"], clients=1,
-                    operations=["append", "store"], mailbox="INBOX", count=SINGLE,
+                    operations=["append", "store"], mailbox="INBOX", reset=True, count=SINGLE,
                 )  # fmt: skip
                 for operation, result in answer.items():
                     took_ms = [round((end - begin) * 1000, 3) for begin, end in result["changes"]]
@@ -218,18 +237,12 @@ def main() -> int:
                 "control", "--", "ansible-playbook", "-i", "inventories/lab", "umbra.mail.site"
             )
         bench = Bench(place, options)
-        load = []  # tells a reader what else the machine had to do
+        about = place.about("tests.bench.mailbox.run", "mail-a")
         try:
             place.prepare()
-            for part in parts:
-                load.append((part, os.getloadavg()[0]))
-                began = time.monotonic()
-                getattr(bench, part)()
-                say(f"{part} took {time.monotonic() - began:.0f} s")
+            failed = bench.run(parts)
             asked = [h for h in scene.PACKAGES if h in scene.MAIL or "latency" in parts]
-            about = place.about(
-                "tests.bench.mailbox.run", {host: scene.PACKAGES[host] for host in asked}
-            )
+            about["packages"] = place.packages({host: scene.PACKAGES[host] for host in asked})
         finally:
             place.undo()
     except SceneError as error:
@@ -239,7 +252,7 @@ def main() -> int:
         if not options.lab:
             place.lab("down")
     results = {
-        "about": {**about, "load_before": load},
+        "about": {**about, "load_before": bench.load_before, "failed": failed},
         **asdict(bench.samples),
         "summary": figures.summary(bench.samples),
         "goals": [asdict(goal) for goal in figures.goals(bench.samples)],
@@ -249,7 +262,7 @@ def main() -> int:
     print("\n".join(_table(results["summary"])))
     print(lines(results["goals"]))
     print(f"\nWritten to {options.output}")
-    return 0
+    return 1 if failed else 0
 
 
 def say(text: str) -> None:

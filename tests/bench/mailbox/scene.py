@@ -37,9 +37,9 @@ LMTP = "/var/spool/postfix/private/dovecot-lmtp"
 ALONE_LMTP = "/run/dovecot-alone/lmtp"
 OLD_LMTP = "/run/dovecot/lmtp"
 # What the role adds for the replication, and what would stand in the way of the other Dovecot.
-ADDED = ("sieve_script once", "mail_plugins", "push_notification umbra", "event_exporter umbra",
-         "metric umbra_sieve", "service umbra-doveadm", "service auth", "service lmtp",
-         "protocols")  # fmt: skip
+ADDED = ("sieve_script once", "mail_plugins", "service auth", "service lmtp", "protocols")
+_NAMED = r"^(?:service|metric|event_exporter|push_notification) umbra\S* \{\n.*?^\}\n"
+_SETTINGS = r"^sieve_(?:plugins|global_extensions|execute_\w+) = .*\n"
 PACKAGES = {
     "mail-a": ("dovecot-core", "dovecot-sieve", "python3", "python3-uvloop", "python3-aiohttp",
                "wireguard-go"),
@@ -87,7 +87,6 @@ mail_fsync = never
 
 _OLD = """
 protocols = imap lmtp
-listen = *
 ssl = no
 disable_plaintext_auth = no
 mail_uid = vmail
@@ -134,6 +133,9 @@ service lmtp {{
 }}
 service replicator {{
   process_min_avail = 1
+  unix_listener replicator-doveadm {{
+    mode = 0600
+  }}
 }}
 service aggregator {{
   fifo_listener replication-notify-fifo {{
@@ -165,14 +167,13 @@ _CPU_SECONDS = (
 
 
 def without(config: str, blocks: Iterable[str]) -> str:
-    """The configuration without these blocks of its top level. SceneError if one is not there."""
+    """The configuration less what the role adds to it. SceneError if a block is not there once."""
     for name in blocks:
-        config, count = re.subn(
-            rf"^{re.escape(name)} \{{\n.*?^\}}\n", "", config, flags=re.M | re.S
-        )
+        config, count = re.subn(rf"^{name} \{{\n.*?^\}}\n", "", config, flags=re.M | re.S)
         if count != 1:
             raise SceneError(f"dovecot.conf has {count} blocks {name!r}")
-    return config
+    config = re.sub(_NAMED, "", config, flags=re.M | re.S)
+    return re.sub(_SETTINGS, "", config, flags=re.M)
 
 
 class Scene(Place):
@@ -180,15 +181,19 @@ class Scene(Place):
 
     def __init__(self, lab: str) -> None:
         super().__init__(lab)
-        self.overlay = ""
+        self.own, self.overlay = "", ""  # addresses in the tunnel
         self.mode = ""
 
     # -- setting up
 
     def prepare(self) -> None:
         """Set everything up. May be repeated, also after a run that was cut off."""
-        links = json.loads(self.run("mail-b", "ip", "-j", "-4", "address", "show", "umbra0"))
-        self.overlay = links[0]["addr_info"][0]["local"]
+        self.own, self.overlay = (
+            json.loads(self.run(host, "ip", "-j", "-4", "address", "show", "umbra0"))[0][
+                "addr_info"
+            ][0]["local"]
+            for host in MAIL
+        )
         self.undo()
         for host in MAIL:
             self.run(host, "cp", "-p", "/etc/dovecot/users", "/etc/dovecot/users.bench")
@@ -202,6 +207,7 @@ class Scene(Place):
                      " systemd-run --quiet --unit=dovecot-alone dovecot -F -c"
                      " /etc/dovecot/alone.conf")  # fmt: skip
         self._wait("mail-a", ALONE_PORT)
+        self.settle()
 
     def prepare_old(self) -> None:
         """Set up the two hosts with Debian 12."""
@@ -211,19 +217,23 @@ class Scene(Place):
                 "command -v dovecot >/dev/null || DEBIAN_FRONTEND=noninteractive apt-get -qq -y"
                 " install dovecot-core dovecot-imapd dovecot-lmtpd >/dev/null;"
                 " id vmail >/dev/null 2>&1 || useradd --uid 5000 --user-group vmail;"
-                " install -d -o vmail -g vmail /var/vmail; touch /etc/dovecot/users",
+                " systemctl stop dovecot; rm -rf /var/vmail /var/lib/dovecot/replicator.db;"
+                " install -d -o vmail -g vmail /var/vmail; : > /etc/dovecot/users",
             )  # fmt: skip
             self.write(
                 host, "/etc/dovecot/dovecot.conf", _OLD.format(other=other, password=PASSWORD)
             )
             self._programs(host)
+
+    def start_old(self) -> None:
+        """Start Dovecot 2.3, whose replicator reads once who there is."""
         for host in OLD:
             self.run(host, "systemctl", "restart", "dovecot")
             self._wait(host, 143)
 
     def _programs(self, host: str) -> None:
         self.run(host, "mkdir", "-p", "/run/bench")
-        for name in ("load.py", "watch.py", "fill.py"):
+        for name in ("load.py", "watch.py", "fill.py", "settle.py"):
             self.write(host, f"/run/bench/{name}", (HERE / name).read_text())
 
     def _wait(self, host: str, port: int) -> None:
@@ -246,12 +256,17 @@ class Scene(Place):
             self.run(host, "sh", "-c", "cat >> /etc/dovecot/users", input=lines)
 
     def forget_users(self) -> None:
-        """Only the users that the roles have made, and nothing of the others on disk."""
+        """Only the users that the roles have made, and nothing of the others anywhere."""
+        self.run("mail-a", "systemctl", "stop", "umbra-agent")
         for host in MAIL:
             self.run(host, "sh", "-ec",
                      "[ ! -e /etc/dovecot/users.bench ] ||"
                      " cp -p /etc/dovecot/users.bench /etc/dovecot/users;"
                      f" rm -rf {STORE} {ALONE_STORE}/bench.example.org")  # fmt: skip
+        # Where the syncs of users ended who will be others when they come again.
+        self.run("mail-a", "sh", "-ec",
+                 "rm -f /var/lib/umbra/mirror/ledger.sqlite*;"
+                 " systemctl start umbra-agent")  # fmt: skip
 
     def undo(self) -> None:
         """Leave the mail hosts as the roles made them."""
@@ -259,37 +274,29 @@ class Scene(Place):
             self.run(host, "sh", "-ec",
                      "systemctl stop dovecot-alone 2>/dev/null || :;"
                      f" rm -rf {ALONE_STORE} /etc/dovecot/alone.conf {FILL}")  # fmt: skip
-        self.set_mode("sync", protected=False)
+        self._write_mode("sync")
         self.forget_users()
         for host in MAIL:
             self.run(host, "rm", "-f", "/etc/dovecot/users.bench")
-        self.run("mail-a", "systemctl", "restart", "umbra-agent")
 
     # -- the agent
 
-    def status(self) -> dict[str, Any]:
-        """What ``umbractl status`` says on the primary."""
-        answer: dict[str, Any] = json.loads(self.run("mail-a", "umbractl", "status", "--json"))
-        return answer
+    def set_mode(self, mode: str) -> None:
+        """Mirror in this mode from now on; returns when all users are compared."""
+        if mode != self.mode:
+            self._write_mode(mode)
+            self.restart_agent()
 
-    def set_mode(self, mode: str, *, protected: bool = True) -> None:
-        """Mirror in this mode from now on; with ``protected``, return when all is compared."""
-        if mode == self.mode:
-            return
-        self.run("mail-a", "sh", "-ec",
-                 f"sed -i 's/\\(mirror_mode\\W* \\)\\w*/\\1{mode}/' /etc/umbra/agent.yml;"
-                 " systemctl restart umbra-agent")  # fmt: skip
+    def _write_mode(self, mode: str) -> None:
+        self.run("mail-a", "sed", "-i", f"s/\\(mirror_mode\\W* \\)\\w*/\\1{mode}/",
+                 "/etc/umbra/agent.yml")  # fmt: skip
         self.mode = mode
-        if protected:
-            self.settle()
 
     def settle(self, limit: float = 300) -> float:
         """Wait until all changes are mirrored; return the seconds that it took."""
         started = time.monotonic()
-        while not settled(status := self.status(), self.mode):
-            if time.monotonic() - started > limit:
-                raise SceneError(f"the mirror does not settle: {status}")
-            time.sleep(0.1)
+        self.run("mail-a", "python3", "/run/bench/settle.py", self.own, self.mode, str(limit),
+                 limit=limit + 30)  # fmt: skip
         return time.monotonic() - started
 
     def restart_agent(self) -> float:
@@ -308,11 +315,14 @@ class Scene(Place):
         return answer
 
     def lag(
-        self, primary: str, replica: str, user: str, mailbox: str, operation: str, count: int,
+        self, primary: str, replica: str, user: str, prefix: str, operation: str, count: int,
         pace: float,
     ) -> list[tuple[float, float, float | None]]:  # fmt: skip
-        """Change ``mailbox`` at a pace; return when each began, was answered, was seen."""
+        """Change a new mailbox at a pace; return when each began, was answered, was seen."""
         seconds = count * pace + 10
+        plan = {"imap": 143, "users": [user], "clients": 1}
+        self.load(primary, operations=[], prefix=prefix, keep=True, **plan)
+        mailbox = f"{prefix}-0"
         watcher = subprocess.Popen(
             self.command(replica, "python3", "/run/bench/watch.py", "143", user, PASSWORD, mailbox,
                          operation, str(count), str(seconds)),
@@ -322,8 +332,9 @@ class Scene(Place):
         try:
             if watcher.stdout.readline() != "ready\n":
                 raise SceneError(f"nobody watches on {replica}")
-            done = self.load(primary, imap=143, users=[user], clients=1, operations=[operation],
-                             mailbox=mailbox, count=count, pace=pace)  # fmt: skip
+            done = self.load(
+                primary, operations=[operation], mailbox=mailbox, count=count, pace=pace, **plan
+            )
             seen = json.loads(watcher.communicate(timeout=seconds + 30)[0])
         finally:
             watcher.kill()
@@ -396,11 +407,3 @@ class Scene(Place):
 
     def _agent_seconds(self, host: str) -> float:
         return float(self.run(host, "sh", "-c", _CPU_SECONDS))
-
-
-def settled(status: dict[str, Any], mode: str) -> bool:
-    """Whether the mirror has all changes and nothing but the mode keeps it from protected."""
-    if mode == "sync":
-        return bool(status["protected"])
-    lacks = sum(node["lag_changes"] for node in status["nodes"])
-    return not lacks and all("asynchronous" in reason for reason in status["reasons"])

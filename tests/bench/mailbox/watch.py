@@ -19,6 +19,27 @@ sys.path.insert(0, str(Path(__file__).parent))
 from load import Imap  # type: ignore[import-not-found]
 
 STEP = 0.001
+QUIET, PATIENCE = 1.0, 30.0
+
+
+async def settled(imap: Imap, mailbox: str) -> int:
+    """Select the mailbox when what was changed before has arrived; return its messages."""
+    until = time.monotonic() + PATIENCE
+    while b" OK" not in (await imap.do(f"SELECT {mailbox}", may_fail=True))[-1]:
+        if time.monotonic() > until:
+            raise SystemExit(f"there is no mailbox {mailbox}")
+        await asyncio.sleep(QUIET / 10)
+    quiet = time.monotonic() + QUIET
+    while (now := time.monotonic()) < quiet:
+        if now > until:
+            raise SystemExit(f"changes of {mailbox} do not cease to arrive")
+        if len(await imap.do("NOOP")) > 1:
+            quiet = now + QUIET
+        await asyncio.sleep(QUIET / 10)
+    selected = b"".join(await imap.do(f"SELECT {mailbox}"))
+    found = re.search(rb"\* (\d+) EXISTS", selected)
+    assert found
+    return int(found[1])
 
 
 async def main(
@@ -26,10 +47,7 @@ async def main(
 ) -> list[float | None]:
     """Watch until all have been seen or the time is up."""
     imap = await Imap.login(port, user, password)
-    selected = b"".join(await imap.do(f"SELECT {mailbox}"))
-    found = re.search(rb"\* (\d+) EXISTS", selected)
-    assert found
-    before = int(found[1])
+    before = await settled(imap, mailbox)
     print("ready", flush=True)
     seen: list[float | None] = [None] * count
     until = time.monotonic() + seconds
@@ -42,8 +60,11 @@ async def main(
                     seen[place] = seen[place] or now
         else:
             for number in re.findall(rb"\* (\d+) FETCH", lines):
-                if int(number) <= count:
-                    seen[int(number) - 1] = seen[int(number) - 1] or now
+                # Two changes of each message, one after the other.
+                place = 2 * int(number) - 2
+                place += place < count and seen[place] is not None
+                if place < count and seen[place] is None:
+                    seen[place] = now
         await asyncio.sleep(STEP)
     return seen
 

@@ -92,7 +92,8 @@ def main() -> int:
 
 def measure(place: Scene, rounds: int, seconds: float) -> dict[str, Any]:
     """Take all samples; each round has every cell once, in an order of its own."""
-    about = place.about("tests.bench.transport.run", {"mail-a": scene.PACKAGES})
+    about = place.about("tests.bench.transport.run", "mail-a")
+    about["packages"] = place.packages({"mail-a": scene.PACKAGES})["mail-a"]
     cells = [
         (variant, count, size) for variant in VARIANTS for size in SIZES for count in CONNECTIONS
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 
 import pytest
@@ -24,7 +25,8 @@ from tests.bench.mailbox.figures import (
     Samples,
     Size,
 )
-from tests.bench.place import SceneError
+from tests.bench.mailbox.settle import settled
+from tests.bench.place import ROOT, SceneError
 
 
 def burst(
@@ -115,27 +117,38 @@ service doveadm {
 service doveadm-other {
   a = b
 }
+metric umbra_imap {
+  fields {
+    user = yes
+  }
+}
+sieve_execute_socket_dir = ../umbra/delivery
 last = 2
 """
 
 
 def test_a_block_is_taken_out_whole_and_no_other() -> None:
-    assert scene.without(CONFIG, ["service doveadm"]) == CONFIG.replace(
-        "service doveadm {\n  unix_listener x {\n    mode = 0600\n  }\n}\n", ""
-    )
+    left = scene.without(CONFIG, ["service doveadm"])
+    assert left == "first = 1\nservice doveadm-other {\n  a = b\n}\nlast = 2\n"
     with pytest.raises(SceneError, match="0 blocks 'mail_plugins'"):
         scene.without(CONFIG, ["mail_plugins"])
+
+
+def test_the_roles_own_template_has_what_is_taken_out() -> None:
+    template = (ROOT / "roles/mail_server/templates/dovecot.conf.j2").read_text()
+    left = scene.without(re.sub(r"^\{%.*\n", "", template, flags=re.M), scene.ADDED)
+    assert "umbra" not in re.sub("#.*", "", left).replace("__mail_server", "")
 
 
 def test_when_the_mirror_is_settled() -> None:
     lag = {"nodes": [{"lag_changes": 0}, {"lag_changes": 0}], "protected": False}
     behind = {"nodes": [{"lag_changes": 2}], "protected": False}
     only = ["mailboxes are mirrored asynchronously: the last changes may be only on mail-a"]
-    assert scene.settled({**lag, "protected": True, "reasons": []}, "sync")
-    assert not scene.settled({**lag, "reasons": []}, "sync")
-    assert scene.settled({**lag, "reasons": only}, "async")
-    assert not scene.settled({**lag, "reasons": [*only, "mail-b is lost"]}, "async")
-    assert not scene.settled({**behind, "reasons": only}, "async")
+    assert settled({**lag, "protected": True, "reasons": []}, "sync")
+    assert not settled({**lag, "reasons": []}, "sync")
+    assert settled({**lag, "reasons": only}, "async")
+    assert not settled({**lag, "reasons": [*only, "mail-b is lost"]}, "async")
+    assert not settled({**behind, "reasons": only}, "async")
 
 
 def test_users_have_names_of_their_own() -> None:
