@@ -41,6 +41,7 @@ PRIMARY_OPERATIONS = frozenset(
         "shadow-discard",
         "dsync",
         "scripts",
+        "mailboxes",
         "merged",
         "handover-prepare",
         "handover",

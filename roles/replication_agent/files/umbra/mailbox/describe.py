@@ -148,6 +148,17 @@ class Dovecot:
         ]
         return _digest([json.dumps(part) for part in parts])
 
+    async def mailboxes(self, user: str) -> dict[str, str]:
+        """Return the GUIDs of the user's mailboxes, by name."""
+        rows = _rows(await self._fields(user, "mailbox status", "guid", "*"), 2)
+        return {name: guid for name, guid in rows}  # noqa: C416
+
+    async def remove_mailbox(self, user: str, name: str) -> None:
+        """Remove a mailbox with its messages; none of this name is no error."""
+        reply = await self._doveadm.run(user, "mailbox delete", "-u", user, name)
+        if reply.code not in ("", "NOTFOUND"):
+            raise DoveadmError(f"doveadm mailbox delete of {user} ended with {reply.code}")
+
     async def scripts(self, user: str) -> tuple[list[str], str]:
         """Return the names of the user's Sieve scripts, and the active one's or ""."""
         rows = _rows(await self._fields(user, "sieve list"), 2)

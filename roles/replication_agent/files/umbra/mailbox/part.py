@@ -23,6 +23,7 @@ from umbra.mailbox.carrier import DsyncCarrier, DsyncHandler
 from umbra.mailbox.describe import DescribeHandler, Dovecot, Peer
 from umbra.mailbox.doveadm import Doveadm, DoveadmError
 from umbra.mailbox.events import ScriptEvents
+from umbra.mailbox.gone import GoneCarrier, GoneHandler
 from umbra.mailbox.ledger import Ledger
 from umbra.mailbox.merged import Record, RecordingCarrier
 from umbra.mailbox.mirror import CatchUpFailed, Mirror, PeerMirror, Phase
@@ -113,8 +114,8 @@ class Mailboxes:
         messages = copies.Dovecot(self._doveadm)
         self.being_delivered: Callable[[str, str], bool] = lambda user, shadow_id: False
         self._parents = {
-            name: ParentsCarrier(carrier)
-            for name, carrier in zip(group.links, self._carriers, strict=True)
+            name: ParentsCarrier(GoneCarrier(carrier, link, dovecot))
+            for (name, link), carrier in zip(group.links.items(), self._carriers, strict=True)
         }
         self._scripts = {
             name: ScriptCarrier(self._parents[name], link, dovecot)
@@ -155,6 +156,7 @@ class Mailboxes:
         )
         self._dsync_handler = DsyncHandler(group.is_primary)
         self._scripts_handler = ScriptsHandler(group.is_primary, dovecot)
+        self._gone_handler = GoneHandler(self._no_copy, dovecot)
         self._describe_handler = DescribeHandler(dovecot)
         self._copies_handler = copies.CopiesHandler(self._closed_to_removal, messages)
         self._losing: set[asyncio.Task[None]] = set()
@@ -194,6 +196,7 @@ class Mailboxes:
         return {
             "dsync": self._dsync_handler,
             "scripts": self._scripts_handler,
+            "mailboxes": self._gone_handler,
             "merged": self._handle_merged,
             "describe": self._describe_handler,
             "unmirrored": self._copies_handler.unmirrored,
@@ -205,6 +208,13 @@ class Mailboxes:
             return "this node is primary; it takes no changes from others"
         if self._group.state.durable.merged:
             return "this node's mailboxes have been merged; it has nothing of its own"
+        return ""
+
+    def _no_copy(self) -> str:
+        if self._group.is_primary():
+            return "this node is primary; it takes no changes from others"
+        if not self._group.state.durable.merged:
+            return "this node may have mail of its own, which has not been merged"
         return ""
 
     async def _handle_merged(
