@@ -58,6 +58,7 @@ def test_the_tunnel_reads_and_changes_nothing(node: str) -> None:
         assert lab.ask(peer, path, "POST", where)[0] in (404, 405)
 
 
+@pytest.mark.timeout(20)
 def test_switchover_to_the_primary_changes_nothing(primary: str) -> None:
     before = lab.status(primary)
     said = lab.run(primary, "umbractl switchover %s", primary)
@@ -66,6 +67,7 @@ def test_switchover_to_the_primary_changes_nothing(primary: str) -> None:
     assert (after["epoch"], after["primary"]) == (before["epoch"], before["primary"])
 
 
+@pytest.mark.timeout(20)
 def test_switchover_to_a_stranger_is_refused(primary: str) -> None:
     refused = lab.host(primary).run("umbractl switchover mail-z")
     assert refused.rc == 1

@@ -352,7 +352,8 @@ class Mailboxes:
 
     async def hurry(self, to: str, timeout: float) -> None:
         """Let changes wait for ``to``; return when it has all, or after ``timeout`` seconds."""
-        if self._mode is MirrorMode.SYNC and to in self._waited_for():
+        waited_for = self._mode is MirrorMode.SYNC and to in self._waited_for()
+        if waited_for or to not in self._peers:  # what nobody can hurry the switchover refuses
             return
         self._hurrying = True
         await self._keep_to_limit("")
