@@ -49,9 +49,14 @@ def boottime() -> float:
 
 
 def client_tls(authority: Path, certificate: Path, key: Path) -> ssl.SSLContext:
-    """Return what this host shows to the members, and whom it trusts: the group's CA alone."""
-    context = ssl.create_default_context(cafile=authority)
+    """Return what this host shows to the members, and whom it trusts: the pinned certificates.
+
+    OSError or ssl.SSLError if a file is missing or is no certificate.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    context.load_verify_locations(authority)
     context.load_cert_chain(certificate, key)
     return context
 
