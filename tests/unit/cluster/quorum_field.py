@@ -6,16 +6,16 @@ Everything but network, disk and host is the agent's own: driver, protocol, grou
 from __future__ import annotations
 
 import asyncio
+import json
 import selectors
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from umbra.cluster import group as group_module
-from umbra.cluster import heartbeat, quorum
+from umbra.cluster import heartbeat
 from umbra.cluster import protocol as p
 from umbra.cluster.etcd import EtcdError, Shown
 from umbra.cluster.handover import Handover
@@ -31,9 +31,10 @@ from umbra.config import (
     Profile,
 )
 from umbra.node.client import NodeHelper
-from umbra.peer.exchange import PeerError
+from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import PeerIdentity
 from umbra.peer.link import PeerLink
+from umbra.peer.server import Handler
 
 TIMING = p.PROFILES["default"]
 D = TIMING.silence
@@ -98,8 +99,6 @@ class Register:
 
     @property
     def record(self) -> p.Record:
-        import json
-
         assert self.value is not None
         return p.Record.from_json(json.loads(self.value))
 
@@ -140,7 +139,8 @@ class Host(NodeHelper):
         super().__init__(Path("/nonexistent"))
         self.until = 0.0
         self.postfix = False
-        self.stalled = False
+        self.works = asyncio.Event()
+        self.works.set()
         self.queue_ids: dict[str, str] = {}
         self.held: list[str] = []
 
@@ -148,7 +148,9 @@ class Host(NodeHelper):
     def open(self) -> bool:
         return clock() < self.until
 
-    async def ports_open_until(self, ports: Sequence[int], until: float) -> None:
+    async def ports_open_until(
+        self, ports: Sequence[int], until: float, postfix_until: float
+    ) -> None:
         self.until = until
 
     async def ports_close(self) -> None:
@@ -183,8 +185,7 @@ class Host(NodeHelper):
         return {key: ["x@example.org"] for key in self.queue_ids}
 
     async def prove(self) -> None:
-        while self.stalled:
-            await asyncio.sleep(0.1)
+        await self.works.wait()
 
 
 class Parts:
@@ -245,7 +246,9 @@ class Link:
             return await exchange.result()
 
     @asynccontextmanager
-    async def exchange(self, op: str, args: Mapping[str, Any], *, timeout: float) -> Any:
+    async def exchange(
+        self, op: str, args: Mapping[str, Any], *, timeout: float
+    ) -> AsyncIterator[_Exchange]:
         exchange = _Exchange()
         epoch = self._field.nodes[self._source].group.epoch
 
@@ -255,12 +258,11 @@ class Link:
             if (self._source, self.name) in self._field.cut or not there.up:
                 raise PeerError("unreachable", "no route")
             await there.group.check_epoch(self._source, op, epoch)
-            result = await there.handlers[op](
-                PeerIdentity(self._source, ""), args, cast(Any, exchange)
-            )
+            who, through = PeerIdentity(self._source, ""), cast(Exchange, exchange)
+            result: dict[str, Any] = await there.handlers[op](who, args, through)
             if (self.name, self._source) in self._field.cut:
                 await asyncio.sleep(timeout)
-            return cast(dict[str, Any], result)
+            return result
 
         exchange.answer = answer
         try:
@@ -328,7 +330,7 @@ class Node:
                 "state": "", **group.describe(),
             }  # fmt: skip
 
-        self.handlers = {
+        self.handlers: dict[str, Handler] = {
             **group.handlers(),
             **self.handover.handlers(),
             "merged": merged,
@@ -429,8 +431,8 @@ def play(
     async def direct(call: Callable[..., Any], *args: Any) -> Any:
         return call(*args)
 
-    monkeypatch.setattr(quorum.asyncio, "to_thread", direct)
-    monkeypatch.setattr(group_module.time, "monotonic", lambda: clock())
+    monkeypatch.setattr("asyncio.to_thread", direct)
+    monkeypatch.setattr("time.monotonic", clock)
 
     async def main() -> None:
         field = Field(path, names, **settings)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
-
 from tests.unit.cluster.quorum_field import TIMING, D, Field, play
+
 from umbra.cluster import protocol as p
 from umbra.cluster.switchover import Refused
-from umbra.peer.exchange import PeerError
+from umbra.peer.exchange import Exchange, PeerError
+from umbra.peer.identity import PeerIdentity
 from umbra.transport.ports import NotPrimary
 
 Play = Callable[..., None]
@@ -98,7 +100,6 @@ def test_a_lost_shadow_makes_the_group_alone_within_a_second_and_a_half(group: P
 
 def test_a_message_that_the_shadow_refuses_waits_for_the_word_alone(group: Play) -> None:
     async def scenario(field: Field) -> None:
-        assert field.register.record.mode is p.Mode.PROTECTED
         await field.a.group.shadow_failed("b", "its disk is full")
         assert field.register.record.mode is p.Mode.ALONE
         assert field.a.group.may_acknowledge(1, ())
@@ -267,10 +268,10 @@ def test_both_lose_power_and_the_primary_returns(group: Play) -> None:
 
 def test_a_stalled_disk_ends_the_right_and_the_shadow_takes_over(group: Play) -> None:
     async def scenario(field: Field) -> None:
-        field.a.host.stalled = True
+        field.a.host.works.clear()
         took = await field.until(lambda: field.b.serves, 3 * D)
         assert took <= TIMING.work + D + 1
-        field.a.host.stalled = False
+        field.a.host.works.set()
         await field.protected(field.b)
 
     group(scenario)
@@ -305,7 +306,7 @@ def test_a_switchover_whose_candidate_dies_is_taken_back(group: Play) -> None:
             await field.b.power_cut()
             raise PeerError("unreachable", "it died")
 
-        field.b.handlers["handover"] = dies  # type: ignore[assignment]
+        field.b.handlers["handover"] = dies
         with pytest.raises(Refused):
             await field.a.handover.run("b", dry_run=False, timeout_s=10)
         await field.until(lambda: field.a.serves, 2 * D)
@@ -318,11 +319,13 @@ def test_a_switchover_without_the_coordinator_ends_with_one_primary(group: Play)
     async def scenario(field: Field) -> None:
         real = field.b.handlers["handover"]
 
-        async def then_freezes(*args: object) -> object:
+        async def then_freezes(
+            peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+        ) -> dict[str, Any]:
             field.register.frozen.set()
-            return await real(*args)  # type: ignore[arg-type]
+            return await real(peer, args, exchange)
 
-        field.b.handlers["handover"] = then_freezes  # type: ignore[assignment]
+        field.b.handlers["handover"] = then_freezes
         with pytest.raises(Refused):
             await field.a.handover.run("b", dry_run=False, timeout_s=10)
         field.register.frozen.clear()
@@ -424,7 +427,7 @@ def test_a_disk_that_refuses_the_epoch_ends_the_agent(group: Play) -> None:
         def refuse(*_: object) -> None:
             raise OSError("the disk refuses")
 
-        field.b.group._states.save = refuse  # type: ignore[method-assign]
+        field.b.group._states.save = refuse  # type: ignore[method-assign, assignment]
         await field.a.power_cut()
         task = field.b._task
         assert task is not None

@@ -756,7 +756,9 @@ class QuorumGroup(Group):
         until = self.driver.right_until()
         if until <= self._clock():
             return
-        await self._helper.ports_open_until(self._config.fence.ports, until)
+        timing = self.driver.config.timing
+        taken_over = until - timing.hold + timing.silence  # another node may act from then on
+        await self._helper.ports_open_until(self._config.fence.ports, until, taken_over)
         if not self.is_primary() or self.state.phase is not Phase.PRIMARY:  # changed meanwhile
             await self._helper.ports_close()
 

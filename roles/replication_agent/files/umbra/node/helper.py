@@ -4,8 +4,8 @@ It listens on a unix socket that only the agent's group can open, and reads one 
 ``{"do": NAME, ...}``. Each
 answer is ``{"ok": true, ...}`` or ``{"ok": false, "error": SENTENCE}``. No argument ever becomes a
 path, a program or an option: queue ids
-and numbers are checked by pattern. It keeps no state, so it may die at any point: the agent's next
-request finds it restarted.
+and numbers are checked by pattern. It keeps nothing that must last, so it may die at any point: the
+agent's next request finds it restarted, and arms its timer again.
 """
 
 from __future__ import annotations
@@ -103,12 +103,15 @@ class Helper:
         self._spool = spool
         self._proofs = (spool / PROOF, mail / PROOF)
         self._proving: asyncio.Future[None] | None = None
+        self._dead_man: asyncio.TimerHandle | None = None
+        self._silencing: asyncio.Future[None] | None = None
 
     async def do_ports_open(self, request: dict[str, Any]) -> dict[str, Any]:
         """Open the service ports, in one nftables transaction.
 
         For ``hold`` seconds from now, or until ``until`` on CLOCK_BOOTTIME: a request that was held
-        up opens for as much less.
+        up opens for as much less. With ``postfix_until`` Postfix is stopped then, unless there is
+        another request before.
         """
         hold = _left(request["until"]) if "until" in request else request.get("hold")
         if "until" not in request and not (isinstance(hold, (int, float)) and 1 <= hold <= 3600):
@@ -126,10 +129,33 @@ class Helper:
             f"add element inet umbra_fence open_ports {{ {elements} }}\n"
         )
         await run("nft", "-f", "-", stdin=batch)
+        self._disarm()
+        if "postfix_until" in request:
+            left = _left(request["postfix_until"])
+            loop = asyncio.get_running_loop()
+            self._dead_man = loop.call_later(left, self._begin_silence)
         return {}
+
+    def _disarm(self) -> None:
+        if self._dead_man is not None:
+            self._dead_man.cancel()
+            self._dead_man = None
+
+    def _begin_silence(self) -> None:
+        self._silencing = asyncio.ensure_future(self._silence())
+
+    async def _silence(self) -> None:
+        """Stop Postfix: the agent that renews its right is gone, and another node may act now.
+
+        So nothing goes out or into mailboxes from here. The ports have closed by themselves.
+        """
+        log.error("the agent has not renewed the lease of the ports; Postfix is stopped")
+        with contextlib.suppress(HelperError):
+            await run("systemctl", "stop", "postfix.service")
 
     async def do_ports_close(self, request: dict[str, Any]) -> dict[str, Any]:
         """Close the service ports now, for new and established connections."""
+        self._disarm()
         await run("nft", "flush", "set", "inet", "umbra_fence", "open_ports")
         return {}
 
