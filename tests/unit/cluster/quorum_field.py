@@ -120,6 +120,9 @@ class _View:
         sent = await self._reach()
         return Shown(sent, self._register.revision, self._register.value)
 
+    async def silent(self) -> list[str]:
+        return ["a voter"] if self._register.frozen.is_set() else []
+
     async def swap(self, key: str, revision: int, value: bytes) -> Shown:
         register, sent = self._register, await self._reach()
         swapped = register.revision == revision

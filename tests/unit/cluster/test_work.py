@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from umbra.cluster.work import DOVECOT, POSTFIX, Work, greeting
+from umbra.cluster.work import DOVECOT, POSTFIX, Server, Work, greeting
 
 
 class Host:
@@ -17,7 +17,7 @@ class Host:
         self.disks = asyncio.Event()
         self.disks.set()
         self.refuses = False
-        self.wanted = (POSTFIX, DOVECOT)
+        self.wanted: tuple[Server, ...] = (POSTFIX, DOVECOT)
         self.work = Work(
             self.prove, self.proven.append, lambda: self.wanted, lambda: 7.0,
             interval=0.02, timeout=0.1, greet=self.greet,

@@ -40,6 +40,10 @@ class Coordinator(Protocol):
         """Write if the key's revision still is ``revision``. EtcdError: the outcome is unknown."""
         ...
 
+    async def silent(self) -> list[str]:
+        """Return the voters that are not healthy."""
+        ...
+
 
 Renew = Callable[[str, int], Awaitable[Mapping[str, Any]]]
 Nudge = Callable[[str], Awaitable[None]]

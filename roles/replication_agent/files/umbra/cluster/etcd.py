@@ -123,6 +123,28 @@ class Etcd:
             key, {"target": "MOD", "result": "EQUAL", "mod_revision": str(revision)}, value
         )
 
+    async def silent(self) -> list[str]:
+        """Return the members that do not say of themselves that they are healthy."""
+        answers = await asyncio.gather(*(self._healthy(endpoint) for endpoint in self._endpoints))
+        return [
+            endpoint
+            for endpoint, healthy in zip(self._endpoints, answers, strict=True)
+            if not healthy
+        ]
+
+    async def _healthy(self, endpoint: str) -> bool:
+        if self._session is None:
+            return False
+        try:
+            async with (
+                asyncio.timeout(2 * self._timeout),
+                self._session.get(f"{endpoint}/health", allow_redirects=False) as response,
+            ):
+                answer = json.loads(await response.read())
+        except (TimeoutError, aiohttp.ClientError, OSError, ValueError):
+            return False
+        return isinstance(answer, dict) and answer.get("health") == "true"
+
     async def _transact(self, key: str, compare: Mapping[str, str], value: bytes) -> Shown:
         name = _encode(key.encode())
         body = {

@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 WRITE_DOWN = 10.0
 RETRY_PAUSE = 0.5
 TEND_PAUSE = 1.0
+VOTERS_PAUSE = 1.0
 # What a peer says it is when it can be brought into the protected set.
 BEHIND = (p.Phase.SYNCING, p.Phase.READY, p.Phase.REJOINING)
 # Whoever is asked these says what it knows, whatever the epoch.
@@ -87,6 +88,8 @@ class QuorumGroup(Group):
         self.planned = False
         self._ready = 0
         self._ever_open = False
+        self._lease_error = ""
+        self._silent_voters: list[str] = []
         self._shut_done = False
         self._opening: asyncio.Task[None] | None = None
         self._opening_lock = asyncio.Lock()
@@ -96,7 +99,7 @@ class QuorumGroup(Group):
         self._tend_pause = TEND_PAUSE
         timing = self.driver.config.timing
         self.work = Work(
-            helper.prove,
+            self._prove,
             lambda began: self.driver.note(p.Worked(began)),
             self._servers,
             clock,
@@ -230,7 +233,12 @@ class QuorumGroup(Group):
         if driver.coordinator_error:
             text += f": {driver.coordinator_error}"
         paused = known is not None and known.paused
+        silent = self._silent_voters
         return [
+            Check(
+                "voters", not silent, len(silent), 0,
+                f"Not healthy: {', '.join(silent)}." if silent else "All voters are healthy.",
+            ),
             Check("coordinator", age is not None and age <= bound, age, bound, f"{text}."),
             Check(
                 "automatic failover", not paused, "paused" if paused else "on", "on",
@@ -660,6 +668,7 @@ class QuorumGroup(Group):
                 tasks.create_task(self.tend())
                 tasks.create_task(self._lease(), name="lease of the ports")
                 tasks.create_task(self.work.run(), name="proof of work")
+                tasks.create_task(self._watch_voters(), name="voters")
         finally:
             if self._opening is not None:
                 self._opening.cancel()
@@ -672,6 +681,20 @@ class QuorumGroup(Group):
         if _holds(self.driver.state) or self._prepared_until > time.monotonic():
             return (DOVECOT,)
         return ()
+
+    async def _watch_voters(self) -> None:
+        """Notice a voter that is down, which nothing else feels."""
+        while True:
+            silent = await self._coordinator.silent()
+            for voter in sorted(set(silent) ^ set(self._silent_voters)):
+                log.warning("voter %s is %s", voter, "away" if voter in silent else "back")
+            self._silent_voters = silent
+            await asyncio.sleep(VOTERS_PAUSE)
+
+    async def _prove(self) -> None:
+        if self._lease_error:
+            raise HelperError(self._lease_error)
+        await self._helper.prove()
 
     async def prepare(self, seconds: float) -> None:
         """Start Postfix behind closed ports, for a handover that is expected within ``seconds``."""
@@ -744,8 +767,12 @@ class QuorumGroup(Group):
                 elif was_open and not is_open:
                     await self._helper.ports_close()
                 was_open = is_open
+                self._lease_error = ""
             except HelperError as error:
-                log.error("%s", error)
+                # A node that cannot open its ports does not serve: without a proof another will.
+                if self.is_primary():
+                    log.error("%s", error)
+                    self._lease_error = str(error)
             try:
                 async with asyncio.timeout(self.driver.config.timing.beat):
                     await self._lease_due.wait()
