@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 # A wish that the coordinator has not written down after so long (seconds) is refused for now.
 WRITE_DOWN = 10.0
 RETRY_PAUSE = 0.5
-TEND_PAUSE = 1.0
+TEND_PAUSE, IDLE_PAUSE = 1.0, 3.0
 VOTERS_PAUSE = 1.0
 # What a peer says it is when it can be brought into the protected set.
 BEHIND = (p.Phase.SYNCING, p.Phase.READY, p.Phase.REJOINING)
@@ -791,6 +791,7 @@ class QuorumGroup(Group):
 
     async def _enforce(self) -> None:
         phase = self.state.phase
+        self._tend_pause = TEND_PAUSE if phase is Phase.PRIMARY else IDLE_PAUSE
         if phase is Phase.PRIMARY:
             if not self.switching:
                 await self._keep_postfix()

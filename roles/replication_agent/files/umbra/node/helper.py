@@ -129,17 +129,13 @@ class Helper:
             f"add element inet umbra_fence open_ports {{ {elements} }}\n"
         )
         await run("nft", "-f", "-", stdin=batch)
-        self._disarm()
+        if self._dead_man is not None:
+            self._dead_man.cancel()
         if "postfix_until" in request:
             left = _left(request["postfix_until"])
             loop = asyncio.get_running_loop()
             self._dead_man = loop.call_later(left, self._begin_silence)
         return {}
-
-    def _disarm(self) -> None:
-        if self._dead_man is not None:
-            self._dead_man.cancel()
-            self._dead_man = None
 
     def _begin_silence(self) -> None:
         self._silencing = asyncio.ensure_future(self._silence())
@@ -155,7 +151,6 @@ class Helper:
 
     async def do_ports_close(self, request: dict[str, Any]) -> dict[str, Any]:
         """Close the service ports now, for new and established connections."""
-        self._disarm()
         await run("nft", "flush", "set", "inet", "umbra_fence", "open_ports")
         return {}
 
