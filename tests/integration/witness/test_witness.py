@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Iterator
@@ -18,7 +19,11 @@ TAKEOVER = 15
 def serves(node: str) -> bool:
     report = lab.status(node)
     (own,) = [row for row in report["nodes"] if row["node"] == node]
-    return report["primary"] == node and own["state"] == "primary"
+    return bool(report["primary"] == node and own["state"] == "primary")
+
+
+def paused(node: str) -> bool:
+    return bool(lab.status(node)["paused"])
 
 
 def voters(signal: str) -> None:
@@ -92,11 +97,11 @@ def test_a_pause_is_seen_everywhere_and_ends(group: str, other: str) -> None:
     lab.run(other, "umbractl pause")
     try:
         for node in lab.NODES:
-            lab.wait(f"{node} shows it", lambda node=node: lab.status(node)["paused"], 5)
+            lab.wait(f"{node} shows it", functools.partial(paused, node), 5)
         assert lab.metrics(group)["umbra_automatic_failover_paused"] == 1
     finally:
         lab.run(group, "umbractl unpause")
-    lab.wait("it has ended", lambda: not lab.status(other)["paused"], 5)
+    lab.wait("it has ended", lambda: not paused(other), 5)
 
 
 @pytest.fixture(scope="module")
