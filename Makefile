@@ -6,12 +6,14 @@ MAKEFLAGS += --no-print-directory
 
 LAB  ?= demo#     name of the lab that `make lab` and `make demo` use
 HOST ?= mail-a#   host that `make lab-shell` enters
+SECONDS ?= 60#    how long `make fuzz` takes for each parser; KEEP=1 adds to the corpus
+OPERATIONS ?= 2000#  how many `make model` makes; SEED=N makes the same again
 TRIALS ?= 200#    how many `make faults` makes; SEED=N makes the same again, FAULT=NAME only that fault's
 export LAB
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 lab := tests/lab/lab --name $(LAB)
 
-.PHONY: help venv collection lab lab-shell lab-down demo test lint unit gates sanity integration faults bench-transport changelog lock root
+.PHONY: help venv collection lab lab-shell lab-down demo test lint unit gates sanity integration faults model fuzz bench-transport bench-mailbox changelog lock root
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^##-/ { printf "\n%s\n", substr($$0, 6) } \
@@ -33,7 +35,7 @@ lab-down: root ## Remove the lab: no process, mount, namespace or interface stay
 ##-- Tests
 test: root collection ## Everything that CI runs, fast tests first
 	@tests/lab/lab prerequisites
-	@tests/run.py lint unit gates sanity lab integration
+	@tests/run.py lint unit gates sanity lab integration faults
 
 lint: collection ## ruff, mypy, yamllint, ansible-lint
 	@tests/run.py lint
@@ -58,10 +60,26 @@ faults: root collection ## Fault trials: load, one fault, every acknowledged mes
 	    $(if $(FAULT),--fault "$(FAULT)")
 	@tests/lab/lab --name faults down
 
+model: root collection ## Random mailbox operations, without and with faults: each OK is held against the shadow's disk
+	@tests/lab/lab prerequisites && tests/lab/lab --name model up
+	@tests/lab/lab --name model control -- ansible-playbook -i inventories/lab umbra.mail.site \
+	    -e @tests/model/settings.yml
+	@tests/lab/lab --name model control -- python -m tests.model --operations $(OPERATIONS) $(if $(SEED),--seed $(SEED))
+	@tests/lab/lab --name model control -- python -m tests.model --operations $(OPERATIONS) $(if $(SEED),--seed $(SEED)) \
+	    --faults
+	@tests/lab/lab --name model down
+
+fuzz: venv ## The coverage-guided fuzzer on both parsers of the transport
+	@python -m tests.fuzz.run --seconds $(SECONDS) $(if $(KEEP),--keep)
+
 ##-- Benchmarks (root needed)
 bench-transport: root collection ## Plain Postfix, our milter and two peers: messages/s and latency, into build/bench/transport.json
 	@tests/lab/lab prerequisites
 	@python -m tests.bench.transport.run
+
+bench-mailbox: root collection ## Dovecot alone, our mirror, Dovecot 2.3's replicator: latency, lag, growth, into build/bench/mailbox.json
+	@tests/lab/lab prerequisites
+	@python -m tests.bench.mailbox.run
 
 ##-- The collection
 collection: venv ## Build the tarball (build/dist) and install it into build/collections, where playbooks run from

@@ -8,6 +8,7 @@ which test did.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -146,31 +147,46 @@ def verify_steps(scenario: Path, base: Path) -> int:
     return 0
 
 
+def destroy() -> None:
+    """Remove the lab of the scenarios, if it is there."""
+    run(["molecule", "destroy", "--scenario-name", "default"])
+
+
 def integration() -> Count:
-    """Every molecule scenario, serially, in one lab; each verify step must have run tests."""
+    """Every molecule scenario, serially, in one lab; each verify step must have run tests.
+
+    The lab stays for the suites that come after it.
+    """
     molecule = ROOT / "extensions" / "molecule"
     scenarios = sorted(p for p in molecule.glob("*/molecule.yml") if p.parent.name != "default")
     lab = ["tests/lab/lab", "--name", LAB]
-    destroy = ["molecule", "destroy", "--scenario-name", "default"]
     total = Count()
-    run(destroy)  # what an interrupted run may have left
-    try:
-        # The lab is made from outside; all else runs on its controller, which reaches its hosts.
-        returncode, _ = run(["molecule", "create", "--scenario-name", "default"])
-        for scenario in scenarios if returncode == 0 else []:
-            name = scenario.parent.name
-            command = ["molecule", "test", "--scenario-name", name, "--destroy", "never"]
-            returncode, output = run(
-                [*lab, "control", "--", *command], REPORTS / f"molecule-{name}.log"
-            )
-            counts = pytest_count(output)
-            missing = verify_steps(scenario, molecule / "config.yml") - len(counts)
-            ran = sum(counts, Count()) + Count(failed=max(missing, 0))
-            total += ran.judged(returncode)
-            print(f"molecule {name}: {ran}", flush=True)
-    finally:
-        run(destroy)
+    destroy()  # what an interrupted run may have left
+    # The lab is made from outside; all else runs on its controller, which reaches its hosts.
+    returncode, _ = run(["molecule", "create", "--scenario-name", "default"])
+    for scenario in scenarios if returncode == 0 else []:
+        name = scenario.parent.name
+        command = ["molecule", "test", "--scenario-name", name, "--destroy", "never"]
+        returncode, output = run(
+            [*lab, "control", "--", *command], REPORTS / f"molecule-{name}.log"
+        )
+        counts = pytest_count(output)
+        missing = verify_steps(scenario, molecule / "config.yml") - len(counts)
+        ran = sum(counts, Count()) + Count(failed=max(missing, 0))
+        total += ran.judged(returncode)
+        print(f"molecule {name}: {ran}", flush=True)
     return total.judged(returncode)
+
+
+def faults() -> Count:
+    """A short selection of the fault trials, in the pair that the scenarios have left."""
+    report = REPORTS / "faults.json"
+    report.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "tests.faults", "--lab", LAB, "--selection"]
+    returncode, _ = run([*command, "--output", str(report)])
+    trials = json.loads(report.read_text())["trials"] if report.exists() else []
+    failed = sum(bool(trial["reasons"]) for trial in trials)
+    return Count(len(trials) - failed, failed).judged(returncode)
 
 
 SUITES: dict[str, Callable[[], Count]] = {
@@ -180,7 +196,9 @@ SUITES: dict[str, Callable[[], Count]] = {
     "sanity": sanity,
     "lab": lambda: pytest("lab", "tests/lab"),
     "integration": integration,
+    "faults": faults,
 }
+IN_LAB = {"integration", "faults"}
 
 
 def main(names: list[str]) -> int:
@@ -191,10 +209,14 @@ def main(names: list[str]) -> int:
     # Leave by way of `finally`, so that a stopped run removes its lab.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     results = {}
-    for name in names:
-        print(f"\n=== {name} ===", flush=True)
-        started = time.monotonic()
-        results[name] = SUITES[name](), time.monotonic() - started
+    try:
+        for name in names:
+            print(f"\n=== {name} ===", flush=True)
+            started = time.monotonic()
+            results[name] = SUITES[name](), time.monotonic() - started
+    finally:
+        if IN_LAB & set(names):
+            destroy()
     print("\n=== summary ===")
     for name, (count, seconds) in results.items():
         none = "  (ran no test)" if count.passed + count.skipped == 0 else ""

@@ -116,6 +116,43 @@ def postfix_on_primary_only(active: bool, role: str | None) -> Check:
     return check("postfix on primary only", active == wanted, message, active, wanted)
 
 
+MILTER = "umbra/milter.sock"
+
+
+def entrances(settings: t.Mapping[str, str] | None) -> list[Check]:
+    """Every way in which mail comes into Postfix leads past the agent, so that it is shadowed.
+
+    :param settings: what Postfix's configuration says, by the names of postconf: parameters
+        (``smtpd_milters``), overrides (``smtp/inet/smtpd_milters``) and commands
+        (``smtp/inet/command``). None if it cannot be read.
+    """
+    if settings is None:
+        return [check("entrances", False, "Postfix's configuration cannot be read.")]
+    found = []
+    for key, command in settings.items():
+        service, _, field = key.rpartition("/")
+        if field == "command" and command.split()[:1] == ["smtpd"]:
+
+            def effective(name: str, service: str = service) -> str:
+                return settings.get(f"{service}/{name}", settings.get(name, ""))
+
+            past = "no_milters" in effective("receive_override_options")
+            name = service.rpartition("/")[0]
+            found.append(_entrance(name, not past and MILTER in effective("smtpd_milters")))
+    local = MILTER in settings.get("non_smtpd_milters", "")
+    bounces = "bounce" in settings.get("internal_mail_filter_classes", "")
+    return [*found, _entrance("sendmail", local), _entrance("bounces", local and bounces)]
+
+
+def _entrance(name: str, shadowed: bool) -> Check:
+    message = (
+        "Mail that comes in here is shadowed before it is acknowledged."
+        if shadowed
+        else "Mail that comes in here has no shadow: the agent's milter is not asked about it."
+    )
+    return check(f"entrance {name}", shadowed, message, shadowed, True)
+
+
 def service_ports(name: str, role: str | None, port_open: t.Mapping[int, bool]) -> Check:
     """Clients get through to the service ports of the primary, and of no other node.
 

@@ -166,6 +166,23 @@ class Host:
         """Whether systemd says that Postfix is active."""
         return bool(self._run(["systemctl", "is-active", "--quiet", "postfix.service"])[0] == 0)
 
+    def postfix_settings(self) -> dict[str, str] | None:
+        """What decides about Postfix's entrances; see ``checks.entrances``."""
+        found: dict[str, str] = {}
+        overridden = ("smtpd_milters", "receive_override_options")
+        for command in (
+            ["-x", *overridden, "non_smtpd_milters", "internal_mail_filter_classes"],
+            ["-F", "*/*/command"],
+            ["-Px", *(f"*/*/{name}" for name in overridden)],
+        ):
+            code, out, _err = self._run(["postconf", *command])
+            if code != 0:
+                return None
+            for line in out.splitlines():
+                name, _, value = line.partition(" =")
+                found[name.strip()] = value.strip()
+        return found
+
     def free_percent(self, path: str) -> float | None:
         """Percentage of the file system's blocks that unprivileged users may still use."""
         try:
@@ -239,6 +256,7 @@ def examine(client: AgentClient, host: Host, params: t.Mapping[str, t.Any]) -> d
             checks.inventory_role(status),
         ]
         found += examine_peers(host, status, params)
+        found += checks.entrances(host.postfix_settings())
         found += checks.shadow_queue_age(status, params["shadow_age_threshold"])
     found += [
         checks.disk_space(path, host.free_percent(path), params["disk_free_percent"])

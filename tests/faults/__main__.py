@@ -18,7 +18,7 @@ from typing import Any
 
 from tests.faults import load, report
 from tests.faults.actions import all_taken_back
-from tests.faults.catalogue import BY_NAME, FAULTS
+from tests.faults.catalogue import BY_NAME, FAULTS, SELECTION
 from tests.faults.field import NODES, ROOT, Field, FieldError
 from tests.faults.schedule import schedule
 from tests.faults.trial import Result, make
@@ -65,9 +65,12 @@ def main() -> int:
     """Parse the command line, make the trials, print the table."""
     parser = argparse.ArgumentParser(prog="faults", description=__doc__)
     parser.add_argument("--lab", required=True, help="name of a lab that site has set up")
-    parser.add_argument("--trials", type=int, default=report.GOAL_TRIALS)
+    parser.add_argument("--trials", type=int, default=None, help="default: 200, or the selection")
     parser.add_argument("--seed", type=int, default=None, help="default: a random one")
     parser.add_argument("--fault", action="append", choices=list(BY_NAME), metavar="NAME")
+    parser.add_argument(
+        "--selection", action="store_true", help="the few faults of `make test`, each once"
+    )
     parser.add_argument("--output", type=Path, default=BUILD / "transport.json")
     parser.add_argument("--list", action="store_true", help="print the faults' names and end")
     options = parser.parse_args()
@@ -75,13 +78,15 @@ def main() -> int:
         print("\n".join(BY_NAME))
         return 0
     seed = random.SystemRandom().randrange(1_000_000) if options.seed is None else options.seed
-    faults = options.fault or [fault.name for fault in FAULTS]
-    print(f"seed {seed}, {options.trials} trials of {len(faults)} faults", flush=True)
+    faults = list(SELECTION) if options.selection else [fault.name for fault in FAULTS]
+    faults = options.fault or faults
+    trials = options.trials or (len(faults) if options.selection else report.GOAL_TRIALS)
+    print(f"seed {seed}, {trials} trials of {len(faults)} faults", flush=True)
     field = Field(options.lab)
     try:
         field.wait_protected(60)
         load.install(field)
-        results = campaign(field, seed, faults, options.trials, options.output)
+        results = campaign(field, seed, faults, trials, options.output)
     except FieldError as error:
         print(f"faults: {error}", file=sys.stderr)
         return 2

@@ -16,10 +16,12 @@ HELPER = "umbra-helper.service"
 POSTFIX = "postfix.service"
 DOVECOT = "dovecot.service"
 STORE = "/var/lib/umbra/shadow"
+MAIL = "/var/vmail"
+QUEUE = "/var/spool/postfix"
 FILLER = "faults-filler"
 SMALL_MIB = 96
-"""Size of the file system of the shadow store when it is to run full: its reserve of 64 MiB, and
-room for a minute's messages."""
+"""Size of a file system that is to run full: the reserve of the shadow store of 64 MiB, and room
+for a minute's messages."""
 
 # Kills each process of unit $1 that bears name $2. One that comes and goes is waited for: a trial
 # whose fault hit nothing would prove nothing.
@@ -36,25 +38,29 @@ echo "no process $2 in $1" >&2
 exit 1
 """
 
-_SMALL_STORE = """
+# Puts directory $1 on a file system of its own of $2 MiB, while nothing uses it.
+_SMALL = """
 set -e
-systemctl stop umbra-agent
-rm -rf /run/faults-store && cp -a $1 /run/faults-store
-mount -t tmpfs -o size=$2m,mode=0700,uid=umbra,gid=umbra tmpfs $1
-cp -a /run/faults-store/. $1/
-systemctl start umbra-agent
+systemctl stop umbra-agent umbra-helper postfix dovecot
+rm -rf /run/faults-copy && cp -a $1 /run/faults-copy
+mount -t tmpfs -o size=$2m tmpfs $1
+chown --reference=/run/faults-copy $1
+chmod --reference=/run/faults-copy $1
+cp -a /run/faults-copy/. $1/
+systemctl start dovecot umbra-helper umbra-agent
 """
 
-_LARGE_STORE = """
+# Puts it back.
+_LARGE = """
 set -e
 mountpoint -q $1 || exit 0
-systemctl stop umbra-agent
-rm -rf /run/faults-store && cp -a $1 /run/faults-store
+systemctl stop umbra-agent umbra-helper postfix dovecot
+rm -rf /run/faults-copy && cp -a $1 /run/faults-copy
 umount $1
 find $1 -mindepth 1 -delete
-cp -a /run/faults-store/. $1/
-rm -r /run/faults-store
-systemctl start umbra-agent
+cp -a /run/faults-copy/. $1/
+rm -r /run/faults-copy
+systemctl start dovecot umbra-helper umbra-agent
 """
 
 
@@ -165,8 +171,9 @@ def failed_over(field: Field, chance: random.Random) -> None:
     script = "printf '%s\\n' $1 | umbractl failover --accept-loss"
 
     def done() -> bool:
-        done = field.lab("exec", field.shadow, "--", "sh", "-c", script, "sh", field.shadow,
-                         check=False)  # fmt: skip
+        done = field.call(
+            field.shadow, "sh", "-c", script, "sh", field.shadow, timeout=120, check=False
+        )
         if done.returncode and "answers and is" not in done.stderr:
             raise FieldError(f"umbractl failover: {' '.join(done.stderr.split())}")
         return done.returncode == 0
@@ -178,8 +185,10 @@ def switched_over(field: Field, chance: random.Random) -> None:
     """An operator moves the primary; a refusal for a moment's reason is tried again."""
 
     def done() -> bool:
-        return field.lab("exec", field.shadow, "--", "umbractl", "switchover", field.shadow,
-                         check=False).returncode == 0  # fmt: skip
+        done = field.call(
+            field.shadow, "umbractl", "switchover", field.shadow, timeout=120, check=False
+        )
+        return done.returncode == 0
 
     wait(done, 60, lambda: f"the primary could not be moved: {field.why()}")
 
@@ -190,24 +199,40 @@ def switchover_begun(field: Field, chance: random.Random) -> None:
     time.sleep(chance.uniform(0.2, 1.5))  # umbractl starts in about 0.3 s, the change takes as long
 
 
-def small_store(field: Field, chance: random.Random) -> None:
-    """Put the shadow's store on a small file system of its own."""
-    field.run(field.shadow, _SMALL_STORE, STORE, SMALL_MIB)
+def small(path: str, side: Side) -> Action:
+    """Put a directory on a small file system of its own."""
+
+    def act(field: Field, chance: random.Random) -> None:
+        field.run(side(field), _SMALL, path, SMALL_MIB)
+
+    return act
 
 
-def store_filled(field: Field, chance: random.Random) -> None:
+def filled(path: str, side: Side) -> Action:
     """Fill it to the last byte."""
-    field.run(field.shadow, f"cat /dev/zero > $1/{FILLER} 2> /dev/null; true", STORE)
+
+    def act(field: Field, chance: random.Random) -> None:
+        field.run(side(field), f"cat /dev/zero > $1/{FILLER} 2> /dev/null; true", path)
+
+    return act
 
 
-def store_emptied(field: Field, chance: random.Random) -> None:
+def emptied(path: str, side: Side) -> Action:
     """Give the space back."""
-    field.run(field.shadow, f"rm $1/{FILLER}", STORE)
+
+    def act(field: Field, chance: random.Random) -> None:
+        field.run(side(field), f"rm $1/{FILLER}", path)
+
+    return act
 
 
-def large_store(field: Field, chance: random.Random) -> None:
-    """Put the store back where it was."""
-    field.run(field.shadow, _LARGE_STORE, STORE)
+def large(path: str, side: Side) -> Action:
+    """Put the directory back where it was."""
+
+    def act(field: Field, chance: random.Random) -> None:
+        field.run(side(field), _LARGE, path)
+
+    return act
 
 
 def held_queue_dropped(field: Field, chance: random.Random) -> None:
@@ -222,6 +247,7 @@ def all_taken_back(field: Field) -> None:
     field.lab("wan", "set", "--loss", "0", "--rate", "0", "--between", *NODES)
     for node in NODES:
         field.run(node, "systemctl kill --kill-whom=main -s CONT $1", AGENT, check=False)
-        field.run(node, f"rm -f $1/{FILLER}; {_LARGE_STORE}", STORE)
+        for path in (STORE, MAIL, QUEUE):
+            field.run(node, f"rm -f $1/{FILLER}; {_LARGE}", path)
         field.run(node, "systemctl start dovecot; postsuper -d ALL hold", check=False)
     field.wait_protected(120)

@@ -44,9 +44,14 @@ FAULTS: tuple[Fault, ...] = (
         for word, unit in (("agent", AGENT), ("helper", HELPER))
         for side in (primary, shadow)
     ),
-    *_parts(POSTFIX, "postfix", ("master", "qmgr", "cleanup", "smtpd", "lmtp"), primary),
-    *_parts(DOVECOT, "dovecot", ("dovecot", "lmtp", "doveadm-server"), primary),
-    *_parts(DOVECOT, "dovecot", ("dovecot", "doveadm-server"), shadow),
+    *_parts(
+        POSTFIX,
+        "postfix",
+        ("master", "qmgr", "cleanup", "smtpd", "lmtp", "trivial-rewrite"),
+        primary,
+    ),
+    *_parts(DOVECOT, "dovecot", ("dovecot", "lmtp", "doveadm-server", "auth"), primary),
+    *_parts(DOVECOT, "dovecot", ("dovecot", "doveadm-server", "auth"), shadow),
     *(
         Fault(f"agent killed five times, {side.__name__}", (do.storm(AGENT, side, 5),))
         for side in (primary, shadow)
@@ -99,9 +104,18 @@ FAULTS: tuple[Fault, ...] = (
         heals=30,
     ),
     # The disk.
-    Fault(
-        "disk full, shadow store", (do.store_filled,), (do.store_emptied,), stands=(2.0, 4.0),
-        before=(do.small_store,), after=(do.large_store,),
+    *(
+        Fault(
+            f"disk full, {word}, {side.__name__}",
+            (do.filled(path, side),), (do.emptied(path, side),), stands=(2.0, 4.0), heals=30,
+            before=(do.small(path, side),), after=(do.large(path, side),),
+        )
+        for word, path, side in (
+            ("shadow store", do.STORE, shadow),
+            ("mail", do.MAIL, shadow),
+            ("mail", do.MAIL, primary),
+            ("queue", do.QUEUE, primary),
+        )
     ),
     # Changes of primary.
     Fault("switchover", (do.switched_over,), moves=True),

@@ -6,11 +6,15 @@ import json
 import shlex
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from tests.lab.umbra_lab import hosts, plan
+from tests.lab.umbra_lab.paths import Lab
+from tests.lab.umbra_lab.shell import LabError
 
 ROOT = Path(__file__).resolve().parents[2]
 LAB = ROOT / "tests" / "lab" / "lab"
@@ -30,13 +34,12 @@ Value = TypeVar("Value")
 
 # Runs on a host: what its agent reports. umbractl does the same, but takes long to start.
 _STATUS = """
-import http.client, socket
-connection = http.client.HTTPConnection("localhost", timeout=3)
-connection.sock = socket.socket(socket.AF_UNIX)
-connection.sock.settimeout(3)
-connection.sock.connect("/run/umbra/api.sock")
-connection.request("GET", "/status")
-print(connection.getresponse().read().decode())
+import socket
+agent = socket.socket(socket.AF_UNIX)
+agent.settimeout(3)
+agent.connect("/run/umbra/api.sock")
+agent.sendall(b"GET /status HTTP/1.0\\r\\n\\r\\n")
+print(agent.makefile("rb").read().partition(b"\\r\\n\\r\\n")[2].decode())
 """
 
 
@@ -49,23 +52,31 @@ class Field:
 
     def __init__(self, lab: str) -> None:
         self.name = lab
+        self._lab = Lab(lab)
         self.primary, self.shadow = NODES
 
-    def lab(
-        self, *words: str, text: str | None = None, timeout: float = 120, check: bool = True
-    ) -> subprocess.CompletedProcess[str]:
+    def lab(self, *words: str, timeout: float = 120) -> None:
         """Run the lab's own command."""
-        command = [str(LAB), "--name", self.name, *words]
+        _run([str(LAB), "--name", self.name, *words], "lab", words, timeout=timeout)
+
+    def enter(self, host: str, *command: str) -> list[str]:
+        """Return the command that runs a command in a host, as `lab exec` does, but at once."""
         try:
-            done = subprocess.run(
-                command, input=text or "", capture_output=True, text=True, timeout=timeout
-            )
-        except subprocess.TimeoutExpired:
-            raise FieldError(f"`lab {shlex.join(words)[:200]}` took over {timeout:g} s") from None
-        if check and done.returncode:
-            said = " ".join((done.stderr or done.stdout).split())[-400:]
-            raise FieldError(f"`lab {shlex.join(words)[:200]}` gave {done.returncode}: {said}")
-        return done
+            return hosts.enter_command(self._lab, plan.host(host), list(command))
+        except (LabError, OSError, KeyError) as error:
+            raise FieldError(f"{host} cannot be entered: {error}") from None
+
+    def call(
+        self,
+        host: str,
+        *command: str,
+        text: str | None = None,
+        timeout: float = 60,
+        check: bool = True,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command in a host."""
+        entered = self.enter(host, *command)
+        return _run(entered, host, command, text=text, timeout=timeout, check=check)
 
     def run(
         self,
@@ -77,13 +88,13 @@ class Field:
         check: bool = True,
     ) -> str:
         """Run a shell script in a host and return what it prints; values are its $1, $2, ..."""
-        words = ["exec", host, "--", "sh", "-c", script, "sh", *map(str, values)]
-        return self.lab(*words, text=text, timeout=timeout, check=check).stdout
+        words = ["sh", "-c", script, "sh", *map(str, values)]
+        return self.call(host, *words, text=text, timeout=timeout, check=check).stdout
 
     def start(self, host: str, *command: str) -> subprocess.Popen[str]:
         """Start a command in a host and go on."""
         return subprocess.Popen(
-            [str(LAB), "--name", self.name, "exec", host, "--", *command],
+            self.enter(host, *command),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -93,14 +104,15 @@ class Field:
     def status(self, node: str) -> dict[str, Any] | None:
         """The group as a node's agent sees it; None if that node does not answer."""
         try:
-            done = self.lab("exec", node, "--", "python3", "-c", _STATUS, timeout=10, check=False)
+            done = self.call(node, "python3", "-IS", "-c", _STATUS, timeout=10, check=False)
             return dict(json.loads(done.stdout)) if done.returncode == 0 else None
         except (FieldError, ValueError):
             return None
 
     def protected(self) -> bool:
         """Whether every node says that the group is protected, and agrees on who is primary."""
-        seen = [self.status(node) for node in NODES]
+        with ThreadPoolExecutor() as pool:
+            seen = list(pool.map(self.status, NODES))
         known = [status for status in seen if status and status["protected"]]
         if len(known) < len(NODES) or len({status["primary"] for status in known}) != 1:
             return False
@@ -121,6 +133,28 @@ class Field:
         began = time.monotonic()
         wait(self.protected, seconds, lambda: f"the group is not protected: {self.why()}")
         return time.monotonic() - began
+
+
+def _run(
+    command: Sequence[str],
+    where: str,
+    words: Sequence[str],
+    *,
+    text: str | None = None,
+    timeout: float,
+    check: bool = True,
+) -> subprocess.CompletedProcess[str]:
+    shown = f"`{where} {shlex.join(words)[:200]}`"
+    try:
+        done = subprocess.run(
+            command, input=text or "", capture_output=True, text=True, timeout=timeout
+        )
+    except subprocess.TimeoutExpired:
+        raise FieldError(f"{shown} took over {timeout:g} s") from None
+    if check and done.returncode:
+        said = " ".join((done.stderr or done.stdout).split())[-400:]
+        raise FieldError(f"{shown} gave {done.returncode}: {said}")
+    return done
 
 
 def wait(condition: Callable[[], Value], seconds: float, sentence: Callable[[], str]) -> Value:

@@ -69,18 +69,8 @@ def install(field: Field) -> None:
             tar.add(path, f"failover_client/{path.name}")
     authority = field.run(NODES[0], "cat /etc/ssl/umbra/ca.crt")
     for host in (CLIENT, *NODES):
-        command = [
-            "exec",
-            host,
-            "--",
-            "sh",
-            "-c",
-            f"mkdir -p {DIRECTORY} && tar -C {DIRECTORY} -xf -",
-        ]
-        subprocess.run(
-            [str(ROOT / "tests/lab/lab"), "--name", field.name, *command],
-            input=archive.getvalue(), check=True, timeout=60,
-        )  # fmt: skip
+        command = field.enter(host, "sh", "-c", f"mkdir -p {DIRECTORY} && tar -C {DIRECTORY} -xf -")
+        subprocess.run(command, input=archive.getvalue(), check=True, timeout=60)
     field.run(CLIENT, f"cat > {DIRECTORY}/ca.crt", text=authority)
 
 
@@ -164,6 +154,8 @@ def clean(field: Field, run: str) -> None:
 def settle(field: Field, seconds: float) -> list[str]:
     """Wait until nothing is in transit any more; return what still is, one sentence each.
 
+    It may take its time for as long as it becomes less: what is the same for ``seconds`` is stuck.
+
     What was deferred while Dovecot was away Postfix would try again in five minutes: that is asked
     for here, by `postqueue -f`. A file in incoming that is not executable was never acknowledged: a
     cleanup that was killed leaves it, and Postfix removes it some day.
@@ -189,7 +181,11 @@ def settle(field: Field, seconds: float) -> list[str]:
                 found.append(f"{copies} shadow messages are never discarded on {node['node']}")
         return found if status else ["the primary's agent does not answer"]
 
-    deadline = time.monotonic() + seconds
-    while (found := left()) and time.monotonic() < deadline:
+    before: list[str] = []
+    since = time.monotonic()
+    latest = since + LONGEST_S
+    while (found := left()) and time.monotonic() < min(since + seconds, latest):
+        if found != before:
+            before, since = found, time.monotonic()
         time.sleep(0.3)
     return found

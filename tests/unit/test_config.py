@@ -68,6 +68,8 @@ def test_the_safety_net_can_be_switched_off() -> None:
         (("transport", "shadow_timeout"), 0, "transport.shadow_timeout must be over 0 seconds."),
         (("transport", "shadow_timeout"), True, "must be a number from 0, not True."),
         (("mailbox",), {"mirror_mode": "lazy"}, "it must be sync or async."),
+        (("mailbox",), {"mirror_copies": 0}, "a change needs at least one copy."),
+        (("mailbox",), {"mirror_copies": 2}, "only 1 of the group's nodes can be shadows"),
         (("transport", "timeout"), 1, "transport has the unknown setting timeout; known are"),
         (("transport", "shadow_copies"), 0, "a message needs at least one copy."),
         (("transport", "shadow_copies"), 2, "only 1 of the peers can count under prefer_remote"),

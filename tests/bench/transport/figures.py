@@ -6,16 +6,19 @@ a machine that grows slower over the run changes no ratio. The median of the rat
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from tests.bench.figures import Goal, Missing, percentile, spread
 
 PLAIN = "plain"
 
 LOCAL, FAR = "umbra 0.2 ms", "umbra 40 ms"
 SMALL, LARGE = 4096, 262144
+HELD = 100_000
+HUGE, AT_ONCE = 50_000_000, 10
 
 
 @dataclass(frozen=True)
@@ -47,31 +50,22 @@ class Latencies:
 
 
 @dataclass(frozen=True)
-class Goal:
-    """A figure of the specification: ``value`` must be at least or at most ``bound``."""
+class Held:
+    """What was resident of the shadow's agent while it held so many shadow messages."""
 
-    name: str
-    value: float
-    bound: float
-    unit: str
-    holds: bool
+    messages: int
+    resident_kib: int
 
 
-class Missing(Exception):
-    """The samples do not decide the figure."""
+@dataclass(frozen=True)
+class Peak:
+    """What an agent took, at most, while ``messages`` of ``size`` bytes came in at once."""
 
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, smallest and largest of ``values``."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def percentile(values: Iterable[float], percent: float) -> float:
-    """The smallest value that is not under ``percent`` of all (nearest rank)."""
-    ordered = sorted(values)
-    if not ordered:
-        raise Missing("no value")
-    return ordered[max(math.ceil(len(ordered) * percent / 100) - 1, 0)]
+    host: str
+    messages: int
+    size: int
+    before_kib: int
+    peak_kib: int
 
 
 def ratios(rates: Sequence[Rate], variant: str, connections: int, size: int) -> list[float]:
@@ -131,16 +125,39 @@ def summary(rates: Sequence[Rate], latencies: Sequence[Latencies]) -> list[dict[
     return list(rows.values())
 
 
+def megabytes(kib: float) -> float:
+    """Return KiB as MB of a million bytes."""
+    return kib * 1024 / 1e6
+
+
+def memory_goals(held: Sequence[Held], peaks: Sequence[Peak]) -> list[Goal]:
+    """What the memory of the agents' processes decides."""
+    found = []
+    enough = [megabytes(item.resident_kib) for item in held if item.messages >= HELD]
+    if enough:
+        name = f"resident memory of the shadow's agent, {HELD} messages held"
+        found.append(Goal(name, max(enough), 150.0, "MB", max(enough) < 150.0))
+    for host in dict.fromkeys(item.host for item in peaks):
+        cost = max(
+            megabytes(item.peak_kib - item.before_kib)
+            for item in peaks
+            if (item.host, item.messages, item.size) == (host, AT_ONCE, HUGE)
+        )
+        name = f"memory that {AT_ONCE} messages of 50 MB at once cost, {host}"
+        found.append(Goal(name, cost, 64.0, "MB", cost < 64.0))
+    return found
+
+
 def goals(rates: Sequence[Rate], latencies: Sequence[Latencies]) -> list[Goal]:
-    """Every figure that these samples decide; one that they do not is not in the list."""
+    """Every figure of speed that these samples decide; the others are not in the list."""
 
     def at_least(name: str, bound: float, values: Callable[[], list[float]]) -> Goal:
         value = statistics.median(values())
-        return Goal(name, value, bound, "of plain Postfix", value >= bound)
+        return Goal.at_least(name, value, bound, "of plain Postfix")
 
     def at_most(name: str, bound: float, values: Callable[[], list[float]]) -> Goal:
         value = statistics.median(values())
-        return Goal(name, value, bound, "ms", value <= bound)
+        return Goal.at_most(name, value, bound, "ms")
 
     wanted: list[
         tuple[Callable[[str, float, Callable[[], list[float]]], Goal], str, float, Any]

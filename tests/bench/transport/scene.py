@@ -9,15 +9,18 @@ while it is a shadow, so the proxy's target is an instance of its own.
 from __future__ import annotations
 
 import json
-import subprocess
+import time
 from pathlib import Path
-from typing import Any
+
+from tests.bench.place import Place, SceneError
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[2]
 ADDRESS = "192.0.2.10"
+PACKAGES = ("postfix", "python3", "python3-uvloop", "wireguard-go", "dovecot-core")
 PLAIN, UMBRA, NOTHING, PROXY, TARGET = 2601, 2602, 2603, 2604, 2605
+HOSTS = ("mail-a", "mail-b")
 LIMIT = 180  # seconds that one burst may take
+STATS = 1.5  # seconds after which the agent's counts are new
 
 _SMTPD = """
 {port} inet n - {chroot} - 200 smtpd
@@ -108,53 +111,23 @@ rows = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.starts
 print(float(rows.get('umbra_messages_accepted_total{copy="shadow"}', 0)))
 """
 
-_RESIDENT = "ps -o rss= -p $(systemctl show -P MainPID umbra-agent)"
+_PROCESS = "/proc/$(systemctl show -P MainPID umbra-agent)"
+_RESIDENT = f"awk '$1 == \"{{what}}:\" {{{{ print $2 }}}}' {_PROCESS}/status"
+_FORGET_PEAK = f"echo 5 > {_PROCESS}/clear_refs"
 
 
-class SceneError(Exception):
-    """Something in the lab is not as the benchmark needs it."""
-
-
-class Scene:
+class Scene(Place):
     """The hosts of one lab."""
 
     def __init__(self, lab: str) -> None:
-        self._lab = [str(ROOT / "tests" / "lab" / "lab"), "--name", lab]
+        super().__init__(lab)
         self._overlay: dict[str, str] = {}
-
-    def lab(self, *arguments: str, quiet: bool = False) -> None:
-        """Run a command of the lab."""
-        subprocess.run(
-            [*self._lab, *arguments],
-            check=True,
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL if quiet else None,
-        )
-
-    def run(self, host: str, *command: str, input: str | None = None) -> str:
-        """Return what a command on a host prints. SceneError if it fails."""
-        done = subprocess.run(
-            [*self._lab, "exec", host, "--", *command],
-            input=input,
-            stdin=subprocess.DEVNULL if input is None else None,
-            capture_output=True,
-            text=True,
-            timeout=LIMIT + 60,
-            check=False,
-        )
-        if done.returncode:
-            raise SceneError(f"{host}: {' '.join(command)[:200]}: {done.stderr.strip()[-500:]}")
-        return done.stdout
-
-    def write(self, host: str, path: str, text: str) -> None:
-        """Write a file on a host."""
-        self.run(host, "sh", "-c", f"cat > {path}", input=text)
 
     # -- setting up
 
     def prepare(self) -> None:
         """Set everything up. May be repeated, also after a run that was cut off."""
-        for host in ("mail-a", "mail-b"):
+        for host in HOSTS:
             links = json.loads(self.run(host, "ip", "-j", "-4", "address", "show", "umbra0"))
             self._overlay[host] = links[0]["addr_info"][0]["local"]
         status = json.loads(self.run("mail-a", "umbractl", "status", "--json"))
@@ -222,6 +195,7 @@ class Scene:
         )
         self.run("mail-a", "sh", "-c", "cat >> /etc/postfix/main.cf", input=_MAIN)
         self.run("mail-a", "sh", "-c", "cat >> /etc/postfix/master.cf", input=services)
+        self.write("mail-a", "/run/umbra-hold.py", (HERE / "hold.py").read_text())
         self.write("mail-a", "/run/umbra-bench.py", (HERE / "nothing.py").read_text())
         self.run(
             "mail-a",
@@ -292,20 +266,28 @@ class Scene:
         """How many messages the primary has accepted with a shadow's copy since it started."""
         return float(self.run("mail-a", "python3", "-c", _ACCEPTED, self._overlay["mail-a"]))
 
-    def about(self) -> dict[str, Any]:
-        """What was measured: commit, kernel, packages."""
-        packages = ("postfix", "python3", "python3-uvloop", "wireguard-go", "dovecot-core")
-        shown = self.run("mail-a", "dpkg-query", "-W", "-f", "${Package} ${Version}\\n", *packages)
-        git = ["git", "-C", str(ROOT)]
-        dirty = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False).returncode
-        commit = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
-        return {
-            "commit": commit + ("+changes" if dirty else ""),
-            "kernel": self.run("mail-a", "uname", "-r").strip(),
-            "cpus": int(self.run("mail-a", "nproc")),
-            "packages": dict(line.split(" ", 1) for line in shown.splitlines()),
-        }
+    def resident(self, what: str = "VmRSS") -> dict[str, int]:
+        """Resident memory of each agent in KiB; ``VmHWM`` is the most since `forget_peak`."""
+        command = _RESIDENT.format(what=what)
+        return {host: int(self.run(host, "sh", "-c", command)) for host in HOSTS}
 
-    def resident(self) -> dict[str, int]:
-        """Resident memory of each agent in KiB."""
-        return {host: int(self.run(host, "sh", "-c", _RESIDENT)) for host in ("mail-a", "mail-b")}
+    def forget_peak(self) -> None:
+        """Let the peaks begin at what is resident now."""
+        for host in HOSTS:
+            self.run(host, "sh", "-c", _FORGET_PEAK)
+
+    def hold(self, what: str, begin: int, end: int) -> None:
+        """Have the shadow ``store`` or ``discard`` the made up messages of these numbers."""
+        epoch = json.loads(self.run("mail-a", "umbractl", "status", "--json"))["epoch"]
+        self.run(
+            "mail-a",
+            *("systemd-run", "--quiet", "--wait", "--pipe", "--uid=umbra", "--gid=umbra"),
+            *("--setenv=PYTHONPATH=/usr/lib/umbra", "python3", "/run/umbra-hold.py"),
+            *map(str, (what, begin, end, epoch)),
+        )
+
+    def held(self) -> int:
+        """How many messages the shadow holds for the primary, by its own count."""
+        time.sleep(STATS)
+        queue = json.loads(self.run("mail-b", "umbractl", "queue", "--json"))
+        return sum(row["messages"] for row in queue["messages"] if row["state"] == "held")

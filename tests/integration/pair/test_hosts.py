@@ -120,7 +120,7 @@ def connects(node: str, user: str, path: str) -> bool:
     [
         ("/var/spool/postfix/umbra/milter.sock", "postfix", "vmail"),
         ("/run/umbra/dsync/{peer}.sock", "vmail", "postfix"),
-        ("/run/dovecot/doveadm-server", "umbra", "vmail"),
+        ("/run/dovecot/umbra-doveadm", "umbra", "vmail"),
         ("/run/umbra-helper/helper.sock", "umbra", "vmail"),
         ("/run/umbra/api.sock", "umbra", "vmail"),
     ],

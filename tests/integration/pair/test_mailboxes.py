@@ -6,6 +6,7 @@ import imaplib
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tests.integration import lab
@@ -112,6 +113,26 @@ def test_many_changes_at_once_end_equal(primary: str, shadow: str) -> None:
             ok(two.uid("STORE", uid, "+FLAGS", r"(\Answered)"))
     for mail in mails:
         assert on(shadow, mail) == r"INBOX \Answered"
+
+
+def test_a_burst_to_one_user_shares_syncs(primary: str, shadow: str) -> None:
+    """Deliveries that come together wait for one sync, not each for its own."""
+
+    def counted(name: str) -> float:
+        return sum(
+            value
+            for key, value in lab.metrics(primary).items()
+            if key.startswith(f"umbra_mirror_{name}_total")
+        )
+
+    syncs, shared = counted("syncs"), counted("coalesced")
+    mails = [lab.mail() for _ in range(20)]
+    with ThreadPoolExecutor(10) as pool:
+        answers = list(pool.map(lambda mail: lab.send(primary, [USER], mail.content), mails))
+    assert {code for code, _ in answers} == {250}
+    lab.wait("the shadow has them all", lambda: all(on(shadow, mail) for mail in mails), 60)
+    assert counted("coalesced") > shared
+    assert counted("syncs") - syncs < len(mails)
 
 
 def test_everything_is_equal_on_both_nodes(primary: str, shadow: str) -> None:

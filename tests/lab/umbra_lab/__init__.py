@@ -1,1 +1,1 @@
-"""Debian 13 hosts in systemd-nspawn on network namespaces: the lab of umbra.mail."""
+"""Debian hosts in systemd-nspawn on network namespaces: the lab of umbra.mail."""

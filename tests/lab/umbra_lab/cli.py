@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from . import cgroups, hosts, image, lifecycle, prerequisites, wan
 from .links import PAIRS
 from .paths import Lab, locked
-from .plan import HOSTS, SITES, check_lab_name, host, site_of
+from .plan import ALL_HOSTS, EXTRA_HOSTS, HOSTS, SITES, check_lab_name, host, names, site_of
 from .shell import LabError, say
 
 Command = Callable[[Lab, argparse.Namespace], int]
@@ -48,8 +48,8 @@ def _prerequisites(lab: Lab, options: argparse.Namespace) -> int:
 
 
 def _image(lab: Lab, options: argparse.Namespace) -> int:
-    name = image.ensure(rebuild=options.rebuild)
-    say(f"The image {name} is ready.")
+    for name in image.ensure([options.release], rebuild=options.rebuild).values():
+        say(f"The image {name} is ready.")
     return 0
 
 
@@ -98,7 +98,8 @@ def _control(lab: Lab, options: argparse.Namespace) -> int:
 
 def _status(lab: Lab, options: argparse.Namespace) -> int:
     print(f"{'HOST':<9}{'SITE':<9}{'IPV4':<16}{'IPV6':<19}STATE")
-    for m in HOSTS:
+    made = [m for m in EXTRA_HOSTS if lab.host_dir(m).exists()]
+    for m in (*HOSTS, *made):
         print(f"{m.name:<9}{m.site.name:<9}{m.v4!s:<16}{m.v6!s:<19}{hosts.state(lab, m)}")
     print(f"WAN relay: {'running' if wan.is_running(lab) else 'off'}")
     return 0
@@ -106,7 +107,7 @@ def _status(lab: Lab, options: argparse.Namespace) -> int:
 
 def _list(lab: Lab, options: argparse.Namespace) -> int:
     for one in lifecycle.all_labs():
-        on = [member.name for member in HOSTS if hosts.is_on(one, member)]
+        on = [member.name for member in ALL_HOSTS if hosts.is_on(one, member)]
         print(f"{one.name:<21}{', '.join(on) or 'no host is on'}")
     return 0
 
@@ -219,14 +220,17 @@ def _parser() -> argparse.ArgumentParser:
 
     def add_host(name: str, function: Command, help: str) -> argparse.ArgumentParser:
         command = add(name, function, help)
-        command.add_argument("host", metavar="HOST", help=", ".join(m.name for m in HOSTS))
+        command.add_argument("host", metavar="HOST", help=names(ALL_HOSTS))
         return command
 
     add("prerequisites", _prerequisites, "check the machine, install missing Debian packages")
     command = add("image", _image, "build the hosts' image unless it is cached")
     command.add_argument("--rebuild", action="store_true", help="anew, with today's packages")
+    command.add_argument("--release", choices=image.PACKAGES, default="trixie")
     command = add("up", _up, "make the lab, or what is missing of it")
-    command.add_argument("--hosts", metavar="NAME,...", help="only these hosts")
+    command.add_argument(
+        "--hosts", metavar="NAME,...", help=f"only these hosts of {names(ALL_HOSTS)}"
+    )
     command.add_argument("--wan-delay", dest="delay", type=float, metavar="MS", help="one way: 2")
     command.add_argument("--wan-loss", dest="loss", type=float, metavar="PERCENT", help="default 0")
     command.set_defaults(rate=None)

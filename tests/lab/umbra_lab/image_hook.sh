@@ -1,5 +1,6 @@
 #!/bin/sh
-# mmdebstrap's customize hook: runs outside of the image, whose root is $1. $LAB_PACKAGES: names of packages.txt.
+# mmdebstrap's customize hook: runs outside of the image, whose root is $1. $LAB_PACKAGES: names of packages.txt
+# or of its like for another release; $LAB_RELEASE: that release.
 set -eu
 root=$1
 
@@ -14,7 +15,7 @@ mv "$root"/var/cache/apt/archives/*.deb "$repository"
 (
     cd "$repository"
     apt-ftparchive packages . >Packages
-    apt-ftparchive -o APT::FTPArchive::Release::Codename=trixie -o APT::FTPArchive::Release::Origin=lab release . >../Release
+    apt-ftparchive -o APT::FTPArchive::Release::Codename="$LAB_RELEASE" -o APT::FTPArchive::Release::Origin=lab release . >../Release
     mv ../Release Release
 )
 rm -rf "$root"/var/lib/apt/lists/* "$root/etc/apt/sources.list" "$root"/etc/apt/sources.list.d/*

@@ -15,7 +15,7 @@ from typing import Any
 from . import cgroups, hosts, image, network, wan
 from .links import PAIRS
 from .paths import NETNS_ROOT, STATE_ROOT, Lab, write_atomically
-from .plan import HOSTS, Member, hosts_file
+from .plan import ALL_HOSTS, Member, hosts_file
 from .shell import LabError, run, say
 
 # A booted host takes 6, and Dovecot one for each idle IMAP client; the kernel's default is 128.
@@ -24,7 +24,8 @@ _INOTIFY_INSTANCES = 4096
 
 def up(lab: Lab, members: Sequence[Member], changes: dict[str, Any]) -> None:
     """Make what is missing and leave what is whole; `changes` are settings of the WAN."""
-    name = image.ensure(lab)
+    # A lab that is up already with other hosts keeps their images: each host names its own.
+    images = image.ensure({member.release for member in members}, lab)
     _raise_limits()
     # Children of a process in the lab's cgroup cannot escape `down`, whenever we are killed.
     cgroups.enter(f"{lab.cgroup}/setup")
@@ -38,7 +39,7 @@ def up(lab: Lab, members: Sequence[Member], changes: dict[str, Any]) -> None:
     if changes:
         wan.change(lab, list(PAIRS), **changes)
     for member in members:
-        hosts.prepare(lab, member, name)
+        hosts.prepare(lab, member, images[member.release])
     _write_ssh(lab)
     for member in members:
         if hosts.is_on(lab, member):
@@ -159,11 +160,11 @@ def _write_files(lab: Lab) -> None:
 
 def _write_ssh(lab: Lab) -> None:
     known = []
-    for member in HOSTS:
+    for member in ALL_HOSTS:
         if key := hosts.host_key(lab, member):
             known.append(f"{member.name},{member.fqdn},{member.v4},{member.v6} {key}\n")
     write_atomically(lab.ssh_dir / "known_hosts", "".join(known))
-    own = " ".join(f"{m.name} {m.fqdn} {m.v4} {m.v6}" for m in HOSTS)
+    own = " ".join(f"{m.name} {m.fqdn} {m.v4} {m.v6}" for m in ALL_HOSTS)
     write_atomically(
         lab.ssh_config,
         f"Host {own}\n"

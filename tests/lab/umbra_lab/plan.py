@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 from .shell import LabError
@@ -33,12 +33,16 @@ class Site:
 
 @dataclass(frozen=True)
 class Member:
-    """Something with an address in a site: a host, or the controller's namespace."""
+    """Something with an address in a site: a host, or the controller's namespace.
+
+    `release` is the Debian release that a host runs.
+    """
 
     name: str
     site: Site
     v4: IPv4Address
     v6: IPv6Address
+    release: str = "trixie"
 
     @property
     def fqdn(self) -> str:
@@ -67,6 +71,12 @@ HOSTS = (
     _member("witness", GAMMA, "203.0.113.10", "2001:db8:c::10"),
     _member("client", OUTSIDE, "203.0.113.140", "2001:db8:d::140"),
 )
+# Hosts that are made only when `up --hosts` names them: what this collection's are compared with.
+EXTRA_HOSTS = (
+    replace(_member("old-a", ALPHA, "192.0.2.12", "2001:db8:a::12"), release="bookworm"),
+    replace(_member("old-b", BETA, "198.51.100.12", "2001:db8:b::12"), release="bookworm"),
+)
+ALL_HOSTS = HOSTS + EXTRA_HOSTS
 CONTROL = _member("control", OUTSIDE, "203.0.113.130", "2001:db8:d::130")
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,19}")
@@ -81,10 +91,10 @@ def check_lab_name(name: str) -> str:
 
 def host(name: str) -> Member:
     """The host of that name."""
-    for member in HOSTS:
+    for member in ALL_HOSTS:
         if name == member.name:
             return member
-    raise LabError(f"There is no host {name!r}: it must be one of {names(HOSTS)}.")
+    raise LabError(f"There is no host {name!r}: it must be one of {names(ALL_HOSTS)}.")
 
 
 def site_of(name: str) -> Site:
@@ -92,11 +102,11 @@ def site_of(name: str) -> Site:
     for site in SITES:
         if name == site.name:
             return site
-    for member in HOSTS:
+    for member in ALL_HOSTS:
         if name == member.name:
             return member.site
     raise LabError(
-        f"There is no site or host {name!r}: it must be one of {names(SITES)}, {names(HOSTS)}."
+        f"There is no site or host {name!r}: it must be one of {names(SITES)}, {names(ALL_HOSTS)}."
     )
 
 
@@ -111,7 +121,7 @@ def hosts_file(own: str | None = None) -> str:
         f"127.0.0.1 localhost{' ' + own if own else ''}",
         "::1 localhost ip6-localhost ip6-loopback",
     ]
-    for member in HOSTS:
+    for member in ALL_HOSTS:
         lines += [f"{address} {member.fqdn} {member.name}" for address in (member.v4, member.v6)]
     return "\n".join(lines) + "\n"
 

@@ -5,8 +5,19 @@ from __future__ import annotations
 import json
 
 import pytest
+from tests.bench.figures import Missing, percentile
 from tests.bench.transport import figures, run
-from tests.bench.transport.figures import FAR, LARGE, LOCAL, PLAIN, SMALL, Latencies, Missing, Rate
+from tests.bench.transport.figures import (
+    FAR,
+    LARGE,
+    LOCAL,
+    PLAIN,
+    SMALL,
+    Held,
+    Latencies,
+    Peak,
+    Rate,
+)
 
 
 def rate(
@@ -23,12 +34,12 @@ def latency(variant: str, number: int, *ms: float) -> Latencies:
     ("percent", "value"), [(50, 5), (99, 10), (100, 10), (90, 9), (0, 1), (91, 10)]
 )
 def test_percentile_is_a_value_that_was_measured(percent: float, value: float) -> None:
-    assert figures.percentile([10, 1, 9, 2, 8, 3, 7, 4, 6, 5], percent) == value
+    assert percentile([10, 1, 9, 2, 8, 3, 7, 4, 6, 5], percent) == value
 
 
 def test_a_percentile_of_nothing_is_missing() -> None:
     with pytest.raises(Missing):
-        figures.percentile([], 50)
+        percentile([], 50)
 
 
 def test_ratios_compare_within_a_round_so_drift_cancels() -> None:
@@ -119,3 +130,23 @@ def test_each_round_has_every_variant_in_an_order_of_its_own() -> None:
     assert all(sorted(o, key=str) == sorted(run.VARIANTS, key=str) for o in orders)
     assert len({str(o) for o in orders}) > 3
     assert run.order(3) == orders[3]
+
+
+@pytest.mark.parametrize(
+    ("kib", "peak_kib", "holds"),
+    [
+        (146_000, 70_000, [True, True]),
+        (146_500, 70_000, [False, True]),
+        (146_000, 72_600, [True, False]),
+    ],
+)
+def test_memory_is_judged_in_millions_of_bytes(kib: int, peak_kib: int, holds: list[bool]) -> None:
+    held = [Held(25_000, 900_000), Held(100_000, kib)]
+    peaks = [Peak("mail-b", 10, 50_000_000, 10_000, peak_kib)]
+    found = figures.memory_goals(held, peaks)
+    assert [goal.holds for goal in found] == holds
+    assert found[0].value == pytest.approx(kib * 1.024e-3)
+
+
+def test_too_few_held_decide_nothing() -> None:
+    assert figures.memory_goals([Held(99_999, 1)], []) == []

@@ -210,7 +210,7 @@ class Parts:
 
     def resubmit(self) -> None: ...
 
-    async def hurry(self, timeout: float) -> None: ...
+    async def hurry(self, to: str, timeout: float) -> None: ...
 
     def at_ease(self) -> None: ...
 
@@ -230,8 +230,9 @@ class _Exchange:
     async def send_lines(self, rows: list[dict[str, Any]]) -> None:
         self.rows = rows
 
-    async def receive_lines(self) -> list[dict[str, Any]]:
-        return self.rows
+    async def receive_lines(self) -> AsyncIterator[dict[str, Any]]:
+        for row in self.rows:
+            yield row
 
     async def result(self) -> dict[str, Any]:
         return await self.answer()

@@ -113,6 +113,25 @@ async def test_the_parts_are_told_of_a_lost_peer_and_of_a_lost_role(disk: Disk) 
         await group.mirror_failed("b", "late")
 
 
+async def test_with_a_second_shadow_a_lost_one_is_no_degradation(disk: Disk) -> None:
+    """And one that only follows is not given up for what it lacks: messages go on to it."""
+    third = Peer("c", "gamma", "127.0.0.3")
+    group = Group(replace(CONFIG, peers=(*CONFIG.peers, third)), disk, NodeHelper(Path("/none")))
+    for name in ("b", "c"):
+        await group.heard_from(name, status(storage_id=f"{name}1"), answered=True)
+        await group.apply(machine.CatchingUp(name))
+    await group.apply(machine.CaughtUp("b"))
+    assert group.state.protected
+    await group.mirror_failed("c", "it follows", lost=False)
+    await group.mirror_failed("c", "the agent has just started")
+    assert list(group.synchronous()) == ["b", "c"]
+    assert not await group.complete_within("c", 0.01)
+    await group.mirror_failed("b", "no answer")
+    assert not group.state.protected
+    await group.apply(machine.CaughtUp("c"))
+    assert await group.complete_within("c", 0.01)
+
+
 async def test_a_promotion_is_no_opening(disk: Disk) -> None:
     """A handover's list of what is delivered must be noted before anything is resubmitted."""
     disk.save(Durable("a1", 1, Role.SHADOW, Mode.PROTECTED, AT))

@@ -51,14 +51,60 @@ def test_a_primary_that_was_alone_opens_without_its_peer() -> None:
 
 def test_unmirrored_changes_make_the_primary_alone_and_keep_the_shadow() -> None:
     a, _ = protected_pair()
-    a = step(a, machine.Unmirrored("suspended"))
+    a = step(a, machine.Unmirrored("b", "suspended"))
     assert a.serving
     assert not a.protected
     assert a.alone_reason == "suspended"
     assert a.peers["b"].synchronous, "messages go to it as before"
-    assert step(a, machine.Unmirrored("again")) == a
+    assert step(a, machine.Unmirrored("b", "again")) == a
     with pytest.raises(NotNow):
         step(a, machine.Drain())
+
+
+def protected_three(copies: int = 1) -> State:
+    a = replace(step(node("a", Role.PRIMARY), machine.Started()), copies=copies)
+    for name in ("b", "c"):
+        a = step(a, seen(step(node(name, Role.SHADOW), machine.Started())))
+        a = step(a, machine.CatchingUp(name))
+    return step(a, machine.CaughtUp("b"))
+
+
+def test_enough_of_several_shadows_must_have_everything() -> None:
+    a = protected_three()
+    assert a.protected, "b has everything, c follows"
+    a = step(a, machine.Unmirrored("c", "it follows"))
+    assert a.protected
+    a = step(a, machine.PeerLost("c", "no answer"))
+    assert a.protected
+    a = step(a, machine.PeerLost("b", "no answer"))
+    assert not a.protected
+
+
+def test_a_shadow_that_only_follows_protects_nothing() -> None:
+    """It has every message, but not every mailbox change."""
+    a = step(protected_three(), machine.PeerLost("b", "no answer"))
+    assert a.peers["c"].synchronous
+    assert not a.protected
+    a = step(a, machine.CaughtUp("c"))
+    assert a.protected, "it takes the place of the lost one"
+
+
+def test_two_copies_want_two_shadows() -> None:
+    a = protected_three(copies=2)
+    assert not a.protected
+    a = step(a, machine.CaughtUp("c"))
+    assert a.protected
+    assert not step(a, machine.Unmirrored("c", "slow")).protected
+
+
+def test_after_a_handover_the_new_primary_has_one_copy() -> None:
+    change = Change("a", "b", AT, planned=True)
+    b = replace(step(node("b", Role.SHADOW), machine.Started()), copies=1)
+    assert step(b, machine.Promote(2, change, protected=True)).protected
+    b = replace(b, copies=2)
+    promoted = step(b, machine.Promote(2, change, protected=True))
+    assert promoted.serving
+    assert not promoted.protected, "the third node has not been compared yet"
 
 
 def test_a_lost_shadow_makes_the_primary_alone_and_says_why() -> None:

@@ -285,6 +285,16 @@ class TestChanger:
         assert {(item["outcome"], item["generation"]) for item in appends} == {("refused", "0-0")}
         assert changer._flags == {}
 
+    def test_created_although_it_exists_is_unknown(
+        self, changer: imap.Changer, settings: Settings
+    ) -> None:
+        session = Mailbox()
+        session.fail = {"create": imap.Refused("NO [ALREADYEXISTS] Mailbox already exists")}
+        self.work(changer, session, settings, 2)
+        records = log(settings)
+        assert {record["outcome"] for record in records} == {"unknown"}
+        assert [record["generation"] for record in records] == ["0-0", "0-1"]
+
     @pytest.mark.parametrize("verb", ["copy", "move", "expunge"])
     def test_ok_without_effect_is_no_acknowledgement(
         self, changer: imap.Changer, settings: Settings, verb: str

@@ -1,45 +1,28 @@
-"""Both parsers against the kept corpus, whole, cut off, and changed at random.
-
-Whatever comes, a connection ends with the parser's own refusal or goes on; it never raises anything
-else, and nothing that is not whole gets into the store.
-"""
+"""Both parsers against the kept corpus, whole, cut off, and changed at random."""
 
 from __future__ import annotations
 
-import asyncio
-import json
 import logging
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
-from unittest.mock import Mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.fuzz.harness import Shadow, converse, corpus
 
-from umbra.peer import frames
-from umbra.peer.connection import Connection, PeerError
 from umbra.peer.frames import FrameType
-from umbra.peer.identity import PeerIdentity
-from umbra.peer.server import PeerServer
-from umbra.transport import milter
-from umbra.transport.milter import Conversation, Decoder, ProtocolError, Step, Transaction
-from umbra.transport.service import ShadowService
-from umbra.transport.store import ShadowStore, State
 
-CORPUS = Path(__file__).parents[2] / "fuzz"
 EXAMPLES = settings(
     deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-
-
-def corpus(name: str) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((CORPUS / name).iterdir())}
-
-
 MILTER, FRAMES = corpus("milter"), corpus("frames")
+
+
+def named(samples: dict[str, bytes]) -> list[str]:
+    """Those that a person has named; the guided fuzzer names what it keeps by its hash."""
+    return [name for name in samples if len(name) < 40]
 
 
 @st.composite
@@ -64,58 +47,7 @@ def mutated(draw: st.DrawFn, samples: dict[str, bytes]) -> bytes:
 # -- the milter
 
 
-class Taken:
-    """A message that counts what it is given."""
-
-    def __init__(self) -> None:
-        self.size = 0
-        self.aborted = False
-
-    def header(self, name: bytes, lines: bytes) -> None:
-        self.size += len(lines)
-
-    def body(self, data: bytes) -> None:
-        self.size += len(data)
-
-    def abort(self) -> None:
-        self.aborted = True
-
-    async def finish(self) -> bytes:
-        return milter.ACCEPT
-
-
-class Application:
-    def __init__(self) -> None:
-        self.messages: list[Taken] = []
-
-    def mail(self, transaction: Transaction) -> bytes | None:
-        return None
-
-    def message(self, transaction: Transaction, flow: object) -> Taken:
-        self.messages.append(Taken())
-        return self.messages[-1]
-
-
-def converse(stream: bytes, size: int) -> Application:
-    """Feed a connection in pieces; a ProtocolError ends it, as it does in the server."""
-    application = Application()
-    decoder, conversation = Decoder(), Conversation(cast(Any, application), cast(Any, None))
-    try:
-        for start in range(0, len(stream), size):
-            for command, data in decoder.feed(stream[start : start + size]):
-                answer = conversation.receive(command, data)
-                if answer is Step.FINISH:
-                    conversation.finished()
-                elif answer is Step.CLOSE:
-                    return application
-    except ProtocolError:
-        pass
-    conversation.abort()
-    assert sum(item.size for item in application.messages) <= 3 * len(stream) + 1000
-    return application
-
-
-@pytest.mark.parametrize("name", MILTER)
+@pytest.mark.parametrize("name", named(MILTER))
 def test_milter_samples_whole_and_cut_at_every_place(name: str) -> None:
     stream = MILTER[name]
     whole = converse(stream, len(stream))
@@ -123,6 +55,11 @@ def test_milter_samples_whole_and_cut_at_every_place(name: str) -> None:
         assert len(converse(stream, size).messages) == len(whole.messages)
     for end in range(len(stream)):
         converse(stream[:end], len(stream))
+
+
+def test_what_the_guided_fuzzer_found_of_the_milter() -> None:
+    for stream in MILTER.values():
+        converse(stream, max(1, len(stream)))
 
 
 def test_the_good_samples_of_the_milter_are_understood() -> None:
@@ -140,109 +77,28 @@ def test_milter_samples_changed_at_random(stream: bytes, size: int) -> None:
 # -- the peer link, behind its TLS
 
 
-class Transport:
-    """The transport under a connection; keeps what was answered."""
-
-    def __init__(self) -> None:
-        self.sent = b""
-
-    def write(self, data: bytes) -> None:
-        self.sent += data
-
-    def set_write_buffer_limits(self, high: int) -> None:
-        pass
-
-    def get_extra_info(self, name: str) -> Any:
-        return Mock()
-
-    def is_closing(self) -> bool:
-        return False
-
-    def pause_reading(self) -> None:
-        pass
-
-    resume_reading = abort = pause_reading
-
-    def answers(self) -> Iterator[tuple[FrameType, bytes]]:
-        decoder = frames.Decoder()
-        decoder.feed(self.sent)
-        while (frame := decoder.next()) is not None:
-            yield frame
-
-
-class Shadow:
-    """The server's side of connections of a peer, with a real store."""
-
-    def __init__(self, path: Path) -> None:
-        self.runner = asyncio.Runner()
-        self.store = ShadowStore(path)
-        self.runner.run(self.store.open())
-
-        async def check_epoch(peer: str, op: str, epoch: int) -> None:
-            if epoch < 1:
-                raise PeerError("stale-epoch", "over")
-
-        handlers = ShadowService(self.store, lambda: 1).handlers()
-        self.server = PeerServer("", 0, cast(Any, None), {}, check_epoch, handlers)
-
-    def close(self) -> None:
-        self.runner.run(self.store.close())
-        self.runner.close()
-
-    def connect(self, stream: bytes) -> list[tuple[FrameType, bytes]]:
-        return self.runner.run(self._connect(stream))
-
-    async def _connect(self, stream: bytes) -> list[tuple[FrameType, bytes]]:
-        transport, connection = Transport(), Connection()
-        connection.connection_made(cast(Any, transport))
-        connection.data_received(stream)
-        serving = asyncio.create_task(self._serve(connection))
-        while not serving.done():
-            await asyncio.sleep(0.001)
-            if connection._waiter is not None and not connection._out:  # it has read all
-                connection.connection_lost(None)
-        serving.result()
-        return list(transport.answers())
-
-    async def _serve(self, connection: Connection) -> None:
-        try:
-            while await self.server._serve(PeerIdentity("a", "s"), connection):
-                pass
-        except PeerError as error:
-            if error.code not in ("protocol", "unreachable"):
-                raise
-
-    async def _sizes(self) -> list[tuple[str, int, int]]:
-        found = []
-        async for meta in self.store.in_order(State.HELD):
-            pieces = [piece async for piece in self.store.content(meta)]
-            found.append((meta.queue_id, meta.size, sum(map(len, pieces))))
-        return found
-
-    def check(self, answers: list[tuple[FrameType, bytes]]) -> None:
-        for kind, payload in answers:
-            # "failed" is what the server says of an exception that nobody expected.
-            assert kind is not FrameType.ERROR or json.loads(payload)["code"] != "failed", payload
-        for queue_id, size, found in self.runner.run(self._sizes()):
-            assert queue_id.isalnum()
-            assert size == found
-
-
 @pytest.fixture
 def shadow(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Iterator[Shadow]:
     caplog.set_level(logging.CRITICAL)
-    shadow = Shadow(tmp_path / "s")
+    shadow = Shadow(tmp_path / "s", keep=True)
     yield shadow
     shadow.close()
 
 
-@pytest.mark.parametrize("name", FRAMES)
+@pytest.mark.parametrize("name", named(FRAMES))
 def test_frame_samples_whole_and_cut_off(shadow: Shadow, name: str) -> None:
     stream = FRAMES[name]
     shadow.check(shadow.connect(stream))
     step = max(1, len(stream) // 60)
     for end in range(0, len(stream), step):
         shadow.check(shadow.connect(stream[:end]))
+
+
+def test_what_the_guided_fuzzer_found_of_the_frames(shadow: Shadow) -> None:
+    for stream in FRAMES.values():
+        shadow.check(shadow.connect(stream, greet=True))
+        shadow.check(shadow.connect(stream))
+        shadow.empty()
 
 
 @pytest.mark.parametrize(
@@ -257,6 +113,7 @@ def test_frame_samples_whole_and_cut_off(shadow: Shadow, name: str) -> None:
         ("envelope_size_lies", [FrameType.ERROR]),
         ("shadow_id_is_a_path", [FrameType.ERROR]),
         ("queue_id_has_a_newline", [FrameType.ERROR]),
+        ("queue_id_is_not_ascii", [FrameType.ERROR]),
         ("recipient_adds_a_command", [FrameType.ERROR]),
         ("argument_adds_a_command", [FrameType.ERROR]),
         ("received_is_no_number", [FrameType.ERROR]),
@@ -267,14 +124,26 @@ def test_frame_samples_whole_and_cut_off(shadow: Shadow, name: str) -> None:
 )
 def test_frame_samples_get_their_answer(shadow: Shadow, name: str, kinds: list[FrameType]) -> None:
     assert [kind for kind, _ in shadow.connect(FRAMES[name])][: len(kinds) + 1] == kinds
-    stored = shadow.runner.run(shadow._sizes())
+    stored = shadow.runner.run(shadow.sizes())
     assert len(stored) == (1 if kinds and kinds[0] is FrameType.RESPONSE else 0)
+
+
+def test_a_greeting_is_answered(shadow: Shadow) -> None:
+    kinds = [kind for kind, _ in shadow.connect(FRAMES["hello_and_store"], greet=True)]
+    assert kinds == [FrameType.HELLO, FrameType.RESPONSE]
+
+
+def test_texts_that_are_no_utf_8_can_be_discarded_and_replayed(shadow: Shadow) -> None:
+    shadow.connect(FRAMES["lone_surrogates"])
+    assert len(shadow.runner.run(shadow.sizes())) == 1
+    shadow.empty()
 
 
 @EXAMPLES
 @given(stream=mutated(FRAMES))
 def test_frame_samples_changed_at_random(shadow: Shadow, stream: bytes) -> None:
     shadow.check(shadow.connect(stream))
+    shadow.empty()
 
 
 def test_an_envelope_that_claims_to_be_huge_costs_no_memory(shadow: Shadow) -> None:

@@ -6,7 +6,7 @@ from tests.lab.umbra_lab import plan
 from tests.lab.umbra_lab.paths import Lab
 from tests.lab.umbra_lab.shell import LabError
 
-MEMBERS = (*plan.HOSTS, plan.CONTROL)
+MEMBERS = (*plan.ALL_HOSTS, plan.CONTROL)
 
 
 def test_every_address_is_in_its_site_and_no_two_are_the_same() -> None:
@@ -53,7 +53,7 @@ def test_destination_site(address: str, site: str | None) -> None:
 def test_hosts_file_names_every_host_by_both_names_and_versions() -> None:
     lines = plan.hosts_file(own="machine").splitlines()
     assert lines[0] == "127.0.0.1 localhost machine"
-    for host in plan.HOSTS:
+    for host in plan.ALL_HOSTS:
         assert f"{host.v4} {host.name}.example.org {host.name}" in lines
         assert f"{host.v6} {host.name}.example.org {host.name}" in lines
 
@@ -64,6 +64,12 @@ def test_a_site_is_found_by_its_name_or_a_host_of_it() -> None:
         plan.site_of("mail-c")
     with pytest.raises(LabError, match="alpha"):
         plan.host("alpha")
+
+
+def test_a_lab_has_debian_13_only_unless_more_is_asked_for() -> None:
+    assert {member.release for member in plan.HOSTS} == {"trixie"}
+    assert plan.host("old-a").release == plan.host("old-b").release == "bookworm"
+    assert not set(plan.HOSTS) & set(plan.EXTRA_HOSTS)
 
 
 @pytest.mark.parametrize("name", ["demo", "lab1", "a-b", "x" * 20])

@@ -639,3 +639,63 @@ async def test_the_first_round_is_over_when_everybody_had_a_turn(tmp_path: Path)
         await catch_up
         assert copied.is_set()
         assert world.remote == world.local
+
+
+@asynccontextmanager
+async def two_mirrors(
+    path: Path, copies: int
+) -> AsyncIterator[tuple[Mirror, dict[str, World], dict[str, PeerMirror]]]:
+    worlds = {name: World() for name in ("mail-b", "mail-c")}
+    ledger = Ledger(path)
+    await ledger.open()
+    peers = {
+        name: PeerMirror(name, world, ledger, world, world, workers=2, timeout=0.5)
+        for name, world in worlds.items()
+    }
+    first = worlds["mail-b"]
+    both = Mirror(first, first, peers, sweep_interval=60, copies=copies)
+    task = asyncio.create_task(both.run())
+    await asyncio.sleep(0)
+    try:
+        yield both, worlds, peers
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await ledger.close()
+
+
+async def test_one_shadow_is_waited_for_and_the_other_follows(tmp_path: Path) -> None:
+    async with two_mirrors(tmp_path, 1) as (both, worlds, peers):
+        b, c = worlds["mail-b"], worlds["mail-c"]
+        await limited(peers["mail-c"], Phase.CATCHING_UP)
+        follows = asyncio.create_task(
+            peers["mail-c"].catch_up(c.protect, everyone=True, binding="one")
+        )
+        await peers["mail-b"].catch_up(b.protect, everyone=True, binding="one")
+        await until(lambda: peers["mail-c"].lag()[0] == 0)
+        c.delay = lambda user: 0.2
+        for world in (b, c):
+            world.local["u1"] += 1
+        started = time.monotonic()
+        assert await both.changed("u1") is Verdict.MIRRORED
+        assert time.monotonic() - started < 0.15, "nobody waits for the one that follows"
+        assert b.remote["u1"] == 1
+        assert c.remote["u1"] == 0
+        assert peers["mail-c"].lag()[0] == 1
+        await until(lambda: c.remote["u1"] == 1)
+        await until(lambda: peers["mail-c"].lag()[0] == 0)
+        await limited(peers["mail-c"], Phase.PROTECTED)
+        await follows
+        assert peers["mail-c"].phase is Phase.PROTECTED, "it can take the other's place"
+
+
+async def test_two_copies_are_waited_for(tmp_path: Path) -> None:
+    async with two_mirrors(tmp_path, 2) as (both, worlds, peers):
+        for name, peer in peers.items():
+            await peer.catch_up(worlds[name].protect, everyone=True, binding="one")
+        for world in worlds.values():
+            world.local["u1"] += 1
+        assert await both.changed("u1") is Verdict.MIRRORED
+        assert all(world.remote["u1"] == 1 for world in worlds.values())
+        await peers["mail-c"].lose("gone")
+        assert await both.changed("u1") is Verdict.RECORDED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import Any
 
@@ -11,7 +12,7 @@ from umbra.mailbox import verify as module
 from umbra.mailbox.describe import Description, Mailbox, Message
 from umbra.mailbox.doveadm import DoveadmError
 from umbra.mailbox.mirror import CatchUpFailed
-from umbra.mailbox.verify import Verifier
+from umbra.mailbox.verify import Rounds, Verifier
 from umbra.peer.exchange import PeerError
 
 
@@ -147,3 +148,39 @@ async def test_who_stops_listening_ends_it() -> None:
     await anext(rows)
     await rows.aclose()
     assert here.marks < 10
+
+
+async def test_who_differs_is_known_until_he_is_equal() -> None:
+    here, there = Node(a="x", b="y"), Node(a="x", b="z")
+    verifier = Verifier(here, {"mail-b": there}, {"mail-b": Mirror(here, there)})
+    _ = [row async for row in verifier.run(["a", "b"], bodies=False, repair=False)]
+    assert verifier.different == {"mail-b": {"b": 1}}
+    _ = [row async for row in verifier.run(["b"], bodies=False, repair=True)]
+    assert verifier.different == {"mail-b": {}}
+
+
+async def test_rounds_compare_everybody_slowly() -> None:
+    here, there = Node(a="x", b="y", c="z"), Node(a="x", b="!", c="!")
+    verifier = Verifier(here, {"mail-b": there}, {"mail-b": Mirror(here, there)})
+
+    async def users() -> list[str]:
+        return list(here.flags)
+
+    rounds = Rounds(verifier, users, lambda user: user != "c", 0.3)
+    task = asyncio.create_task(rounds.run())
+    await asyncio.sleep(0.05)
+    assert verifier.different == {"mail-b": {}}, "they are spread over the period"
+    async with asyncio.timeout(5):
+        while verifier.different != {"mail-b": {"b": 1}}:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await asyncio.sleep(0.3)
+    assert verifier.different == {"mail-b": {"b": 1}}, "c is not expected to be equal"
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_no_rounds_unless_wanted() -> None:
+    async def users() -> list[str]:
+        raise AssertionError
+
+    await Rounds(Verifier(Node(), {}, {}), users, lambda user: True, 0).run()

@@ -120,6 +120,44 @@ def test_service_ports(role: str | None, ports: dict[int, bool], passed: bool) -
     assert found["name"] == "service ports mail-b"
 
 
+OURS = "inet:localhost:11332, { unix:umbra/milter.sock, default_action=tempfail }"
+SHADOWED = {
+    "smtp/inet/command": "smtpd",
+    "submission/inet/command": "smtpd -o smtpd_sasl_auth_enable=yes",
+    "127.0.0.1:10026/inet/command": "smtpd -o smtpd_milters=$smtpd_milters",
+    "127.0.0.1:10026/inet/receive_override_options": "no_header_body_checks",
+    "smtp/unix/command": "smtp",
+    "smtpd_milters": OURS,
+    "non_smtpd_milters": OURS,
+    "internal_mail_filter_classes": "bounce",
+}
+ENTRANCES = ["smtp", "submission", "127.0.0.1:10026", "sendmail", "bounces"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "open_ones"),
+    [
+        ({}, []),
+        ({"smtpd_milters": ""}, ["smtp", "submission", "127.0.0.1:10026"]),
+        ({"smtpd_milters": "inet:localhost:11332"}, ["smtp", "submission", "127.0.0.1:10026"]),
+        ({"submission/inet/smtpd_milters": ""}, ["submission"]),
+        ({"smtpd_milters": "", "smtp/inet/smtpd_milters": OURS}, ["submission", "127.0.0.1:10026"]),
+        ({"smtp/inet/receive_override_options": "no_milters"}, ["smtp"]),
+        ({"non_smtpd_milters": ""}, ["sendmail", "bounces"]),
+        ({"internal_mail_filter_classes": ""}, ["bounces"]),
+    ],
+)
+def test_entrances(changes: dict[str, str], open_ones: list[str]) -> None:
+    found = checks.entrances({**SHADOWED, **changes})
+    assert [item["name"] for item in found] == [f"entrance {name}" for name in ENTRANCES]
+    failed = [item["name"] for item in found if not item["passed"]]
+    assert failed == [f"entrance {name}" for name in open_ones]
+
+
+def test_entrances_of_a_postfix_that_cannot_be_asked() -> None:
+    assert [item["passed"] for item in checks.entrances(None)] == [False]
+
+
 @pytest.mark.parametrize(
     ("free", "passed"), [(50.0, True), (10.0, True), (9.9, False), (None, False)]
 )

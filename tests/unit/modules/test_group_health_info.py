@@ -33,12 +33,22 @@ class Host:
             "days": 90.0,
             "ports": {25: False, 993: False},
             "clock": 0.0,
+            "settings": {
+                "smtp/inet/command": "smtpd",
+                "smtpd_milters": "{ unix:umbra/milter.sock, default_action=tempfail }",
+                "non_smtpd_milters": "{ unix:umbra/milter.sock, default_action=tempfail }",
+                "internal_mail_filter_classes": "bounce",
+            },
             **other,
         }
         self.probed: list[str] = []
 
     def postfix_active(self) -> bool:
         return bool(self.values["postfix"])
+
+    def postfix_settings(self) -> dict[str, str] | None:
+        settings: dict[str, str] | None = self.values["settings"]
+        return settings
 
     def free_percent(self, path: str) -> float | None:
         free: float | None = self.values["free"]
@@ -108,6 +118,9 @@ def test_healthy() -> None:
         "inventory role",
         "service ports mail-b",
         "clock mail-b",
+        "entrance smtp",
+        "entrance sendmail",
+        "entrance bounces",
         "shadow queue age",
         "disk space /var/vmail",
         "certificate /etc/umbra/tls/node.crt",
@@ -125,6 +138,7 @@ def test_healthy() -> None:
         ({"ports": {25: True, 993: False}}, "service ports mail-b"),
         ({"clock": 3.0}, "clock mail-b"),
         ({"clock": None}, "clock mail-b"),
+        ({"settings": None}, "entrances"),
     ],
 )
 def test_each_host_check_fails_alone(host: dict[str, Any], failed: str) -> None:

@@ -168,6 +168,48 @@ async def test_who_does_not_belong_is_refused(
             await link.request("echo", {}, timeout=5)
 
 
+async def test_a_wrong_key_is_counted_and_told_in_the_journal(
+    identities: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = refused("tls")
+    async with linked(identities, {"echo": echo}, caller="stranger") as link:
+        with pytest.raises(PeerError):
+            await link.request("echo", {}, timeout=5)
+        assert refused("tls") == before + 1
+        assert "refused in the TLS handshake: self-signed certificate" in caplog.text
+        # What speaks no TLS at all.
+        reader, writer = await asyncio.open_connection(link._address, link._port)
+        writer.write(b"GET / HTTP/1.1\r\n\r\n" * 10)
+        assert await asyncio.wait_for(reader.read(), 5) is not None
+        writer.close()
+        assert refused("tls") == before + 2
+
+
+async def test_a_refused_operation_is_counted_and_told_in_the_journal(
+    identities: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with linked(identities, {"echo": echo}) as link:
+        before = refused("refused")
+        with pytest.raises(PeerError):
+            await link.request("unknown", {}, timeout=5)
+        assert refused("refused") == before + 1
+        assert "operation 'unknown' of a refused: unknown operation" in caplog.text
+
+
+async def test_too_many_connections_are_refused_and_told(
+    identities: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server_module, "MAX_CONNECTIONS", 1)
+    before = refused("overloaded")
+    async with linked(identities, {"echo": echo}) as link:
+        first = await link._connect()
+        with pytest.raises(PeerError):
+            await link._connect()
+        assert refused("overloaded") == before + 1
+        assert "there are 1 already" in caplog.text
+        first.close()
+
+
 async def test_nobody_there(identities: Path) -> None:
     link = PeerLink(
         "b", "127.0.0.1", free_port(), Identity(identities / "a", {"b": None}), HELLO, lambda: 5

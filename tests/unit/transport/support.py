@@ -103,10 +103,11 @@ class MilterClient:
 
 
 def shadow_id_of(answers: list[tuple[bytes, bytes]]) -> str:
-    """The id that the milter had added, of an accepted message."""
-    assert [kind for kind, _ in answers] == [b"h", b"a"]
-    name, value, _ = answers[0][1].split(b"\0")
-    assert name == b"X-Umbra-Id"
+    """The id that the milter has made the first header, of an accepted message."""
+    assert [kind for kind, _ in answers] == [b"i", b"a"]
+    place, header = answers[0][1][:4], answers[0][1][4:]
+    name, value, _ = header.split(b"\0")
+    assert (place, name) == (b"\0\0\0\1", b"X-Umbra-Id")
     assert value.startswith(b" ")
     return value[1:].decode()
 
@@ -143,13 +144,14 @@ class FakeExchange:
         self._over = data is None
         return data
 
-    async def receive_lines(self) -> list[dict[str, Any]]:
+    async def receive_lines(self) -> AsyncIterator[dict[str, Any]]:
         import json
 
         text = b""
         while (data := await self.receive()) is not None:
             text += data
-        return [json.loads(line) for line in text.splitlines()]
+        for line in text.splitlines():
+            yield json.loads(line)
 
     async def result(self) -> dict[str, Any]:
         await self.end()

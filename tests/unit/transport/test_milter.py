@@ -191,6 +191,19 @@ def test_macros_of_an_aborted_message_are_forgotten() -> None:
     assert app.taken[1].transaction.macro(b"daemon_name") == b"mx"
 
 
+def test_what_a_connection_keeps_is_bounded() -> None:
+    conversation = begun(App())
+    for number in range(100):
+        conversation.receive(ord("D"), b"M{macro%d}\0%b\0" % (number, b"x" * 99))
+    assert len(conversation._macros) == 0  # nobody asked for these
+    conversation.receive(ord("M"), b"<a@example.org>\0")
+    long = b"<" + b"b" * (milter.MAX_PACKET - 100) + b">\0"
+    for _ in range(milter.MAX_ENVELOPE // len(long)):
+        conversation.receive(ord("R"), long)
+    with pytest.raises(ProtocolError, match="envelope"):
+        conversation.receive(ord("R"), long)
+
+
 def test_a_refused_sender_begins_no_transaction() -> None:
     app = App()
     conversation = begun(app)

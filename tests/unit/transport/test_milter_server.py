@@ -6,13 +6,15 @@ import asyncio
 import stat
 import struct
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import uvloop
+from prometheus_client import REGISTRY
 from tests.unit.transport.support import MilterClient
 
-from umbra.transport import milter
+from umbra.transport import milter, milter_server
 from umbra.transport.milter import Flow, Transaction
 from umbra.transport.milter_server import MilterServer
 
@@ -150,14 +152,42 @@ async def test_the_brake_holds_back_the_sender(path: Path, app: App) -> None:
     await client.close()
 
 
-async def test_malformed_input_closes_the_connection(path: Path, app: App) -> None:
+def refusals() -> float:
+    return REGISTRY.get_sample_value("umbra_milter_protocol_errors_total") or 0.0
+
+
+async def test_malformed_input_closes_the_connection(
+    path: Path, app: App, caplog: pytest.LogCaptureFixture
+) -> None:
     for garbage in (b"\xff\xff\xff\xffB", struct.pack(">I", 1) + b"B", b"\0\0\0\0\0"):
+        before = refusals()
+        caplog.clear()
         reader, writer = await asyncio.open_unix_connection(path)
         writer.write(garbage)
         assert await reader.read() == b""
+        assert refusals() == before + 1
+        assert "milter connection closed" in caplog.text
         writer.close()
     client = await MilterClient.connect(path)
     assert await client.message() == [(b"a", b"")]
+    await client.close()
+
+
+async def test_who_does_not_wait_for_the_answer_is_cut_off(path: Path, app: App) -> None:
+    app.gate.clear()
+    before = refusals()
+    client = await MilterClient.connect(path)
+    sending = asyncio.create_task(client.message())
+    await eventually(lambda: app.taken and app.taken[0].size)
+    await asyncio.sleep(0.05)
+    with suppress(ConnectionError):
+        for _ in range(2 * milter_server.MAX_AHEAD // 4096):
+            await client.put(b"B", bytes(4091))
+    with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+        await sending
+    assert refusals() == before + 1
+    await eventually(lambda: app.taken[0].aborted)
+    assert app.taken[0].size < milter_server.MAX_AHEAD
     await client.close()
 
 

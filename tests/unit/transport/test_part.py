@@ -32,6 +32,7 @@ RAW: dict[str, Any] = {
 @dataclass
 class Paths:
     state: Path
+    run: Path
     milter: Path
 
 
@@ -73,7 +74,7 @@ def messages(tmp_path: Path, group: PlayedGroup, **transport: Any) -> Messages:
         settings,
         cast(Group, group),
         cast(Any, Helper()),
-        Paths(tmp_path, tmp_path / "m"),
+        Paths(tmp_path, tmp_path, tmp_path / "m"),
         NoMailboxes(),
     )
 

@@ -255,9 +255,11 @@ class Changer:
             self._start_afresh()
             return None
         except (imaplib.IMAP4.error, Refused) as error:
-            self._log(kind, begin, REFUSED, error, node, details)
-            if str(error) == _EXISTS_NOT:
-                self._start_afresh()  # the accounting finds out why it is gone
+            # Nobody else uses these names: this CREATE has made it, and a dsync opened it first.
+            made = kind == "create" and "[ALREADYEXISTS]" in str(error)
+            self._log(kind, begin, UNKNOWN if made else REFUSED, error, node, details)
+            if made or str(error) == _EXISTS_NOT:
+                self._start_afresh()  # the accounting finds out what is there
             return None
         given = result if isinstance(result, dict) else {}
         self._log(kind, begin, OK, "OK", node, {**details, **given})

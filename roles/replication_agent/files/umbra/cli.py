@@ -238,6 +238,30 @@ def seed(node: str, rate: float, as_json: bool) -> None:
 
 
 @cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the API's answer as it is.")
+def merged(as_json: bool) -> None:
+    """Show what was merged when a former primary came back: what it had and this node had not.
+
+    On the node that was primary then. Of each user the differences before the merge.
+    """
+    answer = call("GET", "/merged")
+    if as_json:
+        click.echo(json.dumps(answer, indent=2))
+        return
+    for merge in answer["merged"]:
+        click.echo(
+            f"{merge['peer']} came back in epoch {merge['epoch']}, {_time(merge['since'])}:"
+            f" {merge['count']} users differed."
+        )
+        rows = [{**user, "peer": merge["peer"], "outcome": "merged", "reason": ""}
+                for user in merge["users"]]  # fmt: skip
+        if rows:
+            _print_differences(rows)
+    if not answer["merged"]:
+        click.echo("Nothing was ever merged here.")
+
+
+@cli.command()
 @click.argument("users", nargs=-1, metavar="[USER]...")
 @click.option("--repair", is_flag=True, help="Make the copies that differ what the primary has.")
 @click.option("--bodies", is_flag=True, help="Compare the content of messages too; reads it all.")
@@ -274,24 +298,28 @@ def verify(users: tuple[str, ...], repair: bool, bodies: bool, as_json: bool) ->
     raise SystemExit(0 if counts["equal"] + counts["repaired"] == total else 1)
 
 
+def _print_differences(rows: list[dict[str, Any]]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for name in ("user", "node", "outcome", "mailbox", "what", "primary", "there"):
+        table.add_column(name, overflow="fold")
+    for row in sorted(rows, key=lambda row: (row["user"], row["peer"])):
+        head = [row["user"], row["peer"], row["outcome"]]
+        if not row["differences"]:
+            table.add_row(*map(Text, [*head, "", row["reason"], "", ""]))
+        for item in row["differences"]:
+            values = [item["mailbox"], item["what"], item["here"] or "-", item["there"] or "-"]
+            table.add_row(*map(Text, [*head, *values]))
+            head = ["", "", ""]
+        if row["differences"] and (left := row["count"] - len(row["differences"])):
+            table.add_row("", "", "", "", f"and {left} more", "", "")
+        if row["differences"] and row["reason"]:
+            table.add_row("", "", "", "", Text(row["reason"]), "", "")
+    _console().print(table)
+
+
 def _print_verified(rows: list[dict[str, Any]], counts: Counter[str]) -> None:
     if rows:
-        table = Table(box=None, pad_edge=False)
-        for name in ("user", "node", "outcome", "mailbox", "what", "primary", "there"):
-            table.add_column(name, overflow="fold")
-        for row in sorted(rows, key=lambda row: (row["user"], row["peer"])):
-            head = [row["user"], row["peer"], row["outcome"]]
-            if not row["differences"]:
-                table.add_row(*map(Text, [*head, "", row["reason"], "", ""]))
-            for item in row["differences"]:
-                values = [item["mailbox"], item["what"], item["here"] or "-", item["there"] or "-"]
-                table.add_row(*map(Text, [*head, *values]))
-                head = ["", "", ""]
-            if row["differences"] and (left := row["count"] - len(row["differences"])):
-                table.add_row("", "", "", "", f"and {left} more", "", "")
-            if row["differences"] and row["reason"]:
-                table.add_row("", "", "", "", Text(row["reason"]), "", "")
-        _console().print(table)
+        _print_differences(rows)
     words = [f"{count} {outcome}" for outcome, count in sorted(counts.items())]
     click.echo(", ".join(words) if words else "There is nobody to compare.")
 

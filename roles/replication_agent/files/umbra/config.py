@@ -102,12 +102,19 @@ class Transport:
 
 @dataclass(frozen=True)
 class Mailbox:
-    """Mailbox changes. Times in seconds; ``mirror_workers`` 0 means twice the cores."""
+    """Mailbox changes. Times in seconds.
+
+    :param mirror_copies: how many shadows a change waits for.
+    :param mirror_workers: syncs at once; 0 means twice the cores.
+    :param verify_period: in which all users are compared once, in the background; 0 for never.
+    """
 
     mirror_mode: MirrorMode = MirrorMode.SYNC
+    mirror_copies: int = 1
     mirror_timeout: float = 5.0
     mirror_workers: int = 0
     sweep_interval: float = 60.0
+    verify_period: float = 0.0
 
     @property
     def workers(self) -> int:
@@ -271,6 +278,22 @@ def _voters(coordinator: Coordinator) -> list[str]:
 
 
 def _copies(config: Config) -> list[str]:
+    return [*_shadow_copies(config), *_mirror_copies(config)]
+
+
+def _mirror_copies(config: Config) -> list[str]:
+    wanted = config.mailbox.mirror_copies
+    if wanted < 1:
+        return ["mailbox.mirror_copies is 0; a change needs at least one copy."]
+    if config.peers and len(config.peers) < wanted:
+        return [
+            f"mailbox.mirror_copies is {wanted}, but only {len(config.peers)} of the group's nodes"
+            " can be shadows; it would never be protected."
+        ]
+    return []
+
+
+def _shadow_copies(config: Config) -> list[str]:
     wanted, preference = config.transport.shadow_copies, config.transport.shadow_preference
     if wanted < 1:
         return ["transport.shadow_copies is 0; a message needs at least one copy."]

@@ -129,6 +129,7 @@ class Agent:
             self._switchover = Switchover(config, group, *parts)
         group.catch_up = self._catch_up
         group.on_opening = self._messages.resubmit
+        self._mailboxes.being_delivered = self._messages.being_delivered
         self._composer = Composer(
             config,
             group,
@@ -155,7 +156,7 @@ class Agent:
             group.break_off = self._server.break_off
         self._api = Api(
             self._composer.report,
-            {"queue": self._get_queue},
+            {"queue": self._get_queue, "merged": self._get_merged},
             {
                 "switchover": self._post_switchover,
                 "failover": self._post_failover,
@@ -245,6 +246,12 @@ class Agent:
             return await self._messages.queue()
         except StoreError as error:
             raise Refused(f"{error}.") from None
+
+    async def _get_merged(self) -> dict[str, Any]:
+        try:
+            return {"merged": await self._mailboxes.merged()}
+        except OSError as error:
+            raise Refused(f"the record cannot be read: {error}.") from None
 
     async def _post_switchover(self, body: dict[str, Any]) -> dict[str, Any]:
         to, dry_run, timeout_s = (

@@ -1,13 +1,16 @@
-"""systemd's notification protocol (sd_notify(3)): readiness, status text and the watchdog."""
+"""systemd's notification protocol (sd_notify(3)): readiness, status, watchdog, stored sockets."""
 
 from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
+
+FIRST_FD = 3
 
 
-def notify(message: str) -> None:
-    """Send ``message``, for example ``READY=1``, to the service manager.
+def notify(message: str, sockets: Sequence[socket.socket] = ()) -> None:
+    """Send ``message``, for example ``READY=1``, to the service manager, and sockets along.
 
     Nothing happens outside of a unit.
     """
@@ -18,7 +21,25 @@ def notify(message: str) -> None:
         address = "\0" + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
         channel.connect(address)
-        channel.send(message.encode())
+        if sockets:
+            socket.send_fds(channel, [message.encode()], [item.fileno() for item in sockets])
+        else:
+            channel.send(message.encode())
+
+
+def store_socket(name: str, item: socket.socket) -> None:
+    """Have the service manager keep a socket for the next process (``FileDescriptorStoreMax``)."""
+    notify(f"FDSTORE=1\nFDNAME={name}", [item])
+
+
+def stored_socket(name: str) -> socket.socket | None:
+    """Return the socket that an earlier process has stored under this name, if there is one."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return None
+    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
+    if name not in names:
+        return None
+    return socket.socket(fileno=FIRST_FD + names.index(name))
 
 
 def watchdog_interval() -> float | None:

@@ -135,7 +135,9 @@ class Group:
             self._states.save(durable)
         if durable.acted is not None:  # the group had the other coordinator before
             durable = replace(durable, acted=None)
-        state = machine.step(State(self._config.node, durable, Phase.SHADOW), machine.Started())
+        copies = self._config.mailbox.mirror_copies
+        known = State(self._config.node, durable, Phase.SHADOW, copies=copies)
+        state = machine.step(known, machine.Started())
         if state.durable != durable:
             self._states.save(state.durable)
         return state
@@ -177,17 +179,19 @@ class Group:
         await self._failed(peer, f"a message was not taken: {reason}")
 
     async def mirror_failed(self, peer: str, reason: str, *, lost: bool = True) -> None:
-        """A mailbox change is only here.
+        """A mailbox change is not on ``peer``.
 
-        Make the group alone, durably; harmless if it is. NotPrimary if this node may not act any
-        more. Unless the peer is ``lost``, messages go to it as before.
+        Count it no more among those that have everything, durably; with too few of these the group
+        is alone. Harmless if it is not counted. NotPrimary if this node may not act any more.
+        Unless the peer is ``lost``, messages go to it as before.
         """
-        if not self.state.serving or self.state.durable.mode is Mode.PROTECTED:
+        view = self.state.peers.get(peer)
+        if not self.state.serving or (view is not None and view.complete):
             await self._failed(peer, reason, lost=lost)
 
     async def _failed(self, peer: str, reason: str, *, lost: bool = True) -> None:
         state = await self.apply(
-            machine.PeerLost(peer, reason) if lost else machine.Unmirrored(reason)
+            machine.PeerLost(peer, reason) if lost else machine.Unmirrored(peer, reason)
         )
         if not state.serving:
             raise NotPrimary(f"{state.node} is {state.phase}")
@@ -315,11 +319,16 @@ class Group:
             return False
         return True
 
-    async def protected_within(self, seconds: float) -> bool:
-        """Wait until this node is a protected primary; False if it is not after so long."""
+    async def complete_within(self, peer: str, seconds: float) -> bool:
+        """Wait until this primary is protected and ``peer`` has everything; False if it is late."""
+
+        def complete() -> bool:
+            view = self.state.peers.get(peer)
+            return self.state.protected and view is not None and view.complete
+
         try:
             async with asyncio.timeout(seconds), self._moved:
-                await self._moved.wait_for(lambda: self.state.protected)
+                await self._moved.wait_for(complete)
         except TimeoutError:
             return False
         return True
@@ -458,7 +467,7 @@ class Group:
 
     def _lacks(self, peer: str) -> bool:
         """Return whether ``peer`` has not been proven to have everything."""
-        return self.state.durable.mode is Mode.ALONE
+        return not self.state.peers[peer].complete
 
     def _catch_up_ended(self, name: str, _: asyncio.Task[None]) -> None:
         self._catching_up.pop(name, None)

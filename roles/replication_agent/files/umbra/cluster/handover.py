@@ -122,7 +122,7 @@ class Handover(Switchover):
             raise Refused(
                 f"a mailbox change was still under way after {CHANGES_TIMEOUT:g} s; try again."
             )
-        if not group.state.protected:
+        if not (group.state.protected and group.state.peers[to].complete):
             raise Refused(f"{to} was lost on the way: {'; '.join(group.reasons())}.")
         remaining = await self._remaining()
         steps.done("flush")
@@ -144,8 +144,10 @@ class Handover(Switchover):
         """Handler of ``handover``: note who has to get what is left, for the epoch to come."""
         try:
             epoch = int(args["epoch"])
-            rows = await exchange.receive_lines()
-            remaining = {str(row["queue_id"]): [str(r) for r in row["recipients"]] for row in rows}
+            remaining = {
+                str(row["queue_id"]): [str(name) for name in row["recipients"]]
+                async for row in exchange.receive_lines()
+            }
         except (KeyError, TypeError, ValueError) as error:
             raise PeerError("protocol", f"a handover that makes no sense: {error!r}") from None
         self._given = _Given(peer.node, epoch, remaining)

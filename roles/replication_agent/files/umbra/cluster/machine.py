@@ -53,8 +53,9 @@ class PeerLost:
 
 @dataclass(frozen=True)
 class Unmirrored:
-    """Mailbox changes are acknowledged from now on that no peer has yet, and none is to blame."""
+    """Mailbox changes are acknowledged from now on that ``peer`` lacks; it is not to blame."""
 
+    peer: str
     reason: str
 
 
@@ -158,11 +159,8 @@ def step(state: State, event: Event) -> State:
             return _peer_seen(state, event)
         case PeerLost(peer, reason):
             return _peer_lost(state, peer, reason)
-        case Unmirrored(reason):
-            if not state.protected:
-                return state
-            durable = replace(state.durable, mode=Mode.ALONE)
-            return replace(state, durable=durable, alone_reason=reason)
+        case Unmirrored(peer, reason):
+            return _unmirrored(state, peer, reason)
         case CatchingUp(peer):
             return _synchronous(state, peer)
         case CaughtUp(peer):
@@ -231,6 +229,7 @@ def _peer_seen(state: State, seen: PeerSeen) -> State:
         phase=seen.phase,
         storage_id=seen.storage_id,
         synchronous=old.synchronous and same_store and seen.role is Role.SHADOW,
+        complete=old.complete and same_store and seen.role is Role.SHADOW,
         reason="" if seen.answered else old.reason,
     )
     state = replace(state, peers={**state.peers, seen.peer: view})
@@ -285,16 +284,22 @@ def _superseded(state: State, seen: PeerSeen) -> State:
 
 def _peer_lost(state: State, peer: str, reason: str) -> State:
     old = state.peers.get(peer, PeerView())
-    view = replace(old, reachable=False, synchronous=False, reason=reason)
+    view = replace(old, reachable=False, synchronous=False, complete=False, reason=reason)
     state = replace(state, peers={**state.peers, peer: view})
     return _alone(state, f"{peer}: {reason}") if old.synchronous else state
 
 
+def _unmirrored(state: State, peer: str, reason: str) -> State:
+    old = state.peers.get(peer, PeerView())
+    if not state.serving or not old.complete:
+        return state
+    state = replace(state, peers={**state.peers, peer: replace(old, complete=False)})
+    return _alone(state, reason)
+
+
 def _alone(state: State, reason: str) -> State:
-    """Leave the protected mode if no synchronous shadow is left."""
-    if state.durable.role is not Role.PRIMARY or any(
-        view.synchronous for view in state.peers.values()
-    ):
+    """Leave the protected mode if too few shadows are left that have everything."""
+    if state.durable.role is not Role.PRIMARY or state.enough:
         return state
     return replace(state, durable=replace(state.durable, mode=Mode.ALONE), alone_reason=reason)
 
@@ -311,7 +316,11 @@ def _open(state: State, reason: str) -> State:
 
 def _nobody_synchronous(state: State) -> State:
     return replace(
-        state, peers={name: replace(view, synchronous=False) for name, view in state.peers.items()}
+        state,
+        peers={
+            name: replace(view, synchronous=False, complete=False)
+            for name, view in state.peers.items()
+        },
     )
 
 
@@ -328,6 +337,9 @@ def _caught_up(state: State, peer: str) -> State:
     view = state.peers.get(peer, PeerView())
     if state.phase is not Phase.PRIMARY or not view.synchronous:
         raise NotNow(f"{peer} was lost while it caught up")
+    state = replace(state, peers={**state.peers, peer: replace(view, complete=True)})
+    if not state.enough:
+        return state
     return replace(state, durable=replace(state.durable, mode=Mode.PROTECTED), alone_reason="")
 
 
@@ -350,7 +362,7 @@ def _promote(state: State, event: Promote) -> State:
         storage_id=state.durable.storage_id,
         epoch=event.epoch,
         role=Role.PRIMARY,
-        mode=Mode.PROTECTED if event.protected else Mode.ALONE,
+        mode=Mode.ALONE,
         since=event.change.at,
         last_change=event.change,
     )
@@ -359,17 +371,26 @@ def _promote(state: State, event: Promote) -> State:
         # The old primary gave up after its last change was here: it has all that we have.
         old = peers.get(event.change.old, PeerView())
         peers[event.change.old] = replace(
-            old, reachable=True, role=Role.SHADOW, phase=Phase.SHADOW, synchronous=True
+            old,
+            reachable=True,
+            role=Role.SHADOW,
+            phase=Phase.SHADOW,
+            synchronous=True,
+            complete=True,
         )
-    reason = "" if event.protected else f"promoted by an operator; {event.change.old} was lost"
-    return replace(
+    state = replace(
         state,
         durable=durable,
         peers=peers,
         phase=Phase.PRIMARY,
-        alone_reason=reason,
+        alone_reason="the other shadows are compared after the change of primary"
+        if event.protected
+        else f"promoted by an operator; {event.change.old} was lost",
         held_reason="",
     )
+    if not state.enough:
+        return state
+    return replace(state, durable=replace(durable, mode=Mode.PROTECTED), alone_reason="")
 
 
 def _open_by_force(state: State, at: str) -> State:

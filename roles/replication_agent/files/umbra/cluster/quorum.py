@@ -48,6 +48,8 @@ TEND_PAUSE, IDLE_PAUSE = 1.0, 3.0
 VOTERS_PAUSE = 1.0
 # What a peer says it is when it can be brought into the protected set.
 BEHIND = (p.Phase.SYNCING, p.Phase.READY, p.Phase.REJOINING)
+# What only a primary asks for, of one that is not.
+GUARDED = PRIMARY_OPERATIONS | {"unmirrored", "remove-copies"}
 # Whoever is asked these says what it knows, whatever the epoch.
 FREE_OPERATIONS = frozenset({"status", "renew", "nudge", "handover-finish"})
 
@@ -257,7 +259,7 @@ class QuorumGroup(Group):
         """Keep the rest of the agent in step; called by the driver, between disk and network."""
         if _answers(old) and not _answers(new):
             # From now on no primary is answered, also not one whose request came before.
-            self.break_off(PRIMARY_OPERATIONS)
+            self.break_off(GUARDED)
         if new.known is not None and _new_holder(old, new):
             self._former = old.known.holder if old.known else None
             self.planned = new.known.mode is p.Mode.HANDOVER
@@ -307,7 +309,9 @@ class QuorumGroup(Group):
         known = state.known
         mine = known is not None and _holds(state) and known.epoch == state.durable.epoch
         role = Role.PRIMARY if mine else Role.SHADOW
-        mode = Mode.PROTECTED if known and known.protected else Mode.ALONE
+        members = {member.node for member in known.protected} if known else set()
+        copies = self._config.mailbox.mirror_copies
+        mode = Mode.PROTECTED if len(members) >= copies else Mode.ALONE
         waited = self._waited | p.required(state)
         return State(
             node=state.node,
@@ -321,7 +325,11 @@ class QuorumGroup(Group):
             ),
             phase=self._phase(),
             peers={
-                name: replace(view, synchronous=mine and name in waited)
+                name: replace(
+                    view,
+                    synchronous=mine and name in waited,
+                    complete=mine and name in members and name in waited,
+                )
                 for name, view in peers.items()
             },
             alone_reason="; ".join(
@@ -329,6 +337,7 @@ class QuorumGroup(Group):
             )
             or "the copies are compared",
             held_reason=state.cause,
+            copies=copies,
         )
 
     def _phase(self) -> Phase:
@@ -442,7 +451,7 @@ class QuorumGroup(Group):
         """Refuse an operation of a superseded node, and whatever a primary asks of another one."""
         if op in FREE_OPERATIONS:
             return
-        if op in PRIMARY_OPERATIONS:
+        if op in GUARDED:
             refused = await self.driver.asked(peer, epoch, renewal=False)
             if refused is not None:
                 code = "stale-epoch" if epoch < self.epoch else "refused"
@@ -553,9 +562,11 @@ class QuorumGroup(Group):
         """Wait until this node is no longer in ``phase``; False if it still is after so long."""
         return await self.driver.until(lambda: self.state.phase is not phase, seconds)
 
-    async def protected_within(self, seconds: float) -> bool:
-        """Wait until this node is a protected primary; False if it is not after so long."""
-        return await self.driver.until(lambda: self.state.protected, seconds)
+    async def complete_within(self, peer: str, seconds: float) -> bool:
+        """Wait until this primary is protected and ``peer`` has everything; False if it is late."""
+        return await self.driver.until(
+            lambda: self.state.protected and self.state.peers[peer].complete, seconds
+        )
 
     # -- an operator's word
 

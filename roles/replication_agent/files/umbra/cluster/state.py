@@ -93,7 +93,8 @@ class Durable:
 class PeerView:
     """What this node knows of a peer, from its last answer.
 
-    :param synchronous: changes and messages wait for this peer; only true on the primary.
+    :param synchronous: messages wait for this peer; only true on the primary.
+    :param complete: it has every mailbox change too, and those that come wait for it.
     """
 
     reachable: bool = False
@@ -102,12 +103,16 @@ class PeerView:
     phase: Phase = Phase.SHADOW
     storage_id: str = ""
     synchronous: bool = False
+    complete: bool = False
     reason: str = "not heard of yet"
 
 
 @dataclass(frozen=True)
 class State:
-    """Everything that decisions are made of."""
+    """Everything that decisions are made of.
+
+    :param copies: how many peers must be complete for the mode ``protected``.
+    """
 
     node: str
     durable: Durable
@@ -115,11 +120,19 @@ class State:
     peers: Mapping[str, PeerView] = field(default_factory=dict)
     alone_reason: str = ""
     held_reason: str = ""
+    copies: int = 1
 
     @property
     def serving(self) -> bool:
         """Whether the service ports are open."""
         return self.phase in (Phase.PRIMARY, Phase.DRAINING)
+
+    @property
+    def enough(self) -> bool:
+        """Whether as many peers as must have every message and change."""
+        return (
+            sum(view.synchronous and view.complete for view in self.peers.values()) >= self.copies
+        )
 
     @property
     def protected(self) -> bool:

@@ -89,10 +89,10 @@ class Mailboxes(Protocol):
         """Whether nothing but the mode ``async`` keeps mailboxes from being protected."""
         ...
 
-    async def hurry(self, timeout: float) -> None:
-        """Mode ``async``: let changes wait from now on; return when all are there, or it is late.
+    async def hurry(self, to: str, timeout: float) -> None:
+        """Let changes wait for ``to`` from now on; return when all are there, or it is late.
 
-        Nothing to do in mode ``sync``.
+        Nothing to do where they wait for it anyway.
         """
         ...
 
@@ -165,7 +165,7 @@ class Switchover:
                 f" {'; '.join(self._group.reasons())}."
             )
         view = state.peers.get(to)
-        if view is None or not view.synchronous:
+        if view is None or not (view.synchronous and (view.complete or dry_run)):
             raise Refused(f"{to} is not protected: {view.reason if view else 'not heard of yet'}.")
         return True
 
@@ -179,7 +179,7 @@ class Switchover:
         async with self._running:
             try:
                 if not dry_run:
-                    await self._mailboxes.hurry(timeout_s)
+                    await self._mailboxes.hurry(to, timeout_s)
                 return await self._run(to, dry_run=dry_run, timeout_s=timeout_s)
             finally:
                 self._mailboxes.at_ease()
@@ -233,7 +233,7 @@ class Switchover:
                 raise Refused(
                     f"a mailbox change was still under way after {CHANGES_TIMEOUT:g} s; try again."
                 )
-            if not group.state.protected:
+            if not (group.state.protected and group.state.peers[to].complete):
                 raise Refused(f"{to} was lost on the way: {'; '.join(group.reasons())}.")
             remaining = await self._remaining()
             steps.done("flush")
@@ -352,8 +352,10 @@ class Switchover:
         try:
             epoch, change = int(args["epoch"]), Change.from_json(args["change"])
             elapsed = float(args["elapsed_s"])
-            rows = await exchange.receive_lines()
-            remaining = {str(row["queue_id"]): [str(r) for r in row["recipients"]] for row in rows}
+            remaining = {
+                str(row["queue_id"]): [str(name) for name in row["recipients"]]
+                async for row in exchange.receive_lines()
+            }
         except (KeyError, TypeError, ValueError) as error:
             raise PeerError("protocol", f"a handover that makes no sense: {error!r}") from None
         if change.old != peer.node or change.new != self._group.state.node:

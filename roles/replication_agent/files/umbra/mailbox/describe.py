@@ -194,7 +194,7 @@ class Peer:
         args = {"user": user, "bodies": bodies}
         async with self._link.exchange("describe", args, timeout=TIMEOUT) as exchange:
             await exchange.end()
-            async for row in _received(exchange):
+            async for row in received_rows(exchange):
                 _read(found, row)
             await exchange.result()
         return found
@@ -206,7 +206,7 @@ class Peer:
         args = {"user": user, "bodies": bodies, "mailbox": guid}
         async with self._link.exchange("describe", args, timeout=TIMEOUT) as exchange:
             await exchange.end()
-            async for row in _received(exchange):
+            async for row in received_rows(exchange):
                 yield _message(row)
             await exchange.result()
 
@@ -225,17 +225,17 @@ class DescribeHandler:
         user, mailbox = args.get("user"), args.get("mailbox")
         if not isinstance(user, str) or not valid_user(user):
             raise PeerError("refused", "no such user")
-        if mailbox is not None and not _is_guid(mailbox):
+        if mailbox is not None and not is_guid(mailbox):
             raise PeerError("refused", "no such mailbox")
         bodies = args.get("bodies") is True
         try:
             async with self._room:
                 if mailbox is None:
                     description = await self._dovecot.describe(user, bodies=bodies)
-                    await _send(exchange, _written(description))
+                    await send_rows(exchange, _written(description))
                 else:
                     messages = self._dovecot.messages(user, mailbox, bodies=bodies)
-                    await _send(exchange, (_values(message) async for message in messages))
+                    await send_rows(exchange, (_values(message) async for message in messages))
         except DoveadmError as error:
             raise PeerError("dovecot", str(error)) from None
         await exchange.end()
@@ -273,7 +273,8 @@ def _digest(texts: list[str]) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
-def _is_guid(value: object) -> bool:
+def is_guid(value: object) -> bool:
+    """Tell whether this has the form of a GUID of Dovecot."""
     return (
         isinstance(value, str)
         and len(value) == GUID_LENGTH
@@ -313,7 +314,8 @@ def _read(found: Description, row: Any) -> None:
             raise PeerError("protocol", f"not a row of a description: {row!r}"[:200])
 
 
-async def _send(exchange: Exchange, rows: AsyncIterator[list[Any]]) -> None:
+async def send_rows(exchange: Exchange, rows: AsyncIterator[list[Any]]) -> None:
+    """Send rows as JSON lines."""
     batch = bytearray()
     async for row in rows:
         batch += _line(row)
@@ -323,7 +325,8 @@ async def _send(exchange: Exchange, rows: AsyncIterator[list[Any]]) -> None:
     await exchange.send(bytes(batch))
 
 
-async def _received(exchange: Exchange) -> AsyncIterator[Any]:
+async def received_rows(exchange: Exchange) -> AsyncIterator[Any]:
+    """Yield rows as they come. PeerError ``protocol`` for what is not JSON lines."""
     rest = b""
     while (data := await exchange.receive()) is not None:
         *lines, rest = (rest + data).split(b"\n")

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-SOCKET = Path("/run/dovecot/doveadm-server")
+SOCKET = Path("/run/dovecot/umbra-doveadm")
 HELLO = b"VERSION\tdoveadm-server\t1\t0\n"
 # One line holds the list of all users: 32 MiB is about half a million of them.
 MAX_LINE = 32 * 1024 * 1024
@@ -114,7 +114,7 @@ async def read_line(reader: asyncio.StreamReader) -> bytes:
 class Doveadm:
     """Runs commands of the local Dovecot.
 
-    :param socket: the doveadm-server socket; the agent must own it and its mode must be 0600.
+    :param socket: of a doveadm-server; the agent must own it and its mode must be 0600.
     """
 
     def __init__(self, socket: Path = SOCKET) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
-from prometheus_client import REGISTRY, Counter, Histogram
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -55,6 +55,13 @@ CARRIED = Counter(
 VERIFIED = Counter(
     "umbra_mirror_verified_total", "Comparisons of one user by outcome", ["peer", "outcome"]
 )
+COPIES_REMOVED = Counter(
+    "umbra_mirror_copies_removed_total",
+    "Messages removed here before a merge because the primary had them too",
+)
+DIFFERENT = Gauge(
+    "umbra_mirror_different_users", "Users who differed when they were last compared", ["peer"]
+)
 REFUSED = Counter("umbra_mirror_refused_total", "dsync connections refused", ["side"])
 
 _mirrors: WeakSet[PeerMirror] = WeakSet()
@@ -82,6 +89,10 @@ class _Gauges(Collector):
             "protected": (
                 "1 if every change waits for the peer and nothing is noted",
                 lambda mirror: mirror.phase.value == "protected",
+            ),
+            "waited_for": (
+                "1 if changes shall wait for the peer, 0 if it follows",
+                lambda mirror: mirror.limit.waits,
             ),
             "catchup_done": ("Users synced since the catch-up began", lambda mirror: mirror.done),
             "catchup_total": ("Users that the catch-up began with", lambda mirror: mirror.total),

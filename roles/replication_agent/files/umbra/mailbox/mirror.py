@@ -253,9 +253,10 @@ class PeerMirror:
     async def keep_to(self, limit: Phase, suspended: set[str], reason: str) -> None:
         """Go no further than ``limit`` on the way to protected, from now on.
 
-        ``RECORDING`` (suspended): nothing is copied. ``CATCHING_UP`` (asynchronous): all is copied
-        and nobody waits. ``JOINING``: all but the ``suspended`` users wait. Returns when the group
-        is alone on disk, if that is what it means; whoever waited is answered.
+        ``RECORDING`` (suspended): nothing is copied. ``CATCHING_UP`` (asynchronous, or enough
+        other shadows have each change): all is copied and nobody waits. ``JOINING``: all but the
+        ``suspended`` users wait. Returns when the group is alone on disk, if that is what it means;
+        whoever waited is answered.
         """
         self.limit = limit
         news = suspended - self._queue.suspended
@@ -639,12 +640,22 @@ class PeerMirror:
 
 
 class Mirror:
-    """The mirrors to all peers."""
+    """The mirrors to all peers.
+
+    :param copies: how many of them must have a change; see ``selection``.
+    """
 
     def __init__(
-        self, group: Group, users: Users, peers: Mapping[str, PeerMirror], *, sweep_interval: float
+        self,
+        group: Group,
+        users: Users,
+        peers: Mapping[str, PeerMirror],
+        *,
+        sweep_interval: float,
+        copies: int = 1,
     ) -> None:
         self.peers = dict(peers)
+        self._copies = copies
         self._group = group
         self._users = users
         self._sweep_interval = sweep_interval
@@ -668,8 +679,8 @@ class Mirror:
                 return await next(iter(self.peers.values())).changed(user)
             async with asyncio.TaskGroup() as tasks:
                 verdicts = [tasks.create_task(peer.changed(user)) for peer in self.peers.values()]
-        recorded = any(task.result() is Verdict.RECORDED for task in verdicts)
-        return Verdict.RECORDED if recorded or not verdicts else Verdict.MIRRORED
+        mirrored = sum(task.result() is Verdict.MIRRORED for task in verdicts)
+        return Verdict.MIRRORED if mirrored >= self._copies else Verdict.RECORDED
 
     def stop(self) -> None:
         """End of this node's time as primary: end all waiting and all syncs."""

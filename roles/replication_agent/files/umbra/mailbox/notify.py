@@ -1,7 +1,7 @@
 """Entrance of Dovecot's notifications: HTTP on the loopback address.
 
-``POST /notify`` with ``Authorization: Bearer TOKEN`` and ``{"user": "..."}``; Dovecot's process
-waits for the answer before its client sees OK:
+``POST /notify`` with ``Authorization: Bearer TOKEN`` and ``{"user": "...", "events": [...]}``;
+Dovecot's process waits for the answer before its client sees OK:
 
 ====  =====================================================================
 200   the change may be acknowledged (``mirrored``, or ``recorded`` while the group is alone)
@@ -27,6 +27,8 @@ from umbra.mailbox.mirror import Verdict
 log = logging.getLogger(__name__)
 
 MAX_BODY = 64 * 1024
+# Events of Dovecot after which the tree of mailboxes may need a second sync, see ``parents``.
+RESTRUCTURING = frozenset({"MailboxCreate", "MailboxRename"})
 # Who still waits when the agent stops is cut off after this long (seconds).
 SHUTDOWN_TIMEOUT = 1.0
 
@@ -36,15 +38,22 @@ class NotifyServer:
 
     :param changed: returns when the change may be acknowledged; whatever it raises is answered with
         503.
+    :param restructured: called before that with a user who has made or renamed mailboxes.
     """
 
     def __init__(
-        self, address: str, port: int, token: str, changed: Callable[[str], Awaitable[Verdict]]
+        self,
+        address: str,
+        port: int,
+        token: str,
+        changed: Callable[[str], Awaitable[Verdict]],
+        restructured: Callable[[str], None] = lambda user: None,
     ) -> None:
         self._address = address
         self._port = port
         self._bearer = f"Bearer {token}".encode()
         self._changed = changed
+        self._restructured = restructured
         self._runner: web.ServerRunner | None = None
 
     async def start(self) -> None:
@@ -73,9 +82,12 @@ class NotifyServer:
         given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
         if not hmac.compare_digest(given, self._bearer):
             return web.Response(status=401)
-        user = await _user(request)
-        if user is None:
+        notification = await _notification(request)
+        if notification is None:
             return web.Response(status=400)
+        user, events = notification
+        if not RESTRUCTURING.isdisjoint(events):
+            self._restructured(user)
         try:
             verdict = await self._changed(user)
         except Exception as error:
@@ -86,7 +98,7 @@ class NotifyServer:
         return web.Response(text=verdict.value)
 
 
-async def _user(request: web.BaseRequest) -> str | None:
+async def _notification(request: web.BaseRequest) -> tuple[str, list[str]] | None:
     if (request.content_length or 0) > MAX_BODY:
         return None
     body = bytearray()
@@ -95,7 +107,8 @@ async def _user(request: web.BaseRequest) -> str | None:
         if len(body) > MAX_BODY:
             return None
     try:
-        user = json.loads(body)["user"]
-    except (ValueError, KeyError, TypeError):
+        raw = json.loads(body)
+        user, events = raw["user"], list(map(str, raw.get("events", ())))
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    return user if valid_user(user) else None
+    return (user, events) if valid_user(user) else None

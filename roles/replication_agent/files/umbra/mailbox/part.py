@@ -17,20 +17,25 @@ from umbra.api.report import Check
 from umbra.cluster.group import Group, now
 from umbra.cluster.state import Phase as GroupPhase
 from umbra.config import Config, MirrorMode
+from umbra.mailbox import copies
 from umbra.mailbox.carrier import DsyncCarrier, DsyncHandler
 from umbra.mailbox.describe import DescribeHandler, Dovecot, Peer
 from umbra.mailbox.doveadm import Doveadm, DoveadmError
 from umbra.mailbox.events import ScriptEvents
 from umbra.mailbox.ledger import Ledger
+from umbra.mailbox.merged import Record, RecordingCarrier
 from umbra.mailbox.mirror import CatchUpFailed, Mirror, NotPrimary, PeerMirror, Phase, Verdict
 from umbra.mailbox.notify import NotifyServer
+from umbra.mailbox.parents import ParentsCarrier
 from umbra.mailbox.scripts import ScriptCarrier, ScriptsHandler
 from umbra.mailbox.seeding import Pacer, Seed, Seeds
+from umbra.mailbox.selection import chosen
 from umbra.mailbox.suspension import Suspensions
-from umbra.mailbox.verify import Verifier
+from umbra.mailbox.verify import Rounds, Verifier
 from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import PeerIdentity
 from umbra.peer.server import Handler
+from umbra.transport.once import plain
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +47,9 @@ EVENTS_INTERVAL = 0.5
 EVENTS_RETRY = 60.0
 RELAX_INTERVAL = 1.0
 SEED_INTERVAL = 1.0
+
+# Why a shadow is not waited for, where no operator has said why.
+FOLLOWS = "enough other shadows have each change"
 
 Lag = tuple[int, float]
 
@@ -84,6 +92,7 @@ class Mailboxes:
         self._group = group
         self._node = config.node
         self._mode = config.mailbox.mirror_mode
+        self._copies = config.mailbox.mirror_copies
         self._hurrying = False
         self._suspensions = Suspensions(paths.state / "mirror")
         self._suspending = asyncio.Lock()
@@ -100,28 +109,52 @@ class Mailboxes:
         ]
         face = _Face(group)
         dovecot = Dovecot(self._doveadm)
-        self._scripts = {
-            name: ScriptCarrier(carrier, link, dovecot)
-            for (name, link), carrier in zip(group.links.items(), self._carriers, strict=True)
+        messages = copies.Dovecot(self._doveadm)
+        self.being_delivered: Callable[[str, str], bool] = lambda user, shadow_id: False
+        self._parents = {
+            name: ParentsCarrier(carrier)
+            for name, carrier in zip(group.links, self._carriers, strict=True)
         }
-        self._peers = {
-            name: PeerMirror(
-                name, face, self._ledger, self._doveadm, carrier,
-                workers=config.mailbox.workers, timeout=config.mailbox.mirror_timeout,
-            )
-            for name, carrier in self._scripts.items()
-        }  # fmt: skip
-        self._mirror = Mirror(
-            face, self._doveadm, self._peers, sweep_interval=config.mailbox.sweep_interval
-        )
-        token = paths.token.read_text(encoding="ascii").strip()
-        self._notify = NotifyServer(NOTIFY_ADDRESS, NOTIFY_PORT, token, self._changed)
-        self._dsync_handler = DsyncHandler(group.is_primary)
-        self._scripts_handler = ScriptsHandler(group.is_primary, dovecot)
-        self._describe_handler = DescribeHandler(dovecot)
+        self._scripts = {
+            name: ScriptCarrier(self._parents[name], link, dovecot)
+            for name, link in group.links.items()
+        }
+        self._peers: dict[str, PeerMirror] = {}
         self._verifier = Verifier(
             dovecot, {name: Peer(link) for name, link in group.links.items()}, self._peers
         )
+        self._merged = {name: Record(paths.state / "mirror", name) for name in group.links}
+        for name, carrier in self._scripts.items():
+            recording = RecordingCarrier(
+                carrier, name, self._merged[name], self._verifier, self._begin_merge
+            )
+            # Second copies go first, so that they are not told as merged.
+            whole = copies.CopiesCarrier(
+                recording, group.links[name], messages,
+                lambda user, key: self.being_delivered(user, key),
+            )  # fmt: skip
+            self._peers[name] = PeerMirror(
+                name, face, self._ledger, self._doveadm, whole,
+                workers=config.mailbox.workers, timeout=config.mailbox.mirror_timeout,
+            )  # fmt: skip
+        self._rounds = Rounds(
+            self._verifier, self._doveadm.users, self._equal_expected, config.mailbox.verify_period
+        )
+        self._mirror = Mirror(
+            face,
+            self._doveadm,
+            self._peers,
+            sweep_interval=config.mailbox.sweep_interval,
+            copies=self._copies,
+        )
+        token = paths.token.read_text(encoding="ascii").strip()
+        self._notify = NotifyServer(
+            NOTIFY_ADDRESS, NOTIFY_PORT, token, self._changed, self._restructured
+        )
+        self._dsync_handler = DsyncHandler(group.is_primary)
+        self._scripts_handler = ScriptsHandler(group.is_primary, dovecot)
+        self._describe_handler = DescribeHandler(dovecot)
+        self._copies_handler = copies.CopiesHandler(self._closed_to_removal, messages)
         self._losing: set[asyncio.Task[None]] = set()
         group.on_lost = self._lost
         group.on_demotion = self._mirror.stop
@@ -150,6 +183,10 @@ class Mailboxes:
         """Let Dovecot's notifications in."""
         await self._notify.start()
 
+    def _restructured(self, user: str) -> None:
+        for carrier in self._parents.values():
+            carrier.restructured(user)
+
     def handlers(self) -> dict[str, Handler]:
         """Return the operations of the peer link."""
         return {
@@ -157,9 +194,20 @@ class Mailboxes:
             "scripts": self._scripts_handler,
             "merged": self._handle_merged,
             "describe": self._describe_handler,
+            "unmirrored": self._copies_handler.unmirrored,
+            "remove-copies": self._copies_handler.remove,
         }
 
+    def _closed_to_removal(self) -> str:
+        if self._group.is_primary():
+            return "this node is primary; it takes no changes from others"
+        if self._group.state.durable.merged:
+            return "this node's mailboxes have been merged; it has nothing of its own"
+        return ""
+
     async def _changed(self, user: str) -> Verdict:
+        if user in self._copies_handler.removing and not self._group.is_primary():
+            return Verdict.RECORDED
         epoch = self._group.epoch
         verdict = await self._mirror.changed(user)
         # The right may have ended while the change waited. Who lacks it has it noted.
@@ -180,6 +228,7 @@ class Mailboxes:
             tasks.create_task(self._make_up_for_missed())
             tasks.create_task(self._relax())
             tasks.create_task(self._follow_scripts())
+            tasks.create_task(self._rounds.run())
 
     async def _make_up_for_missed(self) -> None:
         """Sync the users whose changes Dovecot could not tell the agent.
@@ -218,13 +267,19 @@ class Mailboxes:
 
     # -- what the operator wants of the mirror
 
-    def _limit(self) -> Phase:
-        """Return how far the mirrors may go on the way to protected."""
+    def _limit(self, peer: str) -> Phase:
+        """Return how far the mirror to ``peer`` may go on the way to protected."""
         if self._suspensions.group:
             return Phase.RECORDING
         if self._mode is MirrorMode.ASYNC and not self._hurrying:
             return Phase.CATCHING_UP
+        if peer not in self._waited_for() and not self._hurrying:
+            return Phase.CATCHING_UP
         return Phase.JOINING if self._suspensions.users else Phase.PROTECTED
+
+    def _waited_for(self) -> set[str]:
+        phases = {name: peer.phase for name, peer in self._peers.items()}
+        return chosen(phases, self._group.synchronous(), self._copies)
 
     def _limits(self) -> Sequence[str]:
         found = [
@@ -239,8 +294,10 @@ class Mailboxes:
         return found
 
     async def _keep_to_limit(self, reason: str) -> None:
-        for peer in self._peers.values():
-            await peer.keep_to(self._limit(), self._suspensions.users, reason)
+        # All limits first: each is of how far the others were before any of them moved.
+        limits = {name: self._limit(name) for name in self._peers}
+        for name, peer in self._peers.items():
+            await peer.keep_to(limits[name], self._suspensions.users, reason or FOLLOWS)
 
     async def _relax(self) -> None:
         """After a switchover nothing is missing and changes wait: back to what is wanted.
@@ -291,13 +348,13 @@ class Mailboxes:
             and all(peer.steady for peer in self._peers.values())
         )
 
-    async def hurry(self, timeout: float) -> None:
-        """Mode ``async``: let changes wait; return when all are there, or after ``timeout`` s."""
-        if self._mode is MirrorMode.SYNC:
+    async def hurry(self, to: str, timeout: float) -> None:
+        """Let changes wait for ``to``; return when it has all, or after ``timeout`` seconds."""
+        if self._mode is MirrorMode.SYNC and to in self._waited_for():
             return
         self._hurrying = True
         await self._keep_to_limit("")
-        await self._group.protected_within(timeout)
+        await self._group.complete_within(to, timeout)
 
     def at_ease(self) -> None:
         """Take ``hurry`` back; ``_relax`` notices."""
@@ -390,7 +447,7 @@ class Mailboxes:
                 log.warning("the seeding of %s is complete", peer)
 
         while True:
-            while self._limit() is Phase.RECORDING:
+            while self._limit(peer) is Phase.RECORDING:
                 await asyncio.sleep(RELAX_INTERVAL)
                 if peer not in self._group.synchronous():
                     raise PeerError(
@@ -406,7 +463,10 @@ class Mailboxes:
                 )
                 return
             except CatchUpFailed as error:
-                if self._limit() is not Phase.RECORDING or peer not in self._group.synchronous():
+                if (
+                    self._limit(peer) is not Phase.RECORDING
+                    or peer not in self._group.synchronous()
+                ):
                     raise PeerError("catch-up", str(error)) from None
 
     async def resume(self, peer: str, epoch: int) -> None:
@@ -417,6 +477,16 @@ class Mailboxes:
         binding = self._binding(peer, epoch)
         await self._peers[peer].resume(binding)
         self._compared.add(binding)
+
+    async def _begin_merge(self, record: Record) -> None:
+        await asyncio.to_thread(record.begin, self._group.epoch, now())
+
+    def _equal_expected(self, user: str) -> bool:
+        return (
+            self._group.is_primary()
+            and user not in self._suspensions.users
+            and all(peer.steady for peer in self._peers.values())
+        )
 
     def stop(self) -> None:
         """End all waiting: this node is not primary."""
@@ -437,6 +507,13 @@ class Mailboxes:
             async for result in results:
                 yield result
 
+    async def merged(self) -> list[dict[str, Any]]:
+        """Return what was merged with each peer that came back; OSError if it cannot be read."""
+        records = await asyncio.gather(
+            *(asyncio.to_thread(record.read) for record in self._merged.values())
+        )
+        return [record for record in records if record is not None]
+
     async def delivered(self, recipient: str, shadow_id: str) -> bool:
         """Return whether a mailbox of ``recipient`` has the message; OSError if nobody can tell."""
         return bool(await self.present(recipient, shadow_id, ""))
@@ -446,10 +523,8 @@ class Mailboxes:
 
         None if there is no such mailbox; OSError if nobody can tell.
         """
-        local, at, domain = recipient.rpartition("@")
-        plain = local.split("+", 1)[0] + at + domain
         try:
-            for user in dict.fromkeys((recipient, plain)):
+            for user in dict.fromkeys((recipient, plain(recipient))):
                 found = await self._doveadm.has_message(user, shadow_id, message_id)
                 if found is not None:
                     return found
@@ -485,6 +560,21 @@ class Mailboxes:
             Check(
                 "mirrorable users", not found, len(found), 0,
                 f"{len(found)} users cannot be mirrored{': ' + some if some else ''}.",
+            ),
+            *self._differing(),
+        ]  # fmt: skip
+
+    def _differing(self) -> Sequence[Check]:
+        if not self._group.is_primary():
+            return ()
+        by_peer = self._verifier.different.items()
+        users = sorted({user for _, found in by_peer for user in found})
+        return [
+            Check(
+                "equal copies", not users, len(users), 0,
+                f"{len(users)} users differed when they were last compared"
+                + (f": {', '.join(users[:5])}; umbractl verify --repair mends it." if users
+                   else "."),
             )
         ]  # fmt: skip
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any, Protocol
 
 from umbra.mailbox import metrics
-from umbra.mailbox.compare import Found, of_descriptions, of_messages, to_look_into
+from umbra.mailbox.compare import Difference, Found, of_descriptions, of_messages, to_look_into
 from umbra.mailbox.describe import Description, Message
 from umbra.mailbox.doveadm import DoveadmError
 from umbra.mailbox.mirror import CatchUpFailed
@@ -27,6 +27,7 @@ WORKERS = 2
 ROUNDS = 5
 PAUSE = 1.0
 REPAIRS = 2
+RETRY = 60.0
 
 
 class Side(Protocol):
@@ -62,6 +63,8 @@ class Verifier:
         self._here = here
         self._peers = peers
         self._menders = menders
+        self.different: dict[str, dict[str, int]] = {name: {} for name in peers}
+        """By peer, the users who differed when they were last compared, and in how many places."""
 
     async def run(
         self, users: Iterable[str], *, bodies: bool, repair: bool
@@ -109,6 +112,11 @@ class Verifier:
             log.exception("verification of %s failed", user)
             outcome, reason = "failed", repr(error)
         metrics.VERIFIED.labels(peer, outcome).inc()
+        if outcome in ("equal", "repaired"):
+            self.different[peer].pop(user, None)
+        elif outcome == "different":
+            self.different[peer][user] = found.count
+        metrics.DIFFERENT.labels(peer).set(len(self.different[peer]))
         return {
             "user": user,
             "peer": peer,
@@ -126,7 +134,7 @@ class Verifier:
                 await asyncio.sleep(PAUSE)
             if not seen:
                 mark = await self._here.mark(user)
-            found = await self._compare(user, peer, bodies=bodies)
+            found = await self.compare(user, peer, bodies=bodies)
             if not found.count:
                 return "equal", found
             now = await self._here.mark(user)
@@ -135,7 +143,18 @@ class Verifier:
             seen, mark = now == mark, now
         return "changing", found
 
-    async def _compare(self, user: str, peer: str, *, bodies: bool) -> Found:
+    async def compare(
+        self,
+        user: str,
+        peer: str,
+        *,
+        bodies: bool = False,
+        counts: Callable[[Difference], bool] = lambda difference: True,
+    ) -> Found:
+        """Compare once, and keep what ``counts``. DoveadmError or PeerError if one cannot be read.
+
+        The user must be known on one node at least.
+        """
         there = self._peers[peer]
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -147,7 +166,7 @@ class Verifier:
         if not mine.exists and not theirs.exists:
             raise DoveadmError("the user is unknown")
         found = Found()
-        for difference in of_descriptions(mine, theirs):
+        for difference in filter(counts, of_descriptions(mine, theirs)):
             found.add(difference)
         for name, my_box, their_box in to_look_into(mine, theirs):
             async with (
@@ -155,5 +174,51 @@ class Verifier:
                 aclosing(there.messages(user, their_box.guid, bodies=bodies)) as right,
             ):
                 async for difference in of_messages(name, left, right):
-                    found.add(difference)
+                    if counts(difference):
+                        found.add(difference)
         return found
+
+
+class Rounds:
+    """Compares all users one by one, over and over, so slowly that nobody notices.
+
+    :param users: returns all users.
+    :param ready: whether the copies are expected to be equal now.
+    :param period: how long one round takes (seconds); 0 for never.
+    """
+
+    def __init__(
+        self,
+        verifier: Verifier,
+        users: Callable[[], Awaitable[list[str]]],
+        ready: Callable[[str], bool],
+        period: float,
+    ) -> None:
+        self._verifier = verifier
+        self._users = users
+        self._ready = ready
+        self._period = period
+
+    async def run(self) -> None:
+        """Run until cancelled."""
+        while self._period:
+            try:
+                users = sorted(await self._users())
+            except DoveadmError as error:
+                log.warning("the slow verification waits: %s", error)
+                users = []
+            if not users:
+                await asyncio.sleep(min(self._period, RETRY))
+            for user in users:
+                await asyncio.sleep(self._period / len(users))
+                if not self._ready(user):
+                    continue
+                async with aclosing(
+                    self._verifier.run([user], bodies=False, repair=False)
+                ) as results:
+                    async for result in results:
+                        if result["outcome"] == "different":
+                            log.warning(
+                                "%s differs on %s in %d places: umbractl verify %s",
+                                user, result["peer"], result["count"], user,
+                            )  # fmt: skip

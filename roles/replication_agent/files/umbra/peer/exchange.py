@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from typing import Any
 
 from umbra.peer import frames
@@ -87,21 +88,21 @@ class Exchange:
             return self._sent_end and self._result is not None
         return self._received_end
 
-    async def receive_lines(self, limit: int = 64 * 1024) -> list[dict[str, Any]]:
-        """Return all that comes as JSON lines.
+    async def receive_lines(self, limit: int = 64 * 1024) -> AsyncIterator[dict[str, Any]]:
+        """Give what comes as JSON lines, one after the other: there may be 100,000.
 
         A line over ``limit`` bytes is a PeerError ``protocol``.
         """
-        rows: list[dict[str, Any]] = []
         rest = b""
         while (data := await self.receive()) is not None:
             *lines, rest = (rest + data).split(b"\n")
             if len(rest) > limit:
                 raise PeerError("protocol", f"a line is over {limit} bytes")
-            rows += [object_of(line) for line in lines if line]
+            for line in lines:
+                if line:
+                    yield object_of(line)
         if rest:
             raise PeerError("protocol", "the last line is cut off")
-        return rows
 
     async def send_lines(self, rows: list[dict[str, Any]]) -> None:
         """Send objects as JSON lines."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any
 
@@ -30,6 +31,21 @@ MAX_CONNECTIONS = 1024
 REFUSED = Counter(
     "umbra_peer_refused_total", "Exchanges and connections refused on the peer link", ["code"]
 )
+
+
+class _Handshake(ssl.SSLObject):
+    """Tells who is refused in the TLS handshake; of these asyncio says nothing."""
+
+    def do_handshake(self) -> None:
+        try:
+            super().do_handshake()
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise
+        except ssl.SSLError as error:
+            REFUSED.labels("tls").inc()
+            reason = getattr(error, "verify_message", "") or error.reason
+            log.warning("peer connection refused in the TLS handshake: %s", reason)
+            raise
 
 
 class PeerServer:
@@ -62,6 +78,7 @@ class PeerServer:
 
     async def start(self) -> None:
         """Listen. OSError if the address is not there (is the tunnel up?) or taken."""
+        self._identity.server.sslobject_class = _Handshake
         self._server = await asyncio.get_running_loop().create_server(
             lambda: Connection(self._made),
             self._address,
@@ -87,6 +104,11 @@ class PeerServer:
     def _made(self, connection: Connection) -> None:
         if len(self._tasks) >= MAX_CONNECTIONS:
             REFUSED.labels("overloaded").inc()
+            log.warning(
+                "peer connection from %s closed: there are %d already",
+                connection.extra("peername"),
+                MAX_CONNECTIONS,
+            )
             connection.close()
             return
         task = asyncio.get_running_loop().create_task(self._accept(connection))
@@ -165,17 +187,17 @@ class PeerServer:
                     while await exchange.receive() is not None:
                         pass
         except PeerError as error:
-            REFUSED.labels(error.code).inc()
-            await connection.refuse(error)
-            return False
+            refusal = error
         except TimeoutError:
-            await connection.refuse(PeerError("timeout", f"{op} took too long"))
-            return False
+            refusal = PeerError("timeout", f"{op} took too long")
         except Exception:
             log.exception("operation %s of %s failed", op, peer.node)
-            await connection.refuse(
-                PeerError("failed", f"{op} failed; see the journal of the peer")
-            )
-            return False
-        await connection.write(frames.encode_json(FrameType.RESPONSE, answer))
-        return True
+            refusal = PeerError("failed", f"{op} failed; see the journal of the peer")
+        else:
+            await connection.write(frames.encode_json(FrameType.RESPONSE, answer))
+            return True
+        if refusal.code != "unreachable":  # the peer gave up: no refusal of ours
+            REFUSED.labels(refusal.code).inc()
+            log.warning("operation %r of %s refused: %s", op, peer.node, refusal)
+        await connection.refuse(refusal)
+        return False

@@ -71,14 +71,16 @@ class PeerHolder:
 
     async def listing(self) -> dict[str, str]:
         """Ask by ``shadow-list``."""
+        held: dict[str, str] = {}
         async with self._link.exchange("shadow-list", {}, timeout=TIMEOUT) as exchange:
             await exchange.end()
-            rows = await exchange.receive_lines()
+            try:
+                async for row in exchange.receive_lines():
+                    held[str(row["queue_id"])] = str(row["shadow_id"])
+            except KeyError as error:
+                raise PeerError("protocol", f"a line of shadow-list has no {error}") from None
             await exchange.result()
-        try:
-            return {str(row["queue_id"]): str(row["shadow_id"]) for row in rows}
-        except KeyError as error:
-            raise PeerError("protocol", f"a line of shadow-list has no {error}") from None
+        return held
 
     async def discard(self, shadow_ids: list[str], *, delivered: bool) -> None:
         """Ask by ``shadow-discard``."""

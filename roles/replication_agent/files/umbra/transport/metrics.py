@@ -29,7 +29,11 @@ OUTSTANDING = Gauge(
 BACK_FILLED = Counter("umbra_back_filled_total", "Messages accepted alone that a shadow has now")
 RESUBMITTED = Counter("umbra_resubmitted_total", "Shadow messages resubmitted after a promotion")
 DUPLICATES = Counter(
-    "umbra_duplicates_dropped_total", "Recipients left out because their mailbox had the message"
+    "umbra_duplicates_dropped_total",
+    "Deliveries and resubmissions left out because the recipient's mailbox had the message",
+)
+ONCE_REFUSED = Counter(
+    "umbra_once_refused_total", "Questions of deliveries that were not what they must be"
 )
 NET_MISSED = Counter(
     "umbra_safety_net_missed_total", "Messages that this node could not keep after their delivery"

@@ -19,6 +19,8 @@ VERSION = 6
 # (102,400).
 MAX_PACKET = 512 * 1024
 MAX_RECIPIENTS = 50_000
+MAX_ENVELOPE = 32 * 1024 * 1024
+"""Bytes of the recipients and their arguments: an envelope is kept whole, in memory."""
 
 ADD_HEADERS, SET_MACROS = 1 << 0, 1 << 8
 ACTIONS = ADD_HEADERS | SET_MACROS
@@ -40,6 +42,7 @@ PROTOCOL = _NO_UNKNOWN | _NO_DATA | _LEADING_SPACE | sum(1 << bit for bit in _NO
 # Stages of SMFIR_SETSYMLIST and the macros wanted there. The queue id is known from DATA on; macros
 # come even where the event does not.
 _MACROS = {0: b"{daemon_name}", 2: b"{auth_authen}", 4: b"i"}
+_WANTED = frozenset(name.strip(b"{}") for name in _MACROS.values())
 
 _HEADER = struct.Struct(">IB")
 _NEGOTIATION = struct.Struct(">III")
@@ -119,9 +122,13 @@ def reply(code: int, enhanced: str, text: str) -> bytes:
     return packet(b"y", line[:500] + b"\0")
 
 
-def add_header(name: str, value: str) -> bytes:
-    """Append a header; the space after the colon is ours to write (``SMFIP_HDR_LEADSPC``)."""
-    return packet(b"h", name.encode("ascii") + b"\0 " + value.encode("ascii") + b"\0")
+def insert_header(name: str, value: str) -> bytes:
+    """Make a header the first; the space after the colon is ours to write.
+
+    (``SMFIP_HDR_LEADSPC``.) Only the Received header that Postfix itself wrote stands before it.
+    """
+    place = (1).to_bytes(4)
+    return packet(b"i", place + name.encode("ascii") + b"\0 " + value.encode("ascii") + b"\0")
 
 
 def strings(data: bytes) -> list[bytes]:
@@ -233,6 +240,7 @@ class Conversation:
         self._client_macros: dict[bytes, bytes] = {}
         self._macros: dict[bytes, bytes] = {}
         self._transaction: Transaction | None = None
+        self._envelope = 0
         self.message: Message | None = None
 
     def receive(self, command: int, data: bytes) -> bytes | Step:
@@ -285,6 +293,7 @@ class Conversation:
         """The message was answered; the connection is ready for the next."""
         self._transaction = self.message = None
         self._macros = {}
+        self._envelope = 0
 
     def abort(self) -> None:
         """Drop the message that is under way, if any.
@@ -311,7 +320,13 @@ class Conversation:
             raise ProtocolError("a macro without a value")
         target = self._client_macros if data[0] in b"CH" else self._macros
         for name, value in zip(pairs[::2], pairs[1::2], strict=True):
-            target[name.strip(b"{}")] = value
+            if (plain := name.strip(b"{}")) in _WANTED:  # the rest would only fill the memory
+                target[plain] = value
+
+    def _hold(self, data: bytes) -> None:
+        self._envelope += len(data)
+        if self._envelope > MAX_ENVELOPE:
+            raise ProtocolError(f"an envelope of over {MAX_ENVELOPE} bytes")
 
     def _mail(self, data: bytes) -> bytes:
         if self.message is not None:
@@ -328,6 +343,7 @@ class Conversation:
     def _rcpt(self, data: bytes) -> None:
         if self._transaction is None or self.message is not None:
             raise ProtocolError("RCPT outside a transaction")
+        self._hold(data)
         arguments = strings(data)
         if not arguments or len(self._transaction.recipients) >= MAX_RECIPIENTS:
             raise ProtocolError("RCPT without a recipient, or too many recipients")

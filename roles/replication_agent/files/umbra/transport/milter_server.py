@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 
 BACKLOG = 512
 
+MAX_AHEAD = 256 * 1024
+"""Bytes that may come while a message is being decided about. Postfix waits for the answer."""
+
 
 class MilterServer:
     """Listens for Postfix.
@@ -81,6 +84,7 @@ class _Connection(asyncio.Protocol):
         self._decoder = Decoder()
         self._packets: deque[tuple[int, bytes]] = deque()
         self._finishing: asyncio.Task[None] | None = None
+        self._ahead = 0
         self._transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -113,6 +117,10 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         try:
+            if self._finishing is not None:
+                self._ahead += len(data)
+                if self._ahead > MAX_AHEAD:
+                    raise ProtocolError(f"over {MAX_AHEAD} bytes before the answer to a message")
             self._packets.extend(self._decoder.feed(data))
         except ProtocolError as error:
             self._refuse(error)
@@ -150,6 +158,7 @@ class _Connection(asyncio.Protocol):
             answer = TEMPFAIL
         self._transport.write(answer)
         self._finishing = None
+        self._ahead = 0
         self._conversation.finished()
         self._work()
 

@@ -22,6 +22,8 @@ from umbra.transport.aliases import Aliases
 from umbra.transport.backfill import BackFill
 from umbra.transport.discard import Discarder, Holder, LocalHolder, PeerHolder
 from umbra.transport.milter_server import MilterServer
+from umbra.transport.once import Once
+from umbra.transport.once_server import NAME, OnceServer
 from umbra.transport.ports import Refusal
 from umbra.transport.replay import Replayer
 from umbra.transport.resubmit import Resubmission, Resubmitter
@@ -57,6 +59,8 @@ class Paths(Protocol):
 
     @property
     def state(self) -> Path: ...  # noqa: D102
+    @property
+    def run(self) -> Path: ...  # noqa: D102
     @property
     def milter(self) -> Path: ...  # noqa: D102
 
@@ -126,6 +130,8 @@ class Messages:
         ]
         self._discarder = Discarder(holders, self._queue_ids)
         resubmissions: dict[str, Resubmission] = {}
+        self._once = Once(mailboxes.delivered)
+        self._once_server = OnceServer(paths.run / "delivery" / NAME, self._once)
         self._shadowing = Shadowing(
             config.node,
             _Face(group),
@@ -137,6 +143,7 @@ class Messages:
             net=self._net,
             enough=self._enough,
             pressure=self._pressure,
+            accepted=self._once.accepted,
         )
         self._milter = MilterServer(paths.milter, self._shadowing)
         self._service = ShadowService(self._store, lambda: group.epoch, self._full)
@@ -174,11 +181,13 @@ class Messages:
     async def close(self) -> None:
         """Stop listening and close the store; what was not answered is not acknowledged."""
         await self._milter.stop()
+        await self._once_server.stop()
         await self._net.close()
         await self._store.close()
 
     async def listen(self) -> None:
-        """Let Postfix in."""
+        """Let Postfix in, and Dovecot's deliveries ask."""
+        await self._once_server.start()
         await self._milter.start()
 
     def handlers(self) -> dict[str, Handler]:
@@ -334,6 +343,10 @@ class Messages:
     def gave_up(self) -> None:
         """Forget the copies elsewhere: they are the new primary's."""
         self._discarder.forget()
+
+    def being_delivered(self, user: str, shadow_id: str) -> bool:
+        """Return whether a delivery to ``user`` has asked for the message; see ``Once.asked``."""
+        return self._once.asked(user, shadow_id)
 
     def resubmit(self) -> None:
         """Begin to resubmit what was taken over."""

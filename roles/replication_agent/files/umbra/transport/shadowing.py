@@ -17,6 +17,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 from umbra.config import ShadowPolicy
 from umbra.peer.exchange import PeerError
@@ -24,7 +25,7 @@ from umbra.peer.link import PeerLink
 from umbra.transport import ids, metrics, milter, wire
 from umbra.transport.body import Body, Reader
 from umbra.transport.discard import Discarder
-from umbra.transport.envelope import Envelope, EnvelopeError, Recipient, address, clean
+from umbra.transport.envelope import Envelope, EnvelopeError, address, clean
 from umbra.transport.milter import Flow, Transaction
 from umbra.transport.ports import Group, NotPrimary, Refusal
 from umbra.transport.resubmit import Resubmission
@@ -78,6 +79,7 @@ class Shadowing:
     :param net: gets a copy of each accepted message.
     :param enough: whether these holders are enough for a message (see ``selection``).
     :param pressure: why no message is taken now, by this node's or the shadows' load.
+    :param accepted: told the id of each new message before Postfix has it.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Shadowing:
         net: SafetyNet | None = None,
         enough: Callable[[Collection[str]], bool] = bool,
         pressure: Callable[[], Refusal | None] = lambda: None,
+        accepted: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.node = node
         self.group = group
@@ -104,6 +107,7 @@ class Shadowing:
         self.net = net
         self.enough = enough
         self.pressure = pressure
+        self.accepted = accepted
         self.in_flight = 0
         self.storing_alone = 0
         """Messages that found the group alone and are not in the own store yet."""
@@ -153,6 +157,7 @@ class _Message:
         self._message_id = ""
         self._shadow_id = ""
         self._epoch = 0
+        self._envelope: Envelope | None = None
         self._first = True
         self._resubmission: Resubmission | None = None
         self._alone_here = False
@@ -209,7 +214,10 @@ class _Message:
         await self._keep()
         if self._resubmission is not None:
             return milter.ACCEPT  # the id is in its header already
-        return milter.add_header(ids.HEADER, self._shadow_id) + milter.ACCEPT
+        self._shadowing.accepted(self._shadow_id)
+        # The first of its name, as in a resubmitted message: whatever else bears that name came
+        # with the message.
+        return milter.insert_header(ids.HEADER, self._shadow_id) + milter.ACCEPT
 
     # -- within
 
@@ -227,7 +235,8 @@ class _Message:
         if copy is None:
             if self._body.large:
                 return  # it has streamed past
-            copy = self._writer(self._checked_envelope())
+            assert self._envelope is not None
+            copy = self._writer(self._envelope)
             await self._write(copy, self._body.reader())  # in memory: nothing to wait for
         self._copy = None
         net.keep(copy)
@@ -262,27 +271,27 @@ class _Message:
     def _checked_envelope(self) -> Envelope:
         # A message that no shadow could ever take must not look like a shadow's failure.
         try:
-            envelope = Envelope.from_object(self._envelope().to_object())
+            envelope = Envelope.from_object(self._envelope_object())
             wire.names({"shadow_id": self._shadow_id, "queue_id": self._queue_id})
         except EnvelopeError as error:
             raise _Refused(MALFORMED, str(error)) from None
         return envelope
 
-    def _envelope(self) -> Envelope:
+    def _envelope_object(self) -> dict[str, Any]:
         transaction = self._transaction
-        return Envelope(
-            sender=address(transaction.sender),
-            sender_args=_texts(transaction.sender_args),
-            recipients=tuple(
-                Recipient(address(first), _texts(rest)) for first, *rest in transaction.recipients
-            ),
-            client_name=clean(transaction.client.name),
-            client_address=clean(transaction.client.address),
-            helo=clean(transaction.client.helo),
-            auth_user=clean(transaction.macro(b"auth_authen")),
-            message_id=self._message_id,
-            received=time.time(),
-        )
+        return {
+            "sender": address(transaction.sender),
+            "sender_args": _texts(transaction.sender_args),
+            "recipients": [
+                (address(first), *_texts(rest)) for first, *rest in transaction.recipients
+            ],
+            "client_name": clean(transaction.client.name),
+            "client_address": clean(transaction.client.address),
+            "helo": clean(transaction.client.helo),
+            "auth_user": clean(transaction.macro(b"auth_authen")),
+            "message_id": self._message_id,
+            "received": time.time(),
+        }
 
     async def _deliver(self) -> None:
         """Bring the message where it has to be, or raise _Refused."""
@@ -303,7 +312,7 @@ class _Message:
                 await self._shadowing.store.note_queue_id(self._shadow_id, self._queue_id)
             except StoreError as error:
                 raise _Refused(FULL, str(error)) from None
-        envelope = self._checked_envelope()
+        envelope = self._envelope = self._checked_envelope()
         peers = self._group.shadows()
         if (
             peers

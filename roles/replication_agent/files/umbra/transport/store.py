@@ -572,6 +572,8 @@ class ShadowStore:
         database = sqlite3.connect(
             self._directory / "shadow.db", isolation_level=None, check_same_thread=False, timeout=30
         )
+        # An address may hold bytes that are no UTF-8: lone surrogates, which SQLite gives as such.
+        database.text_factory = lambda text: text.decode("utf-8", "surrogatepass")
         database.execute("PRAGMA synchronous = FULL")
         if write:
             database.execute("PRAGMA secure_delete = OFF")

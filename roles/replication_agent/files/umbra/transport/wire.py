@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ INLINE_LIMIT = 32 * 1024
 data."""
 
 MAX_ENVELOPE = MAX_RECIPIENTS * 1024
+
+_QUEUE_ID = re.compile(r"[0-9A-Za-z]{1,64}")
 
 
 def arguments(shadow_id: str, queue_id: str, envelope: Envelope) -> tuple[dict[str, Any], bytes]:
@@ -33,7 +36,7 @@ def names(args: Mapping[str, Any]) -> tuple[str, str]:
     if not isinstance(shadow_id, str) or not valid(shadow_id):
         raise EnvelopeError("shadow_id has not the form of one")
     # Postfix's queue ids are letters and digits, long ones of mixed case.
-    if not isinstance(queue_id, str) or not queue_id.isalnum() or len(queue_id) > 64:
+    if not isinstance(queue_id, str) or _QUEUE_ID.fullmatch(queue_id) is None:
         raise EnvelopeError("queue_id has not the form of one")
     return shadow_id, queue_id
 

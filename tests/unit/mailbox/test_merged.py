@@ -1,0 +1,129 @@
+"""The record of what a returning node brought."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from umbra.mailbox.compare import Difference, Found
+from umbra.mailbox.doveadm import DoveadmError, Outcome, SyncResult
+from umbra.mailbox.merged import Record, RecordingCarrier, of_the_peer
+from umbra.peer.exchange import PeerError
+
+AT = "2026-01-01T00:00:00.000Z"
+
+
+class Peer:
+    """Carrier and comparer: what differs, and what was done."""
+
+    def __init__(self, *differences: Difference) -> None:
+        self.differences = differences
+        self.done: list[tuple[str, bool]] = []
+        self.error: Exception | None = None
+
+    async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
+        self.done.append((user, merge))
+        return SyncResult(Outcome.SYNCED, "state")
+
+    def progress(self, user: str) -> float:
+        return 7.0
+
+    def cut(self) -> None:
+        self.done.append(("cut", False))
+
+    async def compare(self, user: str, peer: str, *, counts: Callable[[Difference], bool]) -> Found:
+        if self.error is not None:
+            raise self.error
+        found = Found()
+        for difference in filter(counts, self.differences):
+            found.add(difference)
+        return found
+
+
+async def begin(record: Record) -> None:
+    record.begin(4, AT)
+
+
+def carrier(peer: Peer, path: Path) -> tuple[RecordingCarrier, Record]:
+    record = Record(path, "mail-a")
+    return RecordingCarrier(peer, "mail-a", record, peer, begin), record
+
+
+async def test_what_the_peer_brings_is_on_disk_before_it_is_merged(tmp_path: Path) -> None:
+    peer = Peer(
+        Difference("INBOX", "message 17", "", "guid"),
+        Difference("INBOX", "message 18", "guid", ""),
+        Difference("INBOX", "flags of message 3", "\\Seen", ""),
+        Difference("INBOX", "uidnext", "19", "18"),
+        Difference("old", "mailbox", "", "3 messages"),
+    )
+    made, record = carrier(peer, tmp_path)
+    assert (await made.sync("u1", "", merge=True)).outcome is Outcome.SYNCED
+    read = record.read()
+    assert read is not None
+    assert (read["peer"], read["epoch"], read["since"], read["count"]) == ("mail-a", 4, AT, 1)
+    (user,) = read["users"]
+    assert user["count"] == 3
+    assert [row["what"] for row in user["differences"]] == [
+        "message 17", "flags of message 3", "mailbox",
+    ]  # fmt: skip
+    assert peer.done == [("u1", True)]
+
+
+async def test_nothing_is_noted_of_who_is_equal_and_of_no_merge(tmp_path: Path) -> None:
+    peer = Peer(Difference("INBOX", "message 18", "guid", ""))
+    made, record = carrier(peer, tmp_path)
+    await made.sync("u1", "state")
+    assert record.read() is None
+    await made.sync("u1", "", merge=True)
+    read = record.read()
+    assert read is not None
+    assert read["users"] == []
+
+
+async def test_what_cannot_be_written_down_is_not_merged(tmp_path: Path) -> None:
+    peer = Peer()
+    made, _ = carrier(peer, tmp_path / "file" / "under")
+    (tmp_path / "file").touch()
+    assert (await made.sync("u1", "", merge=True)).outcome is Outcome.FAILED
+    made, _ = carrier(peer, tmp_path)
+    for error, outcome in (
+        (DoveadmError("x"), Outcome.FAILED),
+        (PeerError("unreachable", "x"), Outcome.LOST),
+        (PeerError("dovecot", "x"), Outcome.FAILED),
+    ):
+        peer.error = error
+        assert (await made.sync("u1", "", merge=True)).outcome is outcome
+    assert peer.done == []
+
+
+def test_a_later_merge_replaces_the_record_and_a_restart_does_not(tmp_path: Path) -> None:
+    record = Record(tmp_path, "mail-a")
+    record.begin(4, AT)
+    found = Found()
+    found.add(Difference("INBOX", "message 1", "", "guid"))
+    record.add("u1", found)
+    with (tmp_path / "merged-mail-a.jsonl").open("a") as file:
+        file.write('{"user": "cut off by a power c')
+    record.begin(4, AT)
+    record.add("u2", found)
+    read = record.read()
+    assert read is not None
+    assert [row["user"] for row in read["users"]] == ["u1", "u2"]
+    record.begin(6, AT)
+    read = record.read()
+    assert read is not None
+    assert (read["epoch"], read["users"]) == (6, [])
+
+
+def test_what_counts() -> None:
+    assert of_the_peer(Difference("", "active script", "", "s"))
+    assert not of_the_peer(Difference("x", "mailbox", "3 messages", ""))
+
+
+async def test_the_rest_is_passed_on(tmp_path: Path) -> None:
+    peer = Peer()
+    made, _ = carrier(peer, tmp_path)
+    assert made.progress("u1") == 7.0
+    made.cut()
+    assert peer.done == [("cut", False)]

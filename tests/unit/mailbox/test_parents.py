@@ -1,0 +1,53 @@
+"""A second sync where the first one may have made mailboxes too many."""
+
+from __future__ import annotations
+
+from umbra.mailbox.doveadm import Outcome, SyncResult
+from umbra.mailbox.parents import ParentsCarrier
+
+
+class Dsync:
+    def __init__(self) -> None:
+        self.states: list[str] = []
+        self.outcome = Outcome.SYNCED
+
+    async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
+        self.states.append(state)
+        return SyncResult(self.outcome, f"s{len(self.states)}")
+
+    def progress(self, user: str) -> float:
+        return 1.0
+
+    def cut(self) -> None:
+        self.states.append("cut")
+
+
+async def test_one_sync_is_enough_as_a_rule() -> None:
+    dsync = Dsync()
+    carrier = ParentsCarrier(dsync)
+    assert (await carrier.sync("u", "s0")).state == "s1"
+    assert (await carrier.sync("u", "", merge=True)).state == "s2"
+    assert dsync.states == ["s0", ""]
+
+
+async def test_new_mailboxes_and_comparisons_from_scratch_take_two() -> None:
+    dsync = Dsync()
+    carrier = ParentsCarrier(dsync)
+    carrier.restructured("u")
+    assert (await carrier.sync("v", "s0")).state == "s1"
+    assert (await carrier.sync("u", "s1")).state == "s3"
+    assert (await carrier.sync("u", "s3")).state == "s4"
+    assert (await carrier.sync("u", "")).state == "s6"
+    assert dsync.states == ["s0", "s1", "s2", "s3", "", "s5"]
+
+
+async def test_it_is_not_forgotten_when_a_sync_fails() -> None:
+    dsync = Dsync()
+    carrier = ParentsCarrier(dsync)
+    carrier.restructured("u")
+    dsync.outcome = Outcome.CHANGED
+    assert (await carrier.sync("u", "s0")).outcome is Outcome.CHANGED
+    dsync.outcome = Outcome.SYNCED
+    assert (await carrier.sync("u", "s1")).state == "s3"
+    carrier.cut()
+    assert carrier.progress("u") == 1.0
