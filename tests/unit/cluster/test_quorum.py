@@ -290,6 +290,8 @@ def test_a_switchover_moves_the_primary(group: Play, queue: dict[str, str]) -> N
         assert field.b.parts.taken == [("a", {key: ["x@example.org"] for key in queue})]
         assert not field.a.host.queue_ids
         await field.protected(field.b, 3)
+        gave = field.a.group.state.durable
+        assert (gave.merged, gave.acted) == (True, 0)
         change = field.b.group.state.durable.last_change
         assert change is not None
         assert change.planned

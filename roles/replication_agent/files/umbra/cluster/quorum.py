@@ -90,6 +90,7 @@ class QuorumGroup(Group):
         self.planned = False
         self._ready = 0
         self._ever_open = False
+        self._handed_over = False
         self._lease_error = ""
         self._silent_voters: list[str] = []
         self._shut_done = False
@@ -295,7 +296,7 @@ class QuorumGroup(Group):
             self._entitled_at = self._clock()
         if new.durable.acted and not _holds(new) and entitled:
             # It gave its role away and has all that the new primary has.
-            self._durable = replace(self._durable, merged=True)
+            self._handed_over = True
             self.driver.note(p.Reconciled())
 
     def _tell(self, state: p.State) -> None:
@@ -385,12 +386,16 @@ class QuorumGroup(Group):
         if durable.epoch == 0:
             role = self._durable.role
         async with self._disk:
-            since = self._durable.since if role is self._durable.role else now()
+            old = self._durable
+            since = old.since if role is old.role else now()
+            merged = old.merged or (self._handed_over and not durable.acted)
             await self._write(
                 replace(
-                    self._durable, epoch=durable.epoch, acted=durable.acted, role=role, since=since
+                    old, epoch=durable.epoch, acted=durable.acted, role=role, since=since,
+                    merged=merged,
                 )
-            )
+            )  # fmt: skip
+            self._handed_over = False
 
     async def _write(self, durable: Durable) -> None:
         await asyncio.to_thread(self._states.save, durable)
