@@ -623,7 +623,10 @@ class QuorumGroup(Group):
         silence = self.driver.config.timing.silence
         if not await self.driver.until(self.is_primary, WRITE_DOWN + 2 * silence):
             state = self.driver.state
-            raise NotNow(f"{state.node} is {state.phase}: {state.cause}; {self._trouble()}")
+            raise NotNow(
+                f"{state.node} is {state.phase}: {state.cause}; it goes on trying until its agent"
+                f" is restarted. The coordinator: {self._trouble()}"
+            )
 
     async def make_key(self) -> None:
         """Make the key that the coordinator has lost, by an operator's word, with this node first.
