@@ -277,6 +277,8 @@ class Link:
 
     def reset(self) -> None: ...
 
+    def cut(self) -> None: ...
+
 
 class Node:
     """One mail host with its agent."""

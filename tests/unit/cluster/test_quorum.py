@@ -436,6 +436,7 @@ def test_a_disk_that_refuses_the_epoch_ends_the_agent(group: Play) -> None:
         assert task is not None
         await asyncio.wait({task}, timeout=3 * D)
         assert task.done()
+        assert isinstance(task.exception(), ExceptionGroup)
         assert not field.b.group.is_primary()
         assert not field.b.host.open
         field.b.up = False

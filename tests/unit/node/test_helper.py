@@ -115,6 +115,10 @@ async def test_postfix_is_stopped_when_nobody_renews_the_lease(ran: Ran) -> None
     await host.answer(b'{"do": "ports-close"}')  # and the agent dies before it stops Postfix
     await asyncio.sleep(0.6)
     assert ran.count(stop) == 2
+    await lease(0.3)
+    await host.answer(b'{"do": "postfix-stop"}')
+    await asyncio.sleep(0.6)
+    assert ran.count(stop) == 3  # its own stop, and no other
 
 
 async def test_the_disks_are_proven_by_a_write_and_one_at_a_time(

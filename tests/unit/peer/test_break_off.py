@@ -8,12 +8,38 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.peer.test_link import HELLO, any_epoch, free_port
+from tests.unit.peer.test_link import HELLO, any_epoch, free_port, linked
 
 from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import Identity, PeerIdentity
 from umbra.peer.link import PeerLink
 from umbra.peer.server import PeerServer
+
+
+async def test_what_waits_for_a_dead_peer_fails_when_that_is_known(identities: Path) -> None:
+    begun = asyncio.Event()
+
+    async def hang(
+        peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+    ) -> dict[str, Any]:
+        begun.set()
+        await asyncio.get_running_loop().create_future()
+        return {}
+
+    async def fine(
+        peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+    ) -> dict[str, Any]:
+        return {}
+
+    async with linked(identities, {"hang": hang, "fine": fine}) as link:
+        waiting = asyncio.create_task(link.request("hang", {}, timeout=30))
+        await begun.wait()
+        link.cut()
+        with pytest.raises(PeerError) as caught:
+            async with asyncio.timeout(5):
+                await waiting
+        assert caught.value.code == "unreachable"
+        assert await link.request("fine", {}, timeout=5) == {}
 
 
 async def test_only_the_named_operations_end_and_none_of_them_is_answered(identities: Path) -> None:

@@ -289,7 +289,7 @@ class QuorumGroup(Group):
         if closes:
             self.on_demotion()
         for name in lost:
-            self.links[name].reset()
+            self.links[name].cut()
             self.on_lost(name, self._why[name])
         entitled = new.known is not None and p.entitled(new, new.known)
         if entitled:

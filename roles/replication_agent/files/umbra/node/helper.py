@@ -129,13 +129,17 @@ class Helper:
             f"add element inet umbra_fence open_ports {{ {elements} }}\n"
         )
         await run("nft", "-f", "-", stdin=batch)
-        if self._dead_man is not None:
-            self._dead_man.cancel()
+        self._disarm()
         if "postfix_until" in request:
             left = _left(request["postfix_until"])
             loop = asyncio.get_running_loop()
             self._dead_man = loop.call_later(left, self._begin_silence)
         return {}
+
+    def _disarm(self) -> None:
+        if self._dead_man is not None:
+            self._dead_man.cancel()
+            self._dead_man = None
 
     def _begin_silence(self) -> None:
         self._silencing = asyncio.ensure_future(self._silence())
@@ -174,6 +178,7 @@ class Helper:
     async def do_postfix_stop(self, request: dict[str, Any]) -> dict[str, Any]:
         """Stop Postfix; harmless if it does not run."""
         await run("systemctl", "stop", "postfix.service")
+        self._disarm()
         return {}
 
     async def do_postfix_running(self, request: dict[str, Any]) -> dict[str, Any]:
