@@ -35,7 +35,7 @@ lab-down: root ## Remove the lab: no process, mount, namespace or interface stay
 ##-- Tests
 test: root collection ## Everything that CI runs, fast tests first
 	@tests/lab/lab prerequisites
-	@tests/run.py lint unit gates sanity lab integration faults
+	@tests/run.py lint unit gates sanity lab integration faults witness
 
 lint: collection ## ruff, mypy, yamllint, ansible-lint
 	@tests/run.py lint
@@ -51,7 +51,7 @@ sanity: collection ## ansible-test sanity on the built collection
 
 integration: root collection ## The molecule scenarios, one after the other, in a lab of their own
 	@tests/lab/lab prerequisites
-	@tests/run.py lab integration
+	@tests/run.py lab integration witness
 
 faults: root collection ## Fault trials: load, one fault, every acknowledged message accounted for
 	@tests/lab/lab prerequisites && tests/lab/lab --name faults up

@@ -25,6 +25,9 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORTS = ROOT / "build" / "test"
+MOLECULE = ROOT / "extensions" / "molecule"
+LAST = "witness"
+"""The scenario after which the lab's group is no pair without a coordinator any more."""
 LAB = "molecule"
 LIMIT = 1200  # seconds that one command may take
 
@@ -152,29 +155,32 @@ def destroy() -> None:
     run(["molecule", "destroy", "--scenario-name", "default"])
 
 
+def scenario(file: Path) -> Count:
+    """A molecule scenario on the lab's controller; each verify step must have run tests."""
+    name = file.parent.name
+    command = ["molecule", "test", "--scenario-name", name, "--destroy", "never"]
+    returncode, output = run(
+        ["tests/lab/lab", "--name", LAB, "control", "--", *command],
+        REPORTS / f"molecule-{name}.log",
+    )
+    counts = pytest_count(output)
+    missing = verify_steps(file, MOLECULE / "config.yml") - len(counts)
+    ran = sum(counts, Count()) + Count(failed=max(missing, 0))
+    print(f"molecule {name}: {ran}", flush=True)
+    return ran.judged(returncode)
+
+
 def integration() -> Count:
-    """Every molecule scenario, serially, in one lab; each verify step must have run tests.
+    """Every molecule scenario but the last, serially, in one lab.
 
     The lab stays for the suites that come after it.
     """
-    molecule = ROOT / "extensions" / "molecule"
-    scenarios = sorted(p for p in molecule.glob("*/molecule.yml") if p.parent.name != "default")
-    lab = ["tests/lab/lab", "--name", LAB]
-    total = Count()
+    files = sorted(MOLECULE.glob("*/molecule.yml"))
     destroy()  # what an interrupted run may have left
     # The lab is made from outside; all else runs on its controller, which reaches its hosts.
     returncode, _ = run(["molecule", "create", "--scenario-name", "default"])
-    for scenario in scenarios if returncode == 0 else []:
-        name = scenario.parent.name
-        command = ["molecule", "test", "--scenario-name", name, "--destroy", "never"]
-        returncode, output = run(
-            [*lab, "control", "--", *command], REPORTS / f"molecule-{name}.log"
-        )
-        counts = pytest_count(output)
-        missing = verify_steps(scenario, molecule / "config.yml") - len(counts)
-        ran = sum(counts, Count()) + Count(failed=max(missing, 0))
-        total += ran.judged(returncode)
-        print(f"molecule {name}: {ran}", flush=True)
+    names = [file for file in files if file.parent.name not in ("default", LAST)]
+    total = sum((scenario(file) for file in names if returncode == 0), Count())
     return total.judged(returncode)
 
 
@@ -197,8 +203,9 @@ SUITES: dict[str, Callable[[], Count]] = {
     "lab": lambda: pytest("lab", "tests/lab"),
     "integration": integration,
     "faults": faults,
+    "witness": lambda: scenario(MOLECULE / LAST / "molecule.yml"),
 }
-IN_LAB = {"integration", "faults"}
+IN_LAB = {"integration", "faults", "witness"}
 
 
 def main(names: list[str]) -> int:

@@ -21,6 +21,7 @@ from ansible_collections.umbra.mail.plugins.plugin_utils._addresses import (
 NODES, WITNESS, OUTSIDE = "umbra_nodes", "umbra_witness", "umbra_outside"
 GROUPS = (NODES, WITNESS, OUTSIDE)
 ROLES = ("primary", "shadow")
+COORDINATOR = "replication_agent_coordinator"
 
 # Read by more than one role, so no single role's argument specs have them.
 SHARED_VARIABLES = frozenset({"umbra_group", "umbra_site", "umbra_role", "umbra_sites"})
@@ -103,6 +104,14 @@ def _group_findings(inventory: Inventory) -> Iterator[str]:
         yield (
             f"{_listed(inventory.overlay)} are {voters} voters, which can tie;"
             f" add or remove one host in {WITNESS}, or leave that group empty."
+        )
+    kinds = {inventory.value(host, COORDINATOR) or "static" for host in inventory.overlay}
+    if len(kinds) > 1:
+        yield f"{COORDINATOR} is {_listed(sorted(map(str, kinds)))}; make it the same on all hosts."
+    elif "etcd" in kinds and voters < 3:
+        yield (
+            f"{COORDINATOR} is etcd, but {_listed(inventory.overlay)} are no three voters;"
+            f" name a host in {WITNESS}, or set static."
         )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from tests.faults import load, report
 from tests.faults.actions import all_taken_back
-from tests.faults.catalogue import BY_NAME, FAULTS, SELECTION
+from tests.faults.catalogue import BY_NAME, FAULTS, SELECTION, WITNESS
 from tests.faults.field import NODES, ROOT, Field, FieldError
 from tests.faults.schedule import schedule
 from tests.faults.trial import Result, make
@@ -71,6 +71,9 @@ def main() -> int:
     parser.add_argument(
         "--selection", action="store_true", help="the few faults of `make test`, each once"
     )
+    parser.add_argument(
+        "--witness", action="store_true", help="the faults of a group whose coordinator is etcd"
+    )
     parser.add_argument("--output", type=Path, default=BUILD / "transport.json")
     parser.add_argument("--list", action="store_true", help="print the faults' names and end")
     options = parser.parse_args()
@@ -78,7 +81,8 @@ def main() -> int:
         print("\n".join(BY_NAME))
         return 0
     seed = random.SystemRandom().randrange(1_000_000) if options.seed is None else options.seed
-    faults = list(SELECTION) if options.selection else [fault.name for fault in FAULTS]
+    catalogue = WITNESS if options.witness else FAULTS
+    faults = list(SELECTION) if options.selection else [fault.name for fault in catalogue]
     faults = options.fault or faults
     trials = options.trials or (len(faults) if options.selection else report.GOAL_TRIALS)
     print(f"seed {seed}, {trials} trials of {len(faults)} faults", flush=True)

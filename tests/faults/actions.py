@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable
 
-from tests.faults.field import NODES, Field, FieldError, wait
+from tests.faults.field import NODES, WITNESS, Field, FieldError, wait
 
 Action = Callable[[Field, random.Random], None]
 Side = Callable[[Field], str]
@@ -156,6 +156,26 @@ def wan_set(**settings: float) -> Action:
     def act(field: Field, chance: random.Random) -> None:
         words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
         field.lab("wan", "set", *words, "--between", field.primary, field.shadow)
+
+    return act
+
+
+def taken_over(field: Field, chance: random.Random) -> None:
+    """Nobody does anything; the shadow takes over."""
+
+    def done() -> bool:
+        status = field.status(field.shadow)
+        return status is not None and status["primary"] == field.shadow
+
+    wait(done, 30, lambda: f"{field.shadow} has not taken over: {field.why()}")
+
+
+def voters(signal: str) -> Action:
+    """A signal to every member of the coordinator."""
+
+    def act(field: Field, chance: random.Random) -> None:
+        for host in (*NODES, WITNESS):
+            field.run(host, "systemctl kill -s $1 umbra-coordinator.service", signal)
 
     return act
 

@@ -115,7 +115,37 @@ FAULTS: tuple[Fault, ...] = (
     ),
 )  # fmt: skip
 
-BY_NAME = {fault.name: fault for fault in FAULTS}
+WITNESS: tuple[Fault, ...] = (
+    Fault(
+        "power cut, primary, taken over", (do.power_cut(primary),),
+        (do.taken_over, do.power_back(primary)),
+        heals=60, moves=True, after=(do.held_queue_dropped,),
+    ),
+    Fault(
+        "frozen, primary, taken over", (do.frozen(primary),), (do.taken_over, do.thawed(primary)),
+        heals=60, moves=True, after=(do.held_queue_dropped,),
+    ),
+    Fault(
+        "agent stopped, primary, taken over", (do.signalled(AGENT, "STOP", primary),),
+        (do.taken_over, do.signalled(AGENT, "CONT", primary)),
+        heals=60, moves=True, after=(do.held_queue_dropped,),
+    ),
+    Fault(
+        "power cut, shadow, with a witness", (do.power_cut(shadow),), (do.power_back(shadow),),
+        stands=(3.0, 6.0), heals=60,
+    ),
+    Fault(
+        "link cut, both see the witness", (do.wan_cut,), (do.wan_healed,), stands=(4.0, 8.0),
+        heals=60,
+    ),
+    Fault(
+        "voters frozen", (do.voters("STOP"),), (do.voters("CONT"),), stands=(5.0, 15.0), heals=30,
+    ),
+    Fault("switchover, with a witness", (do.switched_over,), moves=True),
+)  # fmt: skip
+"""For a lab whose group has the coordinator etcd (``--witness``): nobody moves a hand."""
+
+BY_NAME = {fault.name: fault for fault in (*FAULTS, *WITNESS)}
 
 SELECTION = (
     "agent killed, primary",

@@ -101,3 +101,69 @@ def test_resubmit_fails_when_something_was_refused(api: Played) -> None:
 def test_an_empty_queue_is_said_in_words(api: Played) -> None:
     api.answers["/queue"] = {"node": "mail-b", "messages": [], "copies": []}
     assert run("queue") == "mail-b holds no message.\n"
+
+
+NODE = {
+    "node": "mail-b", "site": "beta", "role": "shadow", "state": "syncing", "reachable": True,
+    "lag_changes": 0, "lag_s": 0.0, "shadow_messages": 0, "shadow_bytes": 0, "since": "",
+    "reasons": [], "cause": "mail-a has not taken this node into the protected set",
+    "policy": "blocked",
+}  # fmt: skip
+REPORT = {
+    "group": "mail", "node": "mail-b", "protected": False, "reasons": ["no node is primary"],
+    "epoch": 4, "primary": None, "mode": "alone", "inventory_role": "shadow",
+    "last_switchover": None, "nodes": [NODE], "checks": [], "coordinator": "etcd",
+    "paused": True, "protected_set": [],
+}  # fmt: skip
+
+
+def test_the_status_shows_the_coordinator_with_cause_and_policy(api: Played) -> None:
+    api.answers["/status"] = REPORT
+    result = CliRunner().invoke(cli.cli, ["status"])
+    assert result.exit_code == 1
+    lines = result.output.splitlines()
+    assert (
+        "coordinator etcd: protected nobody; automatic failover paused (umbractl unpause)" in lines
+    )
+    assert f"  mail-b: syncing: {NODE['cause']}; policy blocked" in lines
+
+
+def test_a_static_group_shows_nothing_of_it(api: Played) -> None:
+    node = {**NODE, "cause": "", "policy": ""}
+    api.answers["/status"] = {**REPORT, "coordinator": "static", "nodes": [node]}
+    assert "coordinator" not in CliRunner().invoke(cli.cli, ["status"]).output
+
+
+@pytest.mark.parametrize(
+    ("typed", "done"), [("lose 3 ? 240", True), ("mail-b", False), ("lose nothing", False)]
+)
+def test_a_forced_failover_names_what_is_lost_and_wants_it_typed(
+    api: Played, typed: str, done: bool
+) -> None:
+    loss = {"certain": False, "messages": 3, "changes": None, "seconds": 240.0}
+    answers: list[Any] = [loss, {"to": "mail-b", "epoch": 5}]
+    asked: list[Any] = []
+
+    def call(method: str, path: str, body: Any = None, **_: Any) -> Any:
+        if path == "/status":
+            return REPORT
+        asked.append(body)
+        return answers[len(asked) - 1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "call", call)
+        words = ["failover", "--candidate", "mail-b", "--accept-loss"]
+        result = CliRunner().invoke(cli.cli, words, input=f"{typed}\n")
+    assert "3 messages" in result.output
+    assert (result.exit_code == 0) is done
+    assert len(asked) == 1 + done
+    assert asked[0]["dry_run"]
+
+
+@pytest.mark.parametrize(("word", "on"), [("pause", True), ("unpause", False)])
+def test_automatic_failover_is_paused_and_unpaused(api: Played, word: str, on: bool) -> None:
+    api.answers["/pause"] = {"paused": on, "changed": True}
+    run(word)
+    api.answers["/pause"]["changed"] = False
+    assert "already" in run(word)
+    assert api.asked[-1] == ("POST", "/pause", {"on": on})

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from umbra import config
-from umbra.config import ConfigError, MirrorMode, ShadowPolicy
+from umbra.cluster.protocol import Policy
+from umbra.config import ConfigError, CoordinatorKind, MirrorMode, Profile, ShadowPolicy
 
 GOOD: dict[str, Any] = {
     "group": "mail",
@@ -32,6 +33,16 @@ def test_a_right_configuration_is_read() -> None:
     assert read.mailbox.mirror_mode is MirrorMode.SYNC
     lazy = config.parse({**GOOD, "mailbox": {"mirror_mode": "async"}})
     assert lazy.mailbox.mirror_mode is MirrorMode.ASYNC
+
+
+def test_the_coordinator_is_static_unless_it_is_said() -> None:
+    assert config.parse(GOOD).coordinator.kind is CoordinatorKind.STATIC
+    voters = [f"https://10.86.0.{number}:2379" for number in (1, 2, 3)]
+    said = {"kind": "etcd", "profile": "wan", "policy": "blocked", "endpoints": voters}
+    read = config.parse({**GOOD, "coordinator": said}).coordinator
+    assert (read.kind, read.profile) == (CoordinatorKind.ETCD, Profile.WAN)
+    assert (read.policy, read.preference) == (Policy.BLOCKED, 0)
+    assert read.endpoints == tuple(voters)
 
 
 def test_the_safety_net_can_be_switched_off() -> None:
@@ -73,6 +84,20 @@ def test_the_safety_net_can_be_switched_off() -> None:
         (("heartbeat",), {"interval": 2, "timeout": 1}, "it must be over heartbeat.interval, 2 s."),
         (("fence",), {"hold": 1}, "a busy agent would close its own ports."),
         (("fence",), {"ports": [25, 0]}, "fence.ports is 0; a port is from 1 to 65535."),
+        (("coordinator",), {"kind": "raft"}, "it must be static or etcd."),
+        (("coordinator",), {"kind": "etcd"}, "names 0 voters; coordinator.kind etcd needs an odd"),
+        (
+            ("coordinator",),
+            {"kind": "etcd", "endpoints": ["https://10.86.0.1:2379"] * 2},
+            "name a host in umbra_witness, or set static.",
+        ),
+        (
+            ("coordinator",),
+            {"kind": "etcd", "endpoints": ["https://a", "http://b", "https://c"]},
+            "coordinator.endpoints has 'http://b'; it must be https://ADDRESS:PORT.",
+        ),
+        (("coordinator",), {"profile": "fast"}, "it must be lan-fast or default or wan."),
+        (("coordinator",), {"policy": "never"}, "automatic or same_site_only or blocked."),
     ],
 )
 def test_what_is_wrong_is_named(path: tuple[str | int, ...], value: object, words: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,9 @@ async def test_ports_are_opened_in_one_transaction(ran: Ran) -> None:
         {"do": "ports-open", "ports": ["25; flush ruleset"], "hold": 10},
         {"do": "ports-open", "ports": [25], "hold": 1e9},
         {"do": "ports-open", "ports": [25], "hold": "10"},
+        {"do": "ports-open", "ports": [25], "until": "soon"},
+        {"do": "ports-open", "ports": [25], "until": 0.0},
+        {"do": "ports-open", "ports": [25], "until": 1e12},
         {"do": "queue-delete", "ids": ["ALL"]},
         {"do": "aliases", "keys": "a@example.org"},
         {"do": "aliases", "keys": ["a@example.org\nb@example.org"]},
@@ -75,6 +80,69 @@ async def test_anything_else_is_refused(ran: Ran, request_: object) -> None:
     assert answer["ok"] is False
     assert answer["error"]
     assert ran == []
+
+
+def boottime() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+async def test_a_lease_ends_when_it_should_however_late_it_comes(ran: Ran) -> None:
+    request = {"do": "ports-open", "ports": [25], "until": boottime() + 1.5}
+    await asyncio.sleep(0.3)
+    assert await ask(request) == {"ok": True}
+    [(_, batch)] = ran
+    assert batch is not None
+    left = int(batch.split("timeout ")[1].split("ms")[0])
+    assert 1000 < left <= 1200
+
+
+async def test_postfix_is_stopped_when_nobody_renews_the_lease(ran: Ran) -> None:
+    host = Helper(Path("/nonexistent"))
+    stop = (("systemctl", "stop", "postfix.service"), None)
+
+    async def lease(seconds: float) -> None:
+        at = boottime() + seconds
+        request = {"do": "ports-open", "ports": [25], "until": at, "postfix_until": at + 0.1}
+        assert (await host.answer(json.dumps(request).encode()))["ok"]
+
+    for _ in range(4):
+        await lease(0.3)
+        await asyncio.sleep(0.2)
+    assert stop not in ran
+    await asyncio.sleep(0.4)
+    assert ran.count(stop) == 1
+    await lease(0.3)
+    await host.answer(b'{"do": "ports-close"}')  # and the agent dies before it stops Postfix
+    await asyncio.sleep(0.6)
+    assert ran.count(stop) == 2
+    await lease(0.3)
+    await host.answer(b'{"do": "postfix-stop"}')
+    await asyncio.sleep(0.6)
+    assert ran.count(stop) == 3  # its own stop, and no other
+
+
+async def test_the_disks_are_proven_by_a_write_and_one_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool, mail = tmp_path / "spool", tmp_path / "mail"
+    spool.mkdir()
+    host = Helper(spool, mail)
+    answer = await host.answer(b'{"do": "prove"}')
+    assert not answer["ok"]  # no mail store
+    mail.mkdir()
+    assert await host.answer(b'{"do": "prove"}') == {"ok": True}
+    for directory in (spool, mail):
+        proof = directory / helper.PROOF
+        assert proof.stat().st_mode & 0o777 == 0o600
+        assert abs(float(proof.read_text()) - time.time()) < 5
+    stalled = threading.Event()
+    monkeypatch.setattr(helper, "_write", lambda files: stalled.wait(5))
+    first = asyncio.create_task(host.answer(b'{"do": "prove"}'))
+    await asyncio.sleep(0.05)
+    second = await host.answer(b'{"do": "prove"}')
+    assert "has not taken the last write" in second["error"]
+    stalled.set()
+    assert (await first)["ok"]
 
 
 async def test_the_queue_is_listed_with_the_place_of_each_file(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import struct
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -230,6 +230,9 @@ class FakeGroup:
         self.steps.append("alone")
         self.failures.append((peer, reason))
         self.peers = [item for item in self.peers if item.name != peer]
+
+    def may_acknowledge(self, epoch: int, holders: Collection[str]) -> bool:
+        return epoch == self.epoch and (self.refusal is None or self.refusal.code == 421)
 
     @contextmanager
     def begin_work(self) -> Iterator[None]:

@@ -120,16 +120,41 @@ def switchover(to: str, dry_run: bool, timeout_s: float) -> None:
 
 
 @cli.command()
+@click.option("--candidate", default="", metavar="NODE", help="The new primary; default: this one.")
 @click.option("--accept-loss", is_flag=True, help="What only the lost primary has may be lost.")
-def failover(accept_loss: bool) -> None:
-    """Make this node the primary although the primary is gone."""
+def failover(candidate: str, accept_loss: bool) -> None:
+    """Make this node, or NODE, the primary although the primary is gone."""
     report = call("GET", "/status")
-    if accept_loss:
+    candidate = candidate or report["node"]
+    body = {"candidate": candidate, "accept_loss": accept_loss}
+    if accept_loss and report["coordinator"] == "static":
         _confirm_loss(report)
-    result = call("POST", "/failover", {"accept_loss": accept_loss}, timeout=60)
+    elif accept_loss:
+        _confirm_known_loss(candidate, call("POST", "/failover", {**body, "dry_run": True}))
+    result = call("POST", "/failover", body, timeout=90)
     click.echo(
         f"{result['to']} is the primary, epoch {result['epoch']}."
         " umbractl status shows what is being resubmitted."
+    )
+
+
+@cli.command()
+def pause() -> None:
+    """Turn automatic failover off, for the whole group; everything else goes on."""
+    result = call("POST", "/pause", {"on": True}, timeout=30)
+    click.echo(
+        "Automatic failover is paused until umbractl unpause: no shadow takes over by itself."
+        if result["changed"]
+        else "Automatic failover was paused already."
+    )
+
+
+@cli.command()
+def unpause() -> None:
+    """Turn automatic failover on again."""
+    result = call("POST", "/pause", {"on": False}, timeout=30)
+    click.echo(
+        "Automatic failover is on." if result["changed"] else "Automatic failover was on already."
     )
 
 
@@ -321,6 +346,26 @@ def _confirm_loss(report: dict[str, Any]) -> None:
         _fail("nothing was changed.")
 
 
+def _confirm_known_loss(candidate: str, loss: dict[str, Any]) -> None:
+    if loss["certain"]:
+        click.echo(f"{candidate} has everything that was acknowledged; nothing is lost.")
+        words = "lose nothing"
+    else:
+        amounts = [
+            "?" if loss[key] is None else f"{loss[key]:g}"
+            for key in ("messages", "changes", "seconds")
+        ]
+        click.echo(
+            f"{candidate} lacks, as far as it has heard: {amounts[0]} messages that only the lost"
+            f" primary has, {amounts[1]} mailbox changes, and whatever was acknowledged in the last"
+            f" {amounts[2]} seconds.\n"
+            "When the lost primary returns, its mailboxes are merged and its queue is on hold."
+        )
+        words = f"lose {' '.join(amounts)}"
+    if click.prompt(f"Type `{words}` to go on", default="", show_default=False) != words:
+        _fail("nothing was changed.")
+
+
 def _print_status(report: dict[str, Any]) -> None:
     console = _console()
     table = Table(box=None, pad_edge=False)
@@ -354,6 +399,16 @@ def _print_status(report: dict[str, Any]) -> None:
     )
     for reason in report["reasons"]:
         console.print(Text(f"  {reason}"))
+    if report["coordinator"] != "static":
+        names = ", ".join(report["protected_set"]) or "nobody"
+        on = "paused (umbractl unpause)" if report["paused"] else "on"
+        console.print(
+            Text(f"coordinator {report['coordinator']}: protected {names}; automatic failover {on}")
+        )
+        for node in report["nodes"]:
+            policy = f"; policy {node['policy']}" if node["policy"] not in ("", "automatic") else ""
+            if node["cause"]:
+                console.print(Text(f"  {node['node']}: {node['state']}: {node['cause']}{policy}"))
     change = report["last_switchover"]
     if change:
         outage = f", outage {change['outage_s']:.3f} s" if change["outage_s"] is not None else ""

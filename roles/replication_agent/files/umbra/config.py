@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from umbra.cluster.protocol import Policy
 from umbra.transport.selection import ShadowPreference, counting
 
 Section = TypeVar("Section")
@@ -41,6 +42,21 @@ class MirrorMode(StrEnum):
 
     SYNC = "sync"
     ASYNC = "async"
+
+
+class CoordinatorKind(StrEnum):
+    """Who decides which node is primary."""
+
+    STATIC = "static"
+    ETCD = "etcd"
+
+
+class Profile(StrEnum):
+    """All times of the protocol with a witness together; see ``cluster.protocol.PROFILES``."""
+
+    LAN_FAST = "lan-fast"
+    DEFAULT = "default"
+    WAN = "wan"
 
 
 @dataclass(frozen=True)
@@ -126,6 +142,22 @@ class Fence:
 
 
 @dataclass(frozen=True)
+class Coordinator:
+    """Who decides which node is primary; all but ``kind`` is for ``etcd`` only.
+
+    :param endpoints: ``https://ADDRESS:2379`` of each voter, this host's own first.
+    :param policy: whether this node may take over by itself.
+    :param preference: 0 takes over first.
+    """
+
+    kind: CoordinatorKind = CoordinatorKind.STATIC
+    profile: Profile = Profile.DEFAULT
+    policy: Policy = Policy.AUTOMATIC
+    preference: int = 0
+    endpoints: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Config:
     """What ``agent.yml`` says.
 
@@ -143,6 +175,7 @@ class Config:
     mailbox: Mailbox = Mailbox()
     heartbeat: Heartbeat = Heartbeat()
     fence: Fence = Fence()
+    coordinator: Coordinator = Coordinator()
 
 
 def load(path: Path) -> Config:
@@ -177,6 +210,7 @@ def parse(raw: object) -> Config:
     mailbox = reader.section("mailbox", top.get("mailbox", {}), Mailbox)
     heartbeat = reader.section("heartbeat", top.get("heartbeat", {}), Heartbeat)
     fence = reader.section("fence", top.get("fence", {}), Fence)
+    coordinator = reader.section("coordinator", top.get("coordinator", {}), Coordinator)
     if reader.findings:
         raise ConfigError(reader.findings)
     assert link is not None
@@ -185,9 +219,11 @@ def parse(raw: object) -> Config:
     assert mailbox is not None
     assert heartbeat is not None
     assert fence is not None
+    assert coordinator is not None
     known = tuple(peer for peer in peers if peer)
     config = Config(**names, link=link, api=api, peers=known, transport=transport,
-                    mailbox=mailbox, heartbeat=heartbeat, fence=fence)  # fmt: skip
+                    mailbox=mailbox, heartbeat=heartbeat, fence=fence,
+                    coordinator=coordinator)  # fmt: skip
     findings = list(_contradictions(config))
     if findings:
         raise ConfigError(findings)
@@ -219,7 +255,26 @@ def _contradictions(config: Config) -> list[str]:
             f"fence.hold is {config.fence.hold:g} s; "
             "under 2 s a busy agent would close its own ports."
         )
+    findings += _voters(config.coordinator)
     return findings
+
+
+def _voters(coordinator: Coordinator) -> list[str]:
+    if coordinator.kind is CoordinatorKind.STATIC:
+        return []
+    count = len(coordinator.endpoints)
+    found = []
+    if count < 3 or count % 2 == 0:
+        found.append(
+            f"coordinator.endpoints names {count} voters; coordinator.kind etcd needs an odd number"
+            " of them, three at least: name a host in umbra_witness, or set static."
+        )
+    found += [
+        f"coordinator.endpoints has {item!r}; it must be https://ADDRESS:PORT."
+        for item in coordinator.endpoints
+        if not item.startswith("https://")
+    ]
+    return found
 
 
 def _copies(config: Config) -> list[str]:
@@ -306,6 +361,14 @@ class _Reader:
                 return tuple(
                     self._number(label, item, whole=True) for item in self.sequence(label, value)
                 )
+            case "tuple[str, ...]":
+                return tuple(self.text(label, item) for item in self.sequence(label, value))
+            case "CoordinatorKind":
+                return self._choice(label, value, CoordinatorKind)
+            case "Profile":
+                return self._choice(label, value, Profile)
+            case "Policy":
+                return self._choice(label, value, Policy)
             case "ShadowPolicy":
                 return self._choice(label, value, ShadowPolicy)
             case "ShadowPreference":

@@ -29,10 +29,15 @@ from umbra.api.compose import Composer
 from umbra.api.http import MAX_SWITCHOVER_S, Api
 from umbra.api.metrics import ReportCollector
 from umbra.cluster import heartbeat
+from umbra.cluster.etcd import Etcd, client_tls
 from umbra.cluster.group import Group, Protect
+from umbra.cluster.handover import Handover
+from umbra.cluster.machine import NotNow
+from umbra.cluster.protocol import PROFILES
+from umbra.cluster.quorum import QuorumGroup
 from umbra.cluster.static import StateError, StateFile
 from umbra.cluster.switchover import Refused, Switchover
-from umbra.config import Config, ConfigError, load
+from umbra.config import Config, ConfigError, CoordinatorKind, load
 from umbra.mailbox.carrier import valid_user
 from umbra.mailbox.document import DocumentError
 from umbra.mailbox.doveadm import DoveadmError
@@ -52,6 +57,8 @@ from umbra.transport.smtp import SmtpError
 from umbra.transport.store import StoreError
 
 log = logging.getLogger("umbra")
+
+FAILOVER_TIMEOUT = 60.0
 
 
 @dataclass(frozen=True)
@@ -82,22 +89,44 @@ class Agent:
         self._paths = paths
         identity = Identity(paths.tls, {peer.name: peer for peer in config.peers})
         helper = NodeHelper(paths.helper)
-        group = self._group = Group(
-            config, StateFile(paths.state / "state.json", config.group, config.node), helper
-        )
+        states = StateFile(paths.state / "state.json", config.group, config.node)
+        settings = config.coordinator
+        group: Group
+        self._etcd: Etcd | None = None
+        if settings.kind is CoordinatorKind.ETCD:
+            tls = client_tls(
+                paths.tls / "coordinator.crt", paths.tls / "node.crt", paths.tls / "node.key"
+            )
+            timeout = PROFILES[settings.profile].call
+            self._etcd = Etcd(settings.endpoints, tls=tls, timeout=timeout)
+            group = QuorumGroup(config, states, helper, self._etcd)
+        else:
+            group = Group(config, states, helper)
+        self._group = group
         hello = {
             "version": frames.VERSION,
             "group": config.group,
             "node": config.node,
             "storage_id": group.state.durable.storage_id,
         }
-        for peer in config.peers:
-            group.links[peer.name] = PeerLink(
-                peer.name, peer.address, peer.port, identity, hello, lambda: group.epoch
-            )
+
+        def links() -> dict[str, PeerLink]:
+            return {
+                peer.name: PeerLink(
+                    peer.name, peer.address, peer.port, identity, hello, lambda: group.epoch
+                )
+                for peer in config.peers
+            }
+
+        group.links = links()
         self._mailboxes = Mailboxes(config, group, paths)
         self._messages = Messages(config, group, helper, paths, self._mailboxes)
-        self._switchover = Switchover(config, group, helper, self._messages, self._mailboxes)
+        parts = (helper, self._messages, self._mailboxes)
+        if isinstance(group, QuorumGroup):
+            group.control = links()
+            self._switchover: Switchover = Handover(config, group, *parts)
+        else:
+            self._switchover = Switchover(config, group, *parts)
         group.catch_up = self._catch_up
         group.on_opening = self._messages.resubmit
         self._mailboxes.being_delivered = self._messages.being_delivered
@@ -108,18 +137,23 @@ class Agent:
             self._messages.load,
             self._mailboxes.lag,
             self._notes,
+            self._messages.alone,
         )
         handlers: dict[str, Handler] = {
             **self._messages.handlers(),
             **self._mailboxes.handlers(),
             "status": heartbeat.answer(group, self._composer.node_status),
-            "handover-prepare": self._switchover.handle_prepare,
-            "handover": self._switchover.handle_handover,
             "switchover": self._handle_switchover,
+            "failover": self._handle_failover,
+            **self._switchover.handlers(),
         }
+        if isinstance(group, QuorumGroup):
+            handlers.update(group.handlers())
         self._server = PeerServer(
             config.link.address, config.link.port, identity, hello, group.check_epoch, handlers
         )
+        if isinstance(group, QuorumGroup):
+            group.break_off = self._server.break_off
         self._api = Api(
             self._composer.report,
             {"queue": self._get_queue, "merged": self._get_merged},
@@ -127,6 +161,7 @@ class Agent:
                 "switchover": self._post_switchover,
                 "failover": self._post_failover,
                 "open": self._post_open,
+                "pause": self._post_pause,
                 "resubmit": self._post_resubmit,
                 "suspend": self._post_suspend,
                 "resume": self._post_resume,
@@ -143,6 +178,8 @@ class Agent:
             loop.add_signal_handler(number, stop.set)
         REGISTRY.register(ReportCollector(self._composer.report))
         async with AsyncExitStack() as stack:
+            if self._etcd is not None:
+                await stack.enter_async_context(self._etcd)
             for part in (self._messages, self._mailboxes):
                 await part.open()
                 stack.push_async_callback(part.close)
@@ -154,7 +191,7 @@ class Agent:
             stack.push_async_callback(self._api.stop)
             async with asyncio.TaskGroup() as tasks:
                 running = [
-                    tasks.create_task(group.tend()),
+                    tasks.create_task(group.run()),
                     tasks.create_task(self._messages.run()),
                     tasks.create_task(self._mailboxes.run()),
                     tasks.create_task(self._watchdog()),
@@ -172,7 +209,7 @@ class Agent:
                     "%s of group %s runs: %s, epoch %d",
                     config.node,
                     config.group,
-                    group.state.phase,
+                    self._composer.node_status()["state"],
                     group.epoch,
                 )
                 await stop.wait()
@@ -187,7 +224,7 @@ class Agent:
         while True:
             report = self._composer.report()
             word = "protected" if report.protected else f"degraded: {'; '.join(report.reasons)}"
-            notify(f"WATCHDOG=1\nSTATUS={self._group.state.phase}, {word}")
+            notify(f"WATCHDOG=1\nSTATUS={self._composer.node_status()['state']}, {word}")
             await asyncio.sleep(interval)
 
     async def _catch_up(self, peer: str, protect: Protect) -> None:
@@ -251,7 +288,39 @@ class Agent:
             raise PeerError("refused", str(error)) from None
 
     async def _post_failover(self, body: dict[str, Any]) -> dict[str, Any]:
-        return await self._switchover.failover(accept_loss=body.get("accept_loss") is True)
+        candidate = body.get("candidate") or self._config.node
+        if candidate == self._config.node:
+            if body.get("dry_run") is True:
+                return self._switchover.loss()
+            return await self._switchover.failover(accept_loss=body.get("accept_loss") is True)
+        if candidate not in self._group.links:
+            raise Refused(f"{candidate} is no node of this group.")
+        try:
+            return await self._group.links[str(candidate)].request(
+                "failover", body, timeout=FAILOVER_TIMEOUT
+            )
+        except PeerError as error:
+            raise Refused(error.text) from None
+
+    async def _handle_failover(
+        self, peer: PeerIdentity, args: Any, exchange: Exchange
+    ) -> dict[str, Any]:
+        if args.get("candidate") != self._config.node:
+            raise PeerError("protocol", "a failover of another node")
+        try:
+            return await self._post_failover(dict(args))
+        except (Refused, ValueError) as error:
+            raise PeerError("refused", str(error)) from None
+
+    async def _post_pause(self, body: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(on := body.get("on"), bool):
+            raise ValueError("on must be true or false")
+        if not isinstance(self._group, QuorumGroup):
+            raise Refused("this group has no coordinator, so there is no automatic failover.")
+        try:
+            return {"paused": on, "changed": await self._group.pause(on)}
+        except (NotNow, OSError) as error:
+            raise Refused(f"{error}.") from None
 
     async def _post_resubmit(self, body: dict[str, Any]) -> dict[str, Any]:
         if not self._group.is_primary():

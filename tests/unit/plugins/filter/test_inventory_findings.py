@@ -77,6 +77,21 @@ def test_a_sound_inventory(world: World) -> None:
     assert world.findings() == []
 
 
+def test_a_coordinator_needs_three_voters(world: World) -> None:
+    world.set("replication_agent_coordinator", "etcd")
+    assert world.findings() == []
+    world.groups["umbra_witness"] = []
+    assert world.only() == (
+        "replication_agent_coordinator is etcd, but mail-a and mail-b are no three voters;"
+        " name a host in umbra_witness, or set static."
+    )
+
+
+def test_a_coordinator_is_the_same_on_all_hosts(world: World) -> None:
+    world.set("replication_agent_coordinator", "etcd", "mail-a", "witness")
+    assert world.only().startswith("replication_agent_coordinator is etcd and static;")
+
+
 def test_a_pair_without_witness_and_client(world: World) -> None:
     world.groups = {"umbra_nodes": ["mail-a", "mail-b"], "umbra_witness": []}
     assert world.findings() == []

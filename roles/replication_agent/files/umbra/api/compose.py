@@ -23,6 +23,7 @@ class Composer:
     :param load: returns why this node should get no more messages to hold, or "".
     :param lag: returns {peer: (changes, seconds)} of what peers lack.
     :param notes: returns findings of the parts that do not make the group degraded.
+    :param alone: returns how many messages no other node has.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Composer:
         load: Callable[[], str],
         lag: Callable[[], Mapping[str, Lag]],
         notes: Callable[[], Sequence[Check]],
+        alone: Callable[[], int] = lambda: 0,
     ) -> None:
         self._config = config
         self._group = group
@@ -40,6 +42,7 @@ class Composer:
         self._load = load
         self._lag = lag
         self._notes = notes
+        self._alone = alone
         self._boot_id = BOOT_ID.read_text(encoding="ascii").strip()
 
     def node_status(self) -> dict[str, Any]:
@@ -65,6 +68,8 @@ class Composer:
             "merged": state.durable.merged,
             "boot_id": self._boot_id,
             "clock": time.time(),
+            "alone_messages": self._alone(),
+            **self._group.describe(),
         }
 
     def report(self) -> GroupReport:
@@ -96,7 +101,10 @@ class Composer:
             inventory_role=self._config.role,
             last_switchover=leading.get("last_change") or own["last_change"],
             nodes=tuple(self._node(name, statuses[name], leading) for name in sorted(statuses)),
-            checks=(*self._checks(statuses), *self._notes()),
+            checks=(*self._checks(statuses), *self._group.checks(), *self._notes()),
+            coordinator=str(own["coordinator"]),
+            paused=bool(own.get("paused", False)),
+            protected_set=tuple(own.get("protected_set", ())),
         )
 
     def _reachable(self, name: str) -> bool:
@@ -124,6 +132,8 @@ class Composer:
             shadow_bytes=int(status.get("shadow_bytes", 0)),
             since=str(status.get("since", "")),
             reasons=tuple(status.get("reasons", ())),
+            cause=str(status.get("cause", "")),
+            policy=str(status.get("policy", "")),
         )
 
     def _checks(self, statuses: Mapping[str, Mapping[str, Any]]) -> Sequence[Check]:

@@ -33,6 +33,23 @@ class ReportCollector(Collector):
         yield GaugeMetricFamily(
             "umbra_epoch", "Epoch of the primary's right to act", value=float(report.epoch)
         )
+        if report.coordinator != "static":
+            yield GaugeMetricFamily(
+                "umbra_automatic_failover_paused",
+                "1 while automatic failover is off by an operator's wish",
+                value=float(report.paused),
+            )
+            yield GaugeMetricFamily(
+                "umbra_protected_shadows",
+                "Shadows that have all that was acknowledged, by the coordinator",
+                value=float(len(report.protected_set)),
+            )
+            state = GaugeMetricFamily(
+                "umbra_node_state", "1 for the state that the node is in", labels=["node", "state"]
+            )
+            for node in report.nodes:
+                state.add_metric([node.node, node.state], 1.0)
+            yield state
         labels = ["node", "site"]
         primary = GaugeMetricFamily("umbra_node_primary", "1 for the primary", labels=labels)
         reachable = GaugeMetricFamily(

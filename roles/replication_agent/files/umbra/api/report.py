@@ -17,6 +17,8 @@ class NodeReport:
     :param lag_changes: mailbox changes that are not on this node yet; only the primary knows it.
     :param lag_s: age of the oldest of them, in seconds.
     :param shadow_messages: messages in transit that this node holds for others.
+    :param cause: why it is in its state; only with a coordinator, like ``policy``.
+    :param policy: whether it takes over by itself.
     """
 
     node: str
@@ -30,6 +32,8 @@ class NodeReport:
     shadow_bytes: int
     since: str
     reasons: tuple[str, ...] = ()
+    cause: str = ""
+    policy: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,12 @@ class Check:
 
 @dataclass(frozen=True)
 class GroupReport:
-    """The whole group, from the view of one node."""
+    """The whole group, from the view of one node.
+
+    :param coordinator: who decides which node is primary: ``static`` (a person) or ``etcd``.
+    :param paused: automatic failover is off by an operator's wish.
+    :param protected_set: the shadows that have all that was acknowledged, by the coordinator.
+    """
 
     group: str
     node: str
@@ -58,6 +67,9 @@ class GroupReport:
     last_switchover: Mapping[str, Any] | None
     nodes: tuple[NodeReport, ...]
     checks: tuple[Check, ...] = field(default=())
+    coordinator: str = "static"
+    paused: bool = False
+    protected_set: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the body of ``GET /status``."""

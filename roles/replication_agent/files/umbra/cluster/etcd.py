@@ -49,9 +49,14 @@ def boottime() -> float:
 
 
 def client_tls(authority: Path, certificate: Path, key: Path) -> ssl.SSLContext:
-    """Return what this host shows to the members, and whom it trusts: the group's CA alone."""
-    context = ssl.create_default_context(cafile=authority)
+    """Return what this host shows to the members, and whom it trusts: the pinned certificates.
+
+    OSError or ssl.SSLError if a file is missing or is no certificate.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    context.load_verify_locations(authority)
     context.load_cert_chain(certificate, key)
     return context
 
@@ -117,6 +122,28 @@ class Etcd:
         return await self._transact(
             key, {"target": "MOD", "result": "EQUAL", "mod_revision": str(revision)}, value
         )
+
+    async def silent(self) -> list[str]:
+        """Return the members that do not say of themselves that they are healthy."""
+        answers = await asyncio.gather(*(self._healthy(endpoint) for endpoint in self._endpoints))
+        return [
+            endpoint
+            for endpoint, healthy in zip(self._endpoints, answers, strict=True)
+            if not healthy
+        ]
+
+    async def _healthy(self, endpoint: str) -> bool:
+        if self._session is None:
+            return False
+        try:
+            async with (
+                asyncio.timeout(2 * self._timeout),
+                self._session.get(f"{endpoint}/health", allow_redirects=False) as response,
+            ):
+                answer = json.loads(await response.read())
+        except (TimeoutError, aiohttp.ClientError, OSError, ValueError):
+            return False
+        return isinstance(answer, dict) and answer.get("health") == "true"
 
     async def _transact(self, key: str, compare: Mapping[str, str], value: bytes) -> Shown:
         name = _encode(key.encode())

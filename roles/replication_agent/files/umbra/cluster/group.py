@@ -13,12 +13,13 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
+from umbra.api.report import Check
 from umbra.cluster import machine
 from umbra.cluster.machine import Event, NotNow
 from umbra.cluster.state import Mode, Phase, Role, State
@@ -123,15 +124,24 @@ class Group:
         self.effect_error = ""
         self.statuses: dict[str, dict[str, Any]] = {}
         self.heard: dict[str, float] = {}
-        durable = states.load()
-        if durable is None:
-            durable = first(config.role, now())
-            states.save(durable)
-        known = State(config.node, durable, Phase.SHADOW, copies=config.mailbox.mirror_copies)
-        self.state = machine.step(known, machine.Started())
-        if self.state.durable != durable:
-            states.save(self.state.durable)
         self._was_serving = False
+        self._tend_pause = config.fence.hold / 3
+        self.state = self._load()
+
+    def _load(self) -> State:
+        """Return the state that this node starts with."""
+        durable = self._states.load()
+        if durable is None:
+            durable = first(self._config.role, now())
+            self._states.save(durable)
+        if durable.acted is not None:  # the group had the other coordinator before
+            durable = replace(durable, acted=None)
+        copies = self._config.mailbox.mirror_copies
+        known = State(self._config.node, durable, Phase.SHADOW, copies=copies)
+        state = machine.step(known, machine.Started())
+        if state.durable != durable:
+            self._states.save(state.durable)
+        return state
 
     # -- what the other parts ask
 
@@ -143,6 +153,14 @@ class Group:
     def is_primary(self) -> bool:
         """Whether this node may acknowledge anything."""
         return self.state.serving
+
+    def may_acknowledge(self, epoch: int, holders: Collection[str]) -> bool:
+        """Return whether what was begun under ``epoch`` may be acknowledged now.
+
+        :param holders: the peers that have it durably. Who is not among them has it noted as
+            missing.
+        """
+        return self.state.serving and self.epoch == epoch
 
     def synchronous(self) -> Sequence[str]:
         """Return the peers that must have each message and change before it is acknowledged."""
@@ -273,6 +291,26 @@ class Group:
                     self.on_lost(name, new.peers[name].reason or "this node is not primary")
             return new
 
+    async def peer_silent(self, peer: str, reason: str) -> None:
+        """Note that ``peer`` answers no heartbeat."""
+        await self.apply(machine.PeerLost(peer, reason))
+
+    async def merged(self) -> None:
+        """Note that the primary has brought its mailboxes and this node's together, durably."""
+        await self.apply(machine.Merged())
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the status says of the coordinator and of this node's place in it."""
+        return {"coordinator": "static"}
+
+    def checks(self) -> Sequence[Check]:
+        """Return the findings of the coordinator."""
+        return ()
+
+    async def run(self) -> None:
+        """Do what the coordinator needs all the time; runs until cancelled."""
+        await self.tend()
+
     async def leaves(self, phase: Phase, seconds: float) -> bool:
         """Wait until this node is no longer in ``phase``; False if it still is after so long."""
         try:
@@ -337,7 +375,6 @@ class Group:
 
     async def tend(self) -> None:
         """Keep ports, Postfix and the catch-up in step with the state; runs until cancelled."""
-        pause = self._config.fence.hold / 3
         while True:
             self._changed.clear()
             try:
@@ -353,7 +390,7 @@ class Group:
                 # An agent that died in the middle of a handover asks what became of it.
                 await self.apply(machine.Reclaim())
             try:
-                async with asyncio.timeout(RETRY_PAUSE if self.effect_error else pause):
+                async with asyncio.timeout(RETRY_PAUSE if self.effect_error else self._tend_pause):
                     await self._changed.wait()
             except TimeoutError:
                 pass
@@ -423,32 +460,45 @@ class Group:
                 and view.phase is Phase.SHADOW
                 and view.epoch == self.epoch
             )
-            wanted = state.phase is Phase.PRIMARY and not view.complete and ready
+            wanted = state.phase is Phase.PRIMARY and self._lacks(name) and ready
             if wanted and name not in self._catching_up:
                 task = asyncio.create_task(self._catch_up(name), name=f"catch-up of {name}")
                 self._catching_up[name] = task
                 task.add_done_callback(functools.partial(self._catch_up_ended, name))
+
+    def _lacks(self, peer: str) -> bool:
+        """Return whether ``peer`` has not been proven to have everything."""
+        return not self.state.peers[peer].complete
 
     def _catch_up_ended(self, name: str, _: asyncio.Task[None]) -> None:
         self._catching_up.pop(name, None)
         self._changed.set()
 
     async def _protect(self, peer: str) -> None:
+        """Write down that ``peer`` has everything; durable when it returns."""
         await self.apply(machine.CaughtUp(peer))
+
+    async def _join(self, peer: str) -> None:
+        """From now on wait for ``peer`` while the rest is copied."""
+        await self.apply(machine.CatchingUp(peer))
+
+    async def _drop(self, peer: str, reason: str) -> None:
+        """Go on without ``peer``, which could not catch up."""
+        await self.apply(machine.PeerLost(peer, reason))
 
     async def _catch_up(self, peer: str) -> None:
         assert self.catch_up is not None
         try:
-            await self.apply(machine.CatchingUp(peer))
+            await self._join(peer)
             await self.catch_up(peer, functools.partial(self._protect, peer))
         except NotNow as error:
             log.info("catch-up of %s stopped: %s", peer, error)
         except (PeerError, HelperError, OSError) as error:
             log.warning("catch-up of %s failed: %s", peer, error)
-            await self.apply(machine.PeerLost(peer, f"it could not catch up: {error}"))
+            await self._drop(peer, f"it could not catch up: {error}")
         except Exception as error:
             log.exception("catch-up of %s failed", peer)
-            await self.apply(machine.PeerLost(peer, f"it could not catch up: {error!r}"))
+            await self._drop(peer, f"it could not catch up: {error!r}")
         await asyncio.sleep(RETRY_PAUSE)
 
     async def stop(self) -> None:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from umbra.cluster import machine
 from umbra.cluster.group import Group
 from umbra.config import Heartbeat
 from umbra.peer.exchange import Exchange, PeerError
@@ -43,7 +42,7 @@ async def watch(link: PeerLink, group: Group, status: NodeStatus, timing: Heartb
                 link.reset()
                 log.warning("%s is lost: %s", link.name, error)
             if lost:
-                await group.apply(machine.PeerLost(link.name, error.text))
+                await group.peer_silent(link.name, error.text)
         await asyncio.sleep(max(0.0, sent + timing.interval - time.monotonic()))
 
 

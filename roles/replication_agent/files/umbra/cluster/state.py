@@ -72,6 +72,9 @@ class Durable:
     :param merged: this node's mailboxes hold nothing that the group's primary lacks. Not so for a
         node that is new, or that lost its role without handing it over.
     :param offered: the epoch that was offered to ``handing_to``.
+    :param acted: only with a coordinator: the last epoch under which this node opened its services,
+        0 once reconciled. None in a state of the static coordinator, whose epochs count by
+        themselves.
     """
 
     storage_id: str
@@ -83,6 +86,7 @@ class Durable:
     offered: int = 0
     merged: bool = False
     last_change: Change | None = None
+    acted: int | None = None
 
 
 @dataclass(frozen=True)

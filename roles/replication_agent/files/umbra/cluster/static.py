@@ -94,4 +94,5 @@ def _decode(raw: dict[str, Any]) -> Durable:
         offered=int(raw["offered"]),
         merged=bool(raw["merged"]),
         last_change=Change.from_json(change) if change else None,
+        acted=None if (acted := raw.get("acted")) is None else int(acted),
     )

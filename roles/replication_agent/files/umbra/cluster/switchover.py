@@ -37,6 +37,7 @@ from umbra.node.client import NodeHelper
 from umbra.node.helper import HelperError
 from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import PeerIdentity
+from umbra.peer.server import Handler
 from umbra.transport.store import StoreError
 
 log = logging.getLogger(__name__)
@@ -140,6 +141,10 @@ class Switchover:
         self._messages = messages
         self._mailboxes = mailboxes
         self._running = asyncio.Lock()
+
+    def handlers(self) -> dict[str, Handler]:
+        """Return the operations of the peer link."""
+        return {"handover-prepare": self.handle_prepare, "handover": self.handle_handover}
 
     def check(self, to: str, *, dry_run: bool = False) -> bool:
         """Return whether there is anything to do on this primary to make ``to`` primary.
@@ -384,6 +389,10 @@ class Switchover:
         self._messages.resubmit()
 
     # -- the operator's word
+
+    def loss(self) -> dict[str, Any]:
+        """Return what a promotion of this node may lose, as far as it knows."""
+        raise Refused("without a coordinator nobody knows what a promotion would lose.")
 
     async def failover(self, *, accept_loss: bool) -> dict[str, Any]:
         """Promote this shadow although its primary is gone.

@@ -15,7 +15,6 @@ from urllib.parse import unquote
 
 from umbra.api.report import Check
 from umbra.cluster.group import Group, now
-from umbra.cluster.machine import Merged
 from umbra.cluster.state import Phase as GroupPhase
 from umbra.config import Config, MirrorMode
 from umbra.mailbox import copies
@@ -26,7 +25,7 @@ from umbra.mailbox.events import ScriptEvents
 from umbra.mailbox.gone import GoneCarrier, GoneHandler
 from umbra.mailbox.ledger import Ledger
 from umbra.mailbox.merged import Record, RecordingCarrier
-from umbra.mailbox.mirror import CatchUpFailed, Mirror, PeerMirror, Phase
+from umbra.mailbox.mirror import CatchUpFailed, Mirror, NotPrimary, PeerMirror, Phase, Verdict
 from umbra.mailbox.notify import NotifyServer
 from umbra.mailbox.parents import ParentsCarrier
 from umbra.mailbox.scripts import ScriptCarrier, ScriptsHandler
@@ -152,7 +151,7 @@ class Mailboxes:
         )
         token = paths.token.read_text(encoding="ascii").strip()
         self._notify = NotifyServer(
-            NOTIFY_ADDRESS, NOTIFY_PORT, token, self._mirror.changed, self._restructured
+            NOTIFY_ADDRESS, NOTIFY_PORT, token, self._changed, self._restructured
         )
         self._dsync_handler = DsyncHandler(group.is_primary)
         self._scripts_handler = ScriptsHandler(group.is_primary, dovecot)
@@ -217,10 +216,18 @@ class Mailboxes:
             return "this node may have mail of its own, which has not been merged"
         return ""
 
+    async def _changed(self, user: str) -> Verdict:
+        epoch = self._group.epoch
+        verdict = await self._mirror.changed(user)
+        # The right may have ended while the change waited. Who lacks it has it noted.
+        if not self._group.may_acknowledge(epoch, self._peers):
+            raise NotPrimary
+        return verdict
+
     async def _handle_merged(
         self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
     ) -> dict[str, Any]:
-        await self._group.apply(Merged())
+        await self._group.merged()
         return {}
 
     async def run(self) -> None:

@@ -48,6 +48,19 @@ class NodeHelper:
         """Open the service ports for ``hold`` seconds from now."""
         await self._ask("ports-open", ports=list(ports), hold=hold)
 
+    async def ports_open_until(
+        self, ports: Sequence[int], until: float, postfix_until: float
+    ) -> None:
+        """Open the service ports until ``until`` on CLOCK_BOOTTIME, however late this arrives.
+
+        Postfix is stopped at ``postfix_until`` unless this is asked again before.
+        """
+        await self._ask("ports-open", ports=list(ports), until=until, postfix_until=postfix_until)
+
+    async def prove(self) -> None:
+        """Return when the disks of mail and queue have taken a write."""
+        await self._ask("prove")
+
     async def ports_close(self) -> None:
         """Close the service ports, for established connections too."""
         await self._ask("ports-close")

@@ -4,8 +4,8 @@ It listens on a unix socket that only the agent's group can open, and reads one 
 ``{"do": NAME, ...}``. Each
 answer is ``{"ok": true, ...}`` or ``{"ok": false, "error": SENTENCE}``. No argument ever becomes a
 path, a program or an option: queue ids
-and numbers are checked by pattern. It keeps no state, so it may die at any point: the agent's next
-request finds it restarted.
+and numbers are checked by pattern. It keeps nothing that must last, so it may die at any point: the
+agent's next request finds it restarted, and arms its timer again.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import stat
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ QUEUES = ("maildrop", "incoming", "active", "deferred", "hold", "corrupt")
 MAX_REQUEST = 1024 * 1024
 COMMAND_TIMEOUT = 20.0
 MAX_KEYS = 2000
+PROOF = ".umbra-proof"
 _ERROR = re.compile(rb"\b(error|fatal|panic)\b")
 
 
@@ -95,14 +97,26 @@ def queue_files(spool: Path) -> dict[str, str]:
 class Helper:
     """The fixed list of effects. Each public ``do_`` method is one request."""
 
-    def __init__(self, spool: Path = Path("/var/spool/postfix")) -> None:
+    def __init__(
+        self, spool: Path = Path("/var/spool/postfix"), mail: Path = Path("/var/vmail")
+    ) -> None:
         self._spool = spool
+        self._proofs = (spool / PROOF, mail / PROOF)
+        self._proving: asyncio.Future[None] | None = None
+        self._dead_man: asyncio.TimerHandle | None = None
+        self._silencing: asyncio.Future[None] | None = None
 
     async def do_ports_open(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Open the service ports for ``hold`` seconds from now, in one nftables transaction."""
-        hold = request.get("hold")
-        if not isinstance(hold, (int, float)) or not 1 <= hold <= 3600:
+        """Open the service ports, in one nftables transaction.
+
+        For ``hold`` seconds from now, or until ``until`` on CLOCK_BOOTTIME: a request that was held
+        up opens for as much less. With ``postfix_until`` Postfix is stopped then, unless there is
+        another request before.
+        """
+        hold = _left(request["until"]) if "until" in request else request.get("hold")
+        if "until" not in request and not (isinstance(hold, (int, float)) and 1 <= hold <= 3600):
             raise HelperError("hold must be from 1 to 3600 seconds")
+        assert hold is not None
         ports = request.get("ports")
         if not isinstance(ports, list) or not all(
             isinstance(p, int) and 0 < p < 65536 for p in ports
@@ -115,11 +129,42 @@ class Helper:
             f"add element inet umbra_fence open_ports {{ {elements} }}\n"
         )
         await run("nft", "-f", "-", stdin=batch)
+        self._disarm()
+        if "postfix_until" in request:
+            left = _left(request["postfix_until"])
+            loop = asyncio.get_running_loop()
+            self._dead_man = loop.call_later(left, self._begin_silence)
         return {}
+
+    def _disarm(self) -> None:
+        if self._dead_man is not None:
+            self._dead_man.cancel()
+            self._dead_man = None
+
+    def _begin_silence(self) -> None:
+        self._silencing = asyncio.ensure_future(self._silence())
+
+    async def _silence(self) -> None:
+        """Stop Postfix: the agent that renews its right is gone, and another node may act now.
+
+        So nothing goes out or into mailboxes from here. The ports have closed by themselves.
+        """
+        log.error("the agent has not renewed the lease of the ports; Postfix is stopped")
+        with contextlib.suppress(HelperError):
+            await run("systemctl", "stop", "postfix.service")
 
     async def do_ports_close(self, request: dict[str, Any]) -> dict[str, Any]:
         """Close the service ports now, for new and established connections."""
         await run("nft", "flush", "set", "inet", "umbra_fence", "open_ports")
+        return {}
+
+    async def do_prove(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Write to the disks of mail and queue, and return when they have it."""
+        # One at a time: a disk that stalls must not take all the threads.
+        if self._proving is not None and not self._proving.done():
+            raise HelperError("a disk has not taken the last write yet")
+        self._proving = asyncio.ensure_future(asyncio.to_thread(_write, self._proofs))
+        await asyncio.shield(self._proving)
         return {}
 
     async def do_postfix_start(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -133,6 +178,7 @@ class Helper:
     async def do_postfix_stop(self, request: dict[str, Any]) -> dict[str, Any]:
         """Stop Postfix; harmless if it does not run."""
         await run("systemctl", "stop", "postfix.service")
+        self._disarm()
         return {}
 
     async def do_postfix_running(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -219,6 +265,27 @@ class Helper:
             log.warning("connection closed: %s", error)
         finally:
             writer.close()
+
+
+def _left(until: object) -> float:
+    """Return the seconds until ``until``; HelperError if there are none, or far too many."""
+    if not isinstance(until, (int, float)):
+        raise HelperError("until must be a time on CLOCK_BOOTTIME in seconds")
+    left = until - time.clock_gettime(time.CLOCK_BOOTTIME)
+    if not 0.005 <= left <= 60:
+        raise HelperError(f"the right to open the ports ends in {left:.3f} s")
+    return left
+
+
+def _write(files: Sequence[Path]) -> None:
+    for path in files:
+        # O_NOFOLLOW: the directories belong to others.
+        number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            os.pwrite(number, f"{time.time():.3f}\n".encode(), 0)
+            os.fdatasync(number)
+        finally:
+            os.close(number)
 
 
 def _queue_ids(request: dict[str, Any]) -> Sequence[str]:

@@ -47,6 +47,7 @@ class PeerLink:
         self._hello = hello
         self._epoch = epoch
         self._idle: list[Connection] = []
+        self._busy: set[Connection] = set()
         self._slots = asyncio.Semaphore(MAX_CONNECTIONS)
         self.peer: PeerIdentity | None = None
 
@@ -71,12 +72,14 @@ class PeerLink:
         try:
             async with asyncio.timeout(timeout) as limit, self._slots:
                 connection = await self._connection()
+                self._busy.add(connection)
                 exchange = Exchange(connection, limit)
                 try:
                     request = {"op": op, "epoch": self._epoch(), "args": args}
                     await connection.write(frames.encode_json(FrameType.REQUEST, request))
                     yield exchange
                 finally:
+                    self._busy.discard(connection)
                     if exchange.finished and connection.usable:
                         self._idle.append(connection)
                     else:
@@ -122,6 +125,12 @@ class PeerLink:
             connection.close()
             raise
         return connection
+
+    def cut(self) -> None:
+        """Drop all connections: what waits for a peer that was found dead fails now."""
+        self.reset()
+        for connection in self._busy:
+            connection.close()
 
     def reset(self) -> None:
         """Drop the idle connections, for example of a peer that was found dead."""

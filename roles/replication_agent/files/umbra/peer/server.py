@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any
 
 from prometheus_client import Counter
@@ -73,6 +73,7 @@ class PeerServer:
         self._check_epoch = check_epoch
         self._handlers = handlers
         self._tasks: set[asyncio.Task[None]] = set()
+        self._running: dict[asyncio.Task[Any], str] = {}
         self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
@@ -85,6 +86,12 @@ class PeerServer:
             ssl=self._identity.server,
             ssl_handshake_timeout=HELLO_TIMEOUT,
         )
+
+    def break_off(self, operations: Collection[str]) -> None:
+        """End what runs of these operations; the other side sees them as failed."""
+        for task, op in self._running.items():
+            if op in operations:
+                task.cancel()
 
     async def stop(self) -> None:
         """Close the listener and cancel what runs; clients see their exchanges as failed."""
@@ -165,8 +172,15 @@ class PeerServer:
             handler = self._handlers.get(op)
             if handler is None:
                 raise PeerError("refused", f"unknown operation {op!r}")
-            await self._check_epoch(peer.node, op, epoch)
-            answer = await handler(peer, args, exchange)
+            task = asyncio.current_task()
+            assert task is not None
+            # Before the check, so that no change of role can come between.
+            self._running[task] = op
+            try:
+                await self._check_epoch(peer.node, op, epoch)
+                answer = await handler(peer, args, exchange)
+            finally:
+                del self._running[task]
             # Only a drained exchange leaves the connection at a frame boundary of the next one.
             if not exchange.finished:
                 async with asyncio.timeout(DRAIN_TIMEOUT):

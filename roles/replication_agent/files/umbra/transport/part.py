@@ -96,6 +96,9 @@ class _Face:
     async def shadow_failed(self, peer: str, reason: str) -> None:
         await self._group.shadow_failed(peer, reason)
 
+    def may_acknowledge(self, epoch: int, holders: Collection[str]) -> bool:
+        return self._group.may_acknowledge(epoch, holders)
+
     def begin_work(self) -> AbstractContextManager[None]:
         return self._group.messages.begin()
 
@@ -217,6 +220,10 @@ class Messages:
     def held(self) -> tuple[int, int]:
         """Return (messages, bytes) that are held for other nodes; at most a second old."""
         return self._held
+
+    def alone(self) -> int:
+        """Return how many messages are here only, or not taken over yet; at most a second old."""
+        return self._own
 
     # -- enough copies, too much load
 

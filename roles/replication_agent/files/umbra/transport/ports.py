@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -50,6 +50,10 @@ class Group(Protocol):
 
     async def shadow_failed(self, peer: str, reason: str) -> None:
         """Take ``peer`` out of :meth:`shadows`, durably, before returning. Raises NotPrimary."""
+        ...
+
+    def may_acknowledge(self, epoch: int, holders: Collection[str]) -> bool:
+        """Return whether what ``holders`` have stored under ``epoch`` may be acknowledged."""
         ...
 
     def begin_work(self) -> AbstractContextManager[None]:

@@ -161,6 +161,7 @@ class _Message:
         self._first = True
         self._resubmission: Resubmission | None = None
         self._alone_here = False
+        self._holders: Collection[str] = ()
         self._copy: ShadowWriter | None = None
         self._delivery: asyncio.Task[None] | None = None
 
@@ -202,12 +203,8 @@ class _Message:
                     await self._deliver()
                 else:
                     await self._delivery
-                refusal = self._group.accepting()
-                # A drain (421) waits for what has come so far; anything else ends this node's right
-                # to acknowledge.
-                if self._group.epoch != self._epoch or (
-                    refusal is not None and refusal.code != 421
-                ):
+                # A drain waits for what has come so far, so it may be acknowledged.
+                if not self._group.may_acknowledge(self._epoch, self._holders):
                     raise _Refused(DEMOTED, "the epoch or the role changed meanwhile")
             except _Refused as refused:
                 self.abort()
@@ -349,6 +346,7 @@ class _Message:
             writer = self._writer(envelope)
         try:
             failed = await self._send(peers, writer, envelope)
+            self._holders = {peer.name for peer in peers} - failed.keys()
             for peer in peers:
                 # Also where it failed: it may have arrived, and will have to be discarded.
                 self._shadowing.discarder.add(

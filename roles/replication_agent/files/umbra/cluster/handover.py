@@ -1,0 +1,216 @@
+"""A planned change of primary in a group with a witness, and an operator's promotion.
+
+On the primary: prepare, drain, close and flush as with the static coordinator; then the candidate
+is told who has to get what is left of the queue, and the key is handed over. From that moment the
+key alone decides: whoever holds it opens by itself. If it was never handed over, this node opens
+again.
+
+The candidate keeps what it was told in memory. If it dies before it has opened, it asks the
+mailboxes instead, as after any failover.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from umbra.cluster import protocol as p
+from umbra.cluster.driver import OPEN_PHASES
+from umbra.cluster.group import now
+from umbra.cluster.machine import NotNow
+from umbra.cluster.quorum import QuorumGroup
+from umbra.cluster.state import Change
+from umbra.cluster.switchover import (
+    CHANGES_TIMEOUT,
+    HANDOVER_TIMEOUT,
+    MESSAGES_TIMEOUT,
+    Mailboxes,
+    Messages,
+    Refused,
+    Steps,
+    Switchover,
+)
+from umbra.config import Config
+from umbra.node.client import NodeHelper
+from umbra.peer.exchange import Exchange, PeerError
+from umbra.peer.identity import PeerIdentity
+from umbra.peer.server import Handler
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What the former primary has told before it handed over."""
+
+    by: str
+    epoch: int
+    remaining: Mapping[str, Sequence[str]]
+
+
+class Handover(Switchover):
+    """Both ends of a planned change, and an operator's word, by the key."""
+
+    def __init__(
+        self,
+        config: Config,
+        group: QuorumGroup,
+        helper: NodeHelper,
+        messages: Messages,
+        mailboxes: Mailboxes,
+    ) -> None:
+        super().__init__(config, group, helper, messages, mailboxes)
+        self._quorum = group
+        self._given: _Given | None = None
+        group.on_promotion = self._promoted
+
+    def handlers(self) -> dict[str, Handler]:
+        """Return the operations of the peer link."""
+        return {**super().handlers(), "handover-finish": self._handle_finish}
+
+    # -- the primary's end
+
+    async def _change(self, to: str, steps: Steps) -> Change:
+        group, quorum = self._group, self._quorum
+        await quorum.switch(to)
+        began = time.monotonic()
+        try:
+            remaining = await self._emptied(to, steps)
+            change = Change(group.state.node, to, now(), planned=True)
+            rows = [{"queue_id": key, "recipients": list(left)} for key, left in remaining.items()]
+            async with group.links[to].exchange(
+                "handover", {"epoch": group.epoch + 1}, timeout=HANDOVER_TIMEOUT
+            ) as exchange:
+                await exchange.send_lines(rows)
+                await exchange.result()
+            covered = self._messages.covered(to)
+            await quorum.give_up(to)
+        except BaseException:
+            await self._take_back()
+            raise
+        self._messages.gave_up()
+        try:
+            link = group.links[to]
+            answer = await link.request(
+                "handover-finish", {"epoch": group.epoch}, timeout=HANDOVER_TIMEOUT
+            )
+            log.info("%s opened within %.3f s of its word", to, float(answer["seconds"]))
+        except (PeerError, KeyError, TypeError, ValueError) as error:
+            log.warning("%s has the key, but has not said that it is open: %s", to, error)
+        change = replace(change, outage_s=round(time.monotonic() - began, 4))
+        await quorum.changed(change)
+        steps.done("hand over")
+        await self._tidy(covered & remaining.keys(), remaining.keys() - covered)
+        steps.done("tidy")
+        return change
+
+    async def _emptied(self, to: str, steps: Steps) -> Mapping[str, Sequence[str]]:
+        """Bring what is in flight to its end; return what is left of the queue."""
+        group = self._group
+        if not await group.messages.idle(MESSAGES_TIMEOUT):
+            raise Refused(f"a message was still coming in after {MESSAGES_TIMEOUT:g} s; try again.")
+        steps.done("drain")
+        await asyncio.gather(
+            self._helper.ports_close(), self._helper.kick(), self._helper.postfix_stop()
+        )
+        steps.done("close")
+        if not await group.changes.idle(CHANGES_TIMEOUT):
+            raise Refused(
+                f"a mailbox change was still under way after {CHANGES_TIMEOUT:g} s; try again."
+            )
+        if not (group.state.protected and group.state.peers[to].complete):
+            raise Refused(f"{to} was lost on the way: {'; '.join(group.reasons())}.")
+        remaining = await self._remaining()
+        steps.done("flush")
+        return remaining
+
+    async def _take_back(self) -> None:
+        """Open again, unless the key is another's: what is pending resolves itself."""
+        group = self._group
+        group.switching = False
+        if group.is_primary():
+            await self._helper.postfix_start()
+        self._quorum.reopen()
+
+    # -- the candidate's end
+
+    async def handle_handover(
+        self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+    ) -> dict[str, Any]:
+        """Handler of ``handover``: note who has to get what is left, for the epoch to come."""
+        try:
+            epoch = int(args["epoch"])
+            remaining = {
+                str(row["queue_id"]): [str(name) for name in row["recipients"]]
+                async for row in exchange.receive_lines()
+            }
+        except (KeyError, TypeError, ValueError) as error:
+            raise PeerError("protocol", f"a handover that makes no sense: {error!r}") from None
+        self._given = _Given(peer.node, epoch, remaining)
+        return {}
+
+    async def _handle_finish(
+        self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+    ) -> dict[str, Any]:
+        """Handler of ``handover-finish``: the key has changed; answer when this node is open."""
+        began = time.monotonic()
+        self._quorum.driver.note(p.Nudged())
+        epoch = args.get("epoch")
+        done = await self._quorum.driver.until(
+            lambda: self._group.is_primary() and self._group.epoch == epoch, HANDOVER_TIMEOUT
+        )
+        if not done:
+            raise PeerError("timeout", f"{self._group.state.node} is not open yet")
+        return {"seconds": time.monotonic() - began}
+
+    async def _promoted(self, epoch: int, former: str | None) -> Collection[str]:
+        """Take over what the former primary left, before this node serves."""
+        given, self._given = self._given, None
+        if (
+            given is not None
+            and self._quorum.planned
+            and (given.by, given.epoch) == (former, epoch)
+        ):
+            await self._mailboxes.resume(given.by, epoch)
+            await self._messages.take_over(given.by, given.remaining)
+            return (given.by,)
+        for origin in self._group.links:
+            await self._messages.take_over(origin, None)
+        return ()
+
+    # -- the operator's word
+
+    async def failover(self, *, accept_loss: bool) -> dict[str, Any]:
+        """Promote this shadow although nobody can prove that nothing is lost."""
+        group = self._group
+        known = self._quorum.driver.state.known
+        old = known.holder if known is not None else None
+        if old == group.state.node:
+            raise Refused(f"{old} holds the role already.")
+        if old is not None and group.answers(old):
+            state = group.statuses.get(old, {}).get("state")
+            if state in OPEN_PHASES:
+                raise Refused(f"{old} answers and is {state}; use switchover, or cut it off first.")
+        if not accept_loss:
+            raise Refused("say --accept-loss if what only the lost primary has may be lost.")
+        try:
+            await self._quorum.force()
+        except (NotNow, OSError) as error:
+            raise Refused(f"{error}.") from None
+        return {"changed": True, "from": old, "to": group.state.node, "epoch": group.epoch}
+
+    def loss(self) -> dict[str, Any]:
+        """Return what an operator's promotion of this node may lose, as far as it knows."""
+        return self._quorum.loss()
+
+    async def open_by_force(self) -> dict[str, Any]:
+        """Make the key that the coordinator has lost, with this node as primary."""
+        try:
+            await self._quorum.make_key()
+        except (NotNow, OSError) as error:
+            raise Refused(f"{error}.") from None
+        return {"changed": True, "epoch": self._group.epoch}

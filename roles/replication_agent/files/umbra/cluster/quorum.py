@@ -1,0 +1,848 @@
+"""The node's place in a group with a witness: what ``protocol`` decides, in the words of ``Group``.
+
+The parts ask the same questions as of a group with the static coordinator. The answers come from
+the protocol's state, which the driver keeps, and the host is kept in step with it:
+
+* The ports are a lease that ends with the right to act: the kernel closes them then, whatever
+  becomes of this process.
+* A node that begins to act first takes over what the former primary left, and leaves every peer
+  behind that it cannot prove to have everything; only then does it open.
+* A peer is waited for from ``Join`` on, and counts as protected when the coordinator says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from umbra.api.report import Check
+from umbra.cluster import protocol as p
+from umbra.cluster.driver import OPEN_PHASES, Coordinator, Driver
+from umbra.cluster.etcd import boottime
+from umbra.cluster.group import PRIMARY_OPERATIONS, Group, now
+from umbra.cluster.machine import Event, NotNow
+from umbra.cluster.state import Change, Durable, Mode, PeerView, Phase, Role, State
+from umbra.cluster.static import StateFile
+from umbra.cluster.work import DOVECOT, POSTFIX, Server, Work
+from umbra.config import Config
+from umbra.node.client import NodeHelper
+from umbra.node.helper import HelperError
+from umbra.peer.exchange import Exchange, PeerError
+from umbra.peer.identity import PeerIdentity
+from umbra.peer.link import PeerLink
+from umbra.peer.server import Handler
+from umbra.transport.ports import NotPrimary, Refusal
+from umbra.transport.store import StoreError
+
+log = logging.getLogger(__name__)
+
+# A wish that the coordinator has not written down after so long (seconds) is refused for now.
+WRITE_DOWN = 10.0
+RETRY_PAUSE = 0.5
+TEND_PAUSE, IDLE_PAUSE = 1.0, 3.0
+VOTERS_PAUSE = 1.0
+# What a peer says it is when it can be brought into the protected set.
+BEHIND = (p.Phase.SYNCING, p.Phase.READY, p.Phase.REJOINING)
+# What only a primary asks for, of one that is not.
+GUARDED = PRIMARY_OPERATIONS | {"unmirrored", "remove-copies"}
+# Whoever is asked these says what it knows, whatever the epoch.
+FREE_OPERATIONS = frozenset({"status", "renew", "nudge", "handover-finish"})
+
+Promoted = Callable[[int, str | None], Awaitable[Collection[str]]]
+
+
+class QuorumGroup(Group):
+    """The node in a redundancy group with a witness.
+
+    Beside what ``Group`` asks for, its maker sets ``control``, links to the peers of which nothing
+    but renewals make use; ``break_off``, which ends what peers have asked for as primary; and
+    ``on_promotion``, called with the epoch and the former primary's name before this node serves
+    under a new epoch; it takes over what that one left and returns the peers that have all that
+    this node has.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        states: StateFile,
+        helper: NodeHelper,
+        coordinator: Coordinator,
+        *,
+        clock: Callable[[], float] = boottime,
+    ) -> None:
+        self._coordinator = coordinator
+        self._clock = clock
+        self.control: dict[str, PeerLink] = {}
+        self.break_off: Callable[[Collection[str]], None] = lambda operations: None
+        self.on_promotion: Promoted = _nobody
+        self._disk = asyncio.Lock()
+        self._waited: set[str] = set()
+        self._kept: set[str] = set()
+        self._why: dict[str, str] = {}
+        self._former: str | None = None
+        self._outage_from: float | None = None
+        self._entitled_at: float | None = None
+        self.planned = False
+        self._ready = 0
+        self._ever_open = False
+        self._handed_over = False
+        self._lease_error = ""
+        self._silent_voters: list[str] = []
+        self._shut_done = False
+        self._opening: asyncio.Task[None] | None = None
+        self._opening_lock = asyncio.Lock()
+        self._lease_due = asyncio.Event()
+        self._booted = clock()
+        super().__init__(config, states, helper)
+        self._tend_pause = TEND_PAUSE
+        timing = self.driver.config.timing
+        self.work = Work(
+            self._prove,
+            lambda began: self.driver.note(p.Worked(began)),
+            self._servers,
+            clock,
+            interval=timing.work / 3,
+            timeout=timing.work,
+        )
+
+    def _load(self) -> State:
+        config = self._config
+        durable = self._states.load()
+        if durable is None:
+            # The inventory's role counts this once: who is primary makes the key if there is none.
+            durable = Durable(
+                storage_id=secrets.token_hex(8), epoch=0, role=Role(config.role),
+                mode=Mode.PROTECTED, since=now(), acted=0,
+            )  # fmt: skip
+            self._states.save(durable)
+        elif durable.acted is None:
+            log.warning("epochs begin anew: the group had the static coordinator before")
+            durable = replace(durable, epoch=0, acted=0, handing_to=None, offered=0)
+            self._states.save(durable)
+        self._durable = durable
+        settings = config.coordinator
+        self.driver = Driver(
+            p.Config(
+                node=config.node,
+                site=config.site,
+                peers={peer.name: peer.site for peer in config.peers},
+                timing=p.PROFILES[settings.profile],
+                policy=settings.policy,
+                preference=settings.preference,
+                initial=durable.role is Role.PRIMARY,
+            ),
+            p.Durable(durable.storage_id, durable.epoch, durable.acted or 0),
+            key=f"umbra/{config.group}/primary",
+            coordinator=self._coordinator,
+            save=self._save,
+            renew=self._renew,
+            nudge=self._nudge,
+            changed=self._stepped,
+            clock=self._clock,
+        )
+        self._opened = durable.acted or 0
+        return self._projected({})
+
+    # -- what the other parts ask
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that every request of this node carries."""
+        return self.driver.state.durable.epoch
+
+    def is_primary(self) -> bool:
+        """Whether this node may acknowledge anything now."""
+        return self._ready == self.epoch and self.driver.may_act()
+
+    def may_acknowledge(self, epoch: int, holders: Collection[str]) -> bool:
+        """Return whether what was begun under ``epoch`` may be acknowledged now.
+
+        Who joins has what it lacks noted, and does not become protected before it has that.
+        """
+        stored_by = {*holders, *self.driver.state.joining}
+        return self._ready == epoch and self.driver.may_acknowledge(epoch, stored_by)
+
+    def synchronous(self) -> Sequence[str]:
+        """Return the peers that must have each message and change before it is acknowledged."""
+        if not self.state.serving:
+            return ()
+        return sorted(self._waited | p.required(self.driver.state))
+
+    async def shadow_failed(self, peer: str, reason: str) -> None:
+        """A shadow did not take a message: go on without it, by the coordinator's word."""
+        await self._leave(peer, f"a message was not taken: {reason}")
+
+    async def mirror_failed(self, peer: str, reason: str, *, lost: bool = True) -> None:
+        """A mailbox change is only here: go on without the peer, by the coordinator's word."""
+        await self._leave(peer, reason, keep=not lost)
+
+    def accepting(self) -> Refusal | None:
+        """Return why no new message is taken now, or None."""
+        if self.state.phase is Phase.PRIMARY and not self.is_primary():
+            return Refusal(451, "4.3.2", "This host may not act as primary at this moment")
+        return super().accepting()
+
+    def reasons(self) -> list[str]:
+        """Return why the group is not protected, as far as this node knows; empty when it is."""
+        state = self.driver.state
+        found = []
+        if self.state.serving:
+            found = super().reasons()
+        else:
+            if state.phase in OPEN_PHASES:
+                found.append(f"{state.node} takes over what is left and opens")
+            elif state.phase not in BEHIND:
+                found.append(f"{state.node} is {state.phase}: {state.cause}")
+            if self.effect_error:
+                found.append(self.effect_error)
+        if self.work.error and self._servers():
+            found.append(self.work.error)
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the status says of the coordinator and of this node's place in it."""
+        state, settings = self.driver.state, self._config.coordinator
+        known = state.known
+        return {
+            "coordinator": "etcd",
+            "state": state.phase
+            if self.state.serving or state.phase not in OPEN_PHASES
+            else p.Phase.PROMOTING,
+            "cause": state.cause,
+            "profile": settings.profile,
+            "policy": settings.policy,
+            "preference": settings.preference,
+            "paused": known is not None and known.paused,
+            "holder": known.holder if known else None,
+            "protected_set": sorted(m.node for m in known.protected) if known else [],
+            "shut": self._shut_done,
+        }
+
+    def checks(self) -> Sequence[Check]:
+        """Return the findings of the coordinator."""
+        driver = self.driver
+        answered = driver.coordinator_answered
+        age = None if answered is None else round(self._clock() - answered, 3)
+        bound = driver.config.timing.silence
+        known = driver.state.known
+        text = "The coordinator has not answered yet"
+        if age is not None:
+            text = f"The coordinator answered {age:.1f} s ago"
+        if driver.coordinator_error:
+            text += f": {driver.coordinator_error}"
+        paused = known is not None and known.paused
+        silent = self._silent_voters
+        return [
+            Check(
+                "voters", not silent, len(silent), 0,
+                f"Not healthy: {', '.join(silent)}." if silent else "All voters are healthy.",
+            ),
+            Check("coordinator", age is not None and age <= bound, age, bound, f"{text}."),
+            Check(
+                "automatic failover", not paused, "paused" if paused else "on", "on",
+                "Automatic failover is paused; umbractl unpause ends that."
+                if paused else "Automatic failover is on.",
+            ),
+        ]  # fmt: skip
+
+    # -- steps of the protocol
+
+    async def apply(self, event: Event) -> State:
+        """Refuse: what the static coordinator decides is the protocol's business here."""
+        raise NotNow(f"{type(event).__name__} is for a group without a coordinator")
+
+    def _stepped(self, old: p.State, new: p.State) -> None:
+        """Keep the rest of the agent in step; called by the driver, between disk and network."""
+        if _answers(old) and not _answers(new):
+            # From now on no primary is answered, also not one whose request came before.
+            self.break_off(GUARDED)
+        if new.known is not None and _new_holder(old, new):
+            self._former = old.known.holder if old.known else None
+            self.planned = new.known.mode is p.Mode.HANDOVER
+            self._outage_from = None if self.planned else old.heard
+        left = p.required(old) - p.required(new)
+        opens = new.phase in OPEN_PHASES and old.phase not in OPEN_PHASES
+        closes = old.phase in OPEN_PHASES and new.phase not in OPEN_PHASES
+        if closes:
+            self._ready = 0
+            self._waited.clear()
+            self._kept.clear()
+        lost = sorted(left & self._waited - self._kept)
+        self._waited -= set(lost)
+        peers = dict(self.state.peers)
+        for name in lost:
+            reason = self._why.setdefault(name, "it did not answer in time")
+            # Until its next heartbeat; whoever is dead must not be waited for again.
+            peers[name] = replace(peers.get(name, PeerView()), reachable=False, reason=reason)
+        self.state = self._projected(peers)
+        if (old.phase, old.cause) != (new.phase, new.cause) or old.known != new.known:
+            self._tell(new)
+            self._changed.set()
+            self._lease_due.set()
+        if opens:
+            self._opening = asyncio.create_task(self._open(), name="opening")
+        if closes:
+            self.on_demotion()
+        for name in lost:
+            self.links[name].cut()
+            self.on_lost(name, self._why[name])
+        entitled = new.known is not None and p.entitled(new, new.known)
+        if entitled:
+            self._entitled_at = self._clock()
+        if new.durable.acted and not _holds(new) and entitled:
+            # It gave its role away and has all that the new primary has.
+            self._handed_over = True
+            self.driver.note(p.Reconciled())
+
+    def _tell(self, state: p.State) -> None:
+        known = state.known
+        key = f"{known.holder} {known.mode}, epoch {known.epoch}" if known else "no key"
+        log.warning("state: %s (%s); the key: %s", state.phase, state.cause, key)
+
+    def _projected(self, peers: Mapping[str, PeerView]) -> State:
+        """Return the protocol's state in the words that the other parts know."""
+        state = self.driver.state
+        known = state.known
+        mine = known is not None and _holds(state) and known.epoch == state.durable.epoch
+        role = Role.PRIMARY if mine else Role.SHADOW
+        members = {member.node for member in known.protected} if known else set()
+        copies = self._config.mailbox.mirror_copies
+        mode = Mode.PROTECTED if len(members) >= copies else Mode.ALONE
+        waited = self._waited | p.required(state)
+        return State(
+            node=state.node,
+            durable=replace(
+                self._durable,
+                epoch=state.durable.epoch,
+                acted=state.durable.acted,
+                role=role,
+                mode=mode,
+                merged=self._is_merged(),
+            ),
+            phase=self._phase(),
+            peers={
+                name: replace(
+                    view,
+                    synchronous=mine and name in waited,
+                    complete=mine and name in members and name in waited,
+                )
+                for name, view in peers.items()
+            },
+            alone_reason="; ".join(
+                f"{name}: {why}" for name, why in self._why.items() if name not in waited
+            )
+            or "the copies are compared",
+            held_reason=state.cause,
+            copies=copies,
+        )
+
+    def _phase(self) -> Phase:
+        """Return what the host has to look like."""
+        state = self.driver.state
+        match state.phase:
+            case p.Phase.PRIMARY | p.Phase.DRAINING if self._ready != self.epoch:
+                return Phase.STARTING
+            case p.Phase.PRIMARY:
+                return Phase.PRIMARY
+            case p.Phase.DRAINING:
+                return Phase.DRAINING
+            case p.Phase.STARTING | p.Phase.FENCED if self._within_lease():
+                # The agent has just started; the lease of the one before it may still run, and
+                # cutting clients for that would be a pity.
+                return Phase.STARTING
+            case p.Phase.STARTING:
+                return Phase.HELD
+            case p.Phase.FENCED | p.Phase.PROMOTING | p.Phase.DEMOTING:
+                return Phase.HELD
+            case _ if state.known is None:
+                return Phase.HELD
+            case _:
+                return Phase.SHADOW
+
+    def _within_lease(self) -> bool:
+        began = self._clock() < self._booted + self.driver.config.timing.hold
+        return began and not self._ever_open and self.driver.state.durable.acted > 0
+
+    def _is_merged(self) -> bool:
+        state = self.driver.state
+        if state.durable.acted and state.known is not None and not _holds(state):
+            return p.entitled(state, state.known)
+        return self._durable.merged
+
+    def _show(self) -> None:
+        self.state = self._projected(self.state.peers)
+
+    # -- the disk
+
+    async def _save(self, durable: p.Durable) -> None:
+        state = self.driver.state
+        mine = state.known is not None and _holds(state) and state.known.epoch == durable.epoch
+        role = Role.PRIMARY if mine else Role.SHADOW
+        if durable.epoch == 0:
+            role = self._durable.role
+        async with self._disk:
+            old = self._durable
+            since = old.since if role is old.role else now()
+            merged = old.merged or (self._handed_over and not durable.acted)
+            await self._write(
+                replace(
+                    old, epoch=durable.epoch, acted=durable.acted, role=role, since=since,
+                    merged=merged,
+                )
+            )  # fmt: skip
+            self._handed_over = False
+
+    async def _write(self, durable: Durable) -> None:
+        await asyncio.to_thread(self._states.save, durable)
+        self._durable = durable
+
+    async def merged(self) -> None:
+        """Note that the primary has brought its mailboxes and this node's together, durably."""
+        async with self._disk:
+            await self._write(replace(self._durable, merged=True))
+        await self.driver.take(p.Reconciled())
+        self._show()
+
+    # -- peers
+
+    async def heard_from(self, peer: str, status: Mapping[str, Any], *, answered: bool) -> None:
+        """Note what a peer says of itself. PeerError ``protocol`` if it makes no sense."""
+        if status.get("coordinator") != "etcd":
+            raise PeerError(
+                "protocol",
+                f"{peer} has another coordinator; replication_agent_coordinator must be the same on"
+                " all nodes of a group",
+            )
+        try:
+            word, role = p.Phase(status["state"]), Role(status["role"])
+            epoch, storage = int(status["epoch"]), str(status["storage_id"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise PeerError(
+                "protocol", f"{peer} sent a status that makes no sense: {error!r}"
+            ) from None
+        # One that has not shut its services may still get mail that only it has.
+        behind = word in BEHIND and status.get("shut") is True
+        old = self.state.peers.get(peer, PeerView())
+        view = PeerView(
+            reachable=old.reachable or answered,
+            epoch=epoch,
+            role=role,
+            phase=Phase.SHADOW if behind else Phase.HELD,
+            storage_id=storage,
+            reason="" if answered else old.reason,
+        )
+        self.statuses[peer] = dict(status)
+        if answered:
+            self.heard[peer] = time.monotonic()
+        self.state = self._projected({**self.state.peers, peer: view})
+        if (view.phase, view.epoch, view.reachable) != (old.phase, old.epoch, old.reachable):
+            self._changed.set()
+        known = self.driver.state.known
+        if known is not None and epoch > known.epoch:
+            self.driver.note(p.Nudged())
+
+    async def peer_silent(self, peer: str, reason: str) -> None:
+        """Note that ``peer`` answers no heartbeat; what follows of it, renewals decide."""
+        old = self.state.peers.get(peer, PeerView())
+        view = replace(old, reachable=False, reason=reason)
+        self.state = self._projected({**self.state.peers, peer: view})
+
+    async def check_epoch(self, peer: str, op: str, epoch: int) -> None:
+        """Refuse an operation of a superseded node, and whatever a primary asks of another one."""
+        if op in FREE_OPERATIONS:
+            return
+        if op in GUARDED:
+            refused = await self.driver.asked(peer, epoch, renewal=False)
+            if refused is not None:
+                code = "stale-epoch" if epoch < self.epoch else "refused"
+                raise PeerError(code, refused)
+        elif epoch < self.epoch:
+            raise PeerError(
+                "stale-epoch", f"epoch {epoch} of {peer} is over; here it is {self.epoch}"
+            )
+
+    def handlers(self) -> dict[str, Handler]:
+        """Return the protocol's own operations of the peer link."""
+        return {"renew": self._handle_renew, "nudge": self._handle_nudge}
+
+    async def _handle_renew(
+        self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+    ) -> dict[str, Any]:
+        epoch = args.get("epoch")
+        if not isinstance(epoch, int) or epoch < 1:
+            raise PeerError("protocol", "a renewal needs an epoch")
+        refused = await self.driver.asked(peer.node, epoch, renewal=True)
+        durable = self.driver.state.durable
+        return {"refused": refused, "epoch": durable.epoch, "storage": durable.storage}
+
+    async def _handle_nudge(
+        self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+    ) -> dict[str, Any]:
+        self.driver.note(p.Nudged())
+        return {}
+
+    async def _renew(self, peer: str, epoch: int) -> Mapping[str, Any]:
+        timing = self.driver.config.timing
+        link = self.control[peer]
+        try:
+            return await link.request("renew", {"epoch": epoch}, timeout=timing.miss)
+        except PeerError:
+            link.reset()
+            raise
+
+    async def _nudge(self, peer: str) -> None:
+        await self.control[peer].request("nudge", {}, timeout=self.driver.config.timing.call)
+
+    # -- who is waited for
+
+    async def _leave(self, peer: str, reason: str, *, keep: bool = False) -> None:
+        """Go on without ``peer``, by the coordinator's word.
+
+        NotPrimary if nothing may be acknowledged without it.
+
+        :param keep: messages still go to it.
+        """
+        driver = self.driver
+        if not driver.may_act():
+            raise NotPrimary(f"{self.state.node} is {driver.state.phase}")
+        if peer in driver.members() or (not keep and peer in driver.state.joining):
+            self._why[peer] = reason
+            if keep and peer in self._waited:
+                self._kept.add(peer)
+            try:
+                await driver.take(p.Lost(peer))
+                gone = await driver.until(
+                    lambda: peer not in driver.members() or not driver.may_act(), WRITE_DOWN
+                )
+            finally:
+                self._kept.discard(peer)
+            if not gone:
+                raise NotPrimary("the coordinator does not answer, so nobody can be left behind")
+            if keep and peer in self._waited and driver.may_act():
+                await driver.take(p.Join(peer, self.state.peers[peer].storage_id))
+        if not driver.may_act():
+            raise NotPrimary(f"{self.state.node} is {driver.state.phase}")
+
+    def _lacks(self, peer: str) -> bool:
+        known = self.driver.state.known
+        return known is None or peer not in {member.node for member in known.protected}
+
+    async def _join(self, peer: str) -> None:
+        view = self.state.peers.get(peer)
+        if not self.is_primary() or view is None or not view.reachable:
+            raise NotNow(f"{peer} cannot be waited for: {view.reason if view else 'not heard of'}")
+        self._waited.add(peer)
+        await self.driver.take(p.Join(peer, view.storage_id))
+        if peer not in self.driver.state.joining:
+            self._waited.discard(peer)
+            raise NotNow(f"{peer} cannot be waited for: {self.driver.state.phase}")
+        self._show()
+
+    async def _protect(self, peer: str) -> None:
+        driver = self.driver
+        join = driver.state.joining.get(peer)
+        if join is None:
+            raise NotNow(f"{peer} was lost while it caught up")
+        await driver.take(p.Complete(peer, join.since))
+        await driver.until(
+            lambda: not self._lacks(peer) or peer not in driver.state.joining, WRITE_DOWN
+        )
+        if self._lacks(peer):
+            raise NotNow(f"the coordinator has not written down that {peer} is protected")
+        self._why.pop(peer, None)
+        self._show()
+
+    async def _drop(self, peer: str, reason: str) -> None:
+        self._why[peer] = reason
+        await self.driver.take(p.Lost(peer))
+        self._waited.discard(peer)
+        self._show()
+
+    async def leaves(self, phase: Phase, seconds: float) -> bool:
+        """Wait until this node is no longer in ``phase``; False if it still is after so long."""
+        return await self.driver.until(lambda: self.state.phase is not phase, seconds)
+
+    async def complete_within(self, peer: str, seconds: float) -> bool:
+        """Wait until this primary is protected and ``peer`` has everything; False if it is late."""
+        return await self.driver.until(
+            lambda: self.state.protected and self.state.peers[peer].complete, seconds
+        )
+
+    # -- an operator's word
+
+    async def pause(self, on: bool) -> bool:
+        """Turn automatic changes off or on, by the coordinator's word; False if it was so."""
+
+        def done() -> bool:
+            known = self.driver.state.known
+            return known is not None and known.paused is on
+
+        if done():
+            return False
+        await self._wish(p.Pause(on))
+        if not await self.driver.until(done, WRITE_DOWN):
+            raise NotNow(f"the coordinator does not write it down: {self._trouble()}")
+        return True
+
+    async def switch(self, to: str) -> None:
+        """Take no new work, for a planned change."""
+        await self._wish(p.Switch(to))
+        self._show()
+
+    async def give_up(self, to: str) -> None:
+        """Give the key to ``to``: nothing is in flight any more. NotNow if it is still here."""
+        state = self.driver.state
+        if state.switching != to:
+            seconds = self.driver.config.timing.silence
+            raise NotNow(f"the drain took over {seconds:g} s and was given up")
+        epoch = self.epoch
+        await self.driver.take(p.Drained())
+
+        def decided() -> bool:
+            state = self.driver.state
+            return not _holds(state) or (state.switching is None and not state.pending)
+
+        known = await self.driver.until(decided, WRITE_DOWN)
+        if known and not _holds(self.driver.state) and self.epoch > epoch:
+            return
+        raise NotNow(
+            f"{state.node} keeps the role: the coordinator has not written the change down"
+            if known
+            else f"it is not known whether {to} has the key now, since the coordinator does not"
+            " answer; the one that has it opens by itself"
+        )
+
+    async def force(self) -> None:
+        """Become primary by an operator's word; returns when this node serves."""
+        await self._wish(p.Force())
+        silence = self.driver.config.timing.silence
+        if not await self.driver.until(self.is_primary, WRITE_DOWN + 2 * silence):
+            state = self.driver.state
+            raise NotNow(
+                f"{state.node} is {state.phase}: {state.cause}; it goes on trying until its agent"
+                f" is restarted. The coordinator: {self._trouble()}"
+            )
+
+    async def make_key(self) -> None:
+        """Make the key that the coordinator has lost, by an operator's word, with this node first.
+
+        NotNow if there is one.
+        """
+        state = self.driver.state
+        if not state.absent or state.known is not None:
+            raise NotNow(f"{state.node} is {state.phase}: {state.cause}")
+        epoch = state.durable.epoch + 1
+        record = p.Record(state.node, state.durable.storage, epoch, p.Mode.ALONE)
+        await self.driver.write(0, record)
+        silence = self.driver.config.timing.silence
+        if not await self.driver.until(self.is_primary, WRITE_DOWN + 2 * silence):
+            raise NotNow(f"{state.node} is {self.driver.state.phase}: {self._trouble()}")
+
+    async def _wish(self, event: p.Event) -> None:
+        try:
+            await self.driver.take(event)
+        except p.NotNow as error:
+            raise NotNow(str(error)) from None
+
+    def _trouble(self) -> str:
+        return self.driver.coordinator_error or "it answers"
+
+    def loss(self) -> dict[str, Any]:
+        """Return what a promotion of this node by an operator may lose.
+
+        ``messages``, ``changes`` and ``seconds`` as this node last heard them; None is not known.
+        """
+        state = self.driver.state
+        known = state.known
+        if known is None:
+            return {"certain": False, "messages": None, "changes": None, "seconds": None}
+        if p.entitled(state, known):
+            return {"certain": True, "messages": 0, "changes": 0, "seconds": 0.0}
+        said = self.statuses.get(known.holder, {})
+        lag = said.get("lag", {}).get(state.node)
+        at = self._entitled_at
+        return {
+            "certain": False,
+            "messages": said.get("alone_messages"),
+            "changes": None if lag is None else int(lag[0]),
+            "seconds": None if at is None else round(self._clock() - at, 1),
+        }
+
+    def reopen(self) -> None:
+        """Look at ports and Postfix at once."""
+        self._changed.set()
+        self._lease_due.set()
+
+    # -- keeping the host in step
+
+    async def run(self) -> None:
+        """Run the protocol and keep the host in step; runs until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self.driver.run(), name="protocol")
+                tasks.create_task(self.tend())
+                tasks.create_task(self._lease(), name="lease of the ports")
+                tasks.create_task(self.work.run(), name="proof of work")
+                tasks.create_task(self._watch_voters(), name="voters")
+        finally:
+            if self._opening is not None:
+                self._opening.cancel()
+                await asyncio.gather(self._opening, return_exceptions=True)
+
+    def _servers(self) -> Sequence[Server]:
+        """Return who has to greet. Postfix is stopped by ourselves while this node is closed."""
+        if self.state.phase is Phase.PRIMARY and not self.switching:
+            return (POSTFIX, DOVECOT)
+        if _holds(self.driver.state) or self._prepared_until > time.monotonic():
+            return (DOVECOT,)
+        return ()
+
+    async def _watch_voters(self) -> None:
+        """Notice a voter that is down, which nothing else feels."""
+        while True:
+            silent = await self._coordinator.silent()
+            for voter in sorted(set(silent) ^ set(self._silent_voters)):
+                log.warning("voter %s is %s", voter, "away" if voter in silent else "back")
+            self._silent_voters = silent
+            await asyncio.sleep(VOTERS_PAUSE)
+
+    async def _prove(self) -> None:
+        if self._lease_error:
+            raise HelperError(self._lease_error)
+        await self._helper.prove()
+
+    async def prepare(self, seconds: float) -> None:
+        """Start Postfix behind closed ports, for a handover that is expected within ``seconds``."""
+        await super().prepare(seconds)
+        self.work.at_once()
+
+    async def _open(self) -> None:
+        """Begin to act: take over, leave behind whom that needs, open."""
+        async with self._opening_lock:
+            epoch = self.epoch
+            while epoch == self.epoch and self.driver.may_act():
+                try:
+                    await self._open_under(epoch)
+                    return
+                except NotPrimary as error:
+                    log.warning("this node does not open yet: %s", error)
+                except (StoreError, PeerError, OSError) as error:
+                    log.error("this node does not open yet: %s", error)
+                    self.effect_error = str(error)
+                await asyncio.sleep(RETRY_PAUSE)
+
+    async def _open_under(self, epoch: int) -> None:
+        whole: Collection[str] = ()
+        first = self._opened != epoch
+        started = asyncio.create_task(self._helper.postfix_start())
+        try:
+            if first:
+                whole = await self.on_promotion(epoch, self._former)
+                self._opened = epoch
+            self._waited |= set(whole)
+            for peer in sorted(self.driver.members() - set(whole)):
+                # It may lack what this node did while its agent was dead or its right had ended.
+                await self._leave(peer, "the agent has just started and compares the copies")
+        finally:
+            await started
+        if epoch != self.epoch or not self.driver.may_act():
+            raise NotPrimary("the right to act has ended meanwhile")
+        self._ready, self._ever_open, self._was_serving = epoch, True, True
+        self._prepared_until = 0.0
+        self._queue_held = self._shut_done = False
+        self._show()
+        self._changed.set()
+        await self._renew_lease()
+        self.work.at_once()
+        if first and self._former is not None:
+            outage = None
+            if self._outage_from is not None:
+                outage = round(self._clock() - self._outage_from, 4)
+            await self.changed(
+                Change(self._former, self.state.node, now(), planned=self.planned, outage_s=outage)
+            )
+        self.driver.note(p.Tick())
+        self.on_opening()
+
+    async def changed(self, change: Change) -> None:
+        """Note the last change of primary, durably."""
+        async with self._disk:
+            await self._write(replace(self._durable, last_change=change))
+        self._show()
+
+    async def _lease(self) -> None:
+        """Hold the ports open for as long as the right to act runs, and no longer."""
+        was_open = False
+        while True:
+            self._lease_due.clear()
+            try:
+                is_open = self.is_primary() and self.state.phase is Phase.PRIMARY
+                if is_open and not self.switching:
+                    await self._renew_lease()
+                elif was_open and not is_open:
+                    await self._helper.ports_close()
+                was_open = is_open
+                self._lease_error = ""
+            except HelperError as error:
+                # A node that cannot open its ports does not serve: without a proof another will.
+                if self.is_primary():
+                    log.error("%s", error)
+                    self._lease_error = str(error)
+            try:
+                async with asyncio.timeout(self.driver.config.timing.beat):
+                    await self._lease_due.wait()
+            except TimeoutError:
+                pass
+
+    async def _renew_lease(self) -> None:
+        until = self.driver.right_until()
+        if until <= self._clock():
+            return
+        timing = self.driver.config.timing
+        taken_over = until - timing.hold + timing.silence  # another node may act from then on
+        await self._helper.ports_open_until(self._config.fence.ports, until, taken_over)
+        if not self.is_primary() or self.state.phase is not Phase.PRIMARY:  # changed meanwhile
+            await self._helper.ports_close()
+
+    async def _enforce(self) -> None:
+        phase = self.state.phase
+        self._tend_pause = TEND_PAUSE if phase is Phase.PRIMARY else IDLE_PAUSE
+        if phase is Phase.PRIMARY:
+            if not self.switching:
+                await self._keep_postfix()
+            return
+        await super()._enforce()
+        if phase is Phase.SHADOW and self.state.phase is Phase.SHADOW and self._queue_held:
+            self._shut_done = True
+
+
+async def _nobody(epoch: int, former: str | None) -> Collection[str]:
+    return ()
+
+
+def _holds(state: p.State) -> bool:
+    known = state.known
+    return known is not None and (known.holder, known.storage) == (
+        state.node,
+        state.durable.storage,
+    )
+
+
+def _answers(state: p.State) -> bool:
+    """Whether this node answers a primary: not one that holds the key, or has asked for it."""
+    return not any(record.holder == state.node for record in p.possible(state))
+
+
+def _new_holder(old: p.State, new: p.State) -> bool:
+    """Whether this node has just become the holder, under another epoch than before."""
+    was = old.known
+    return (
+        _holds(new)
+        and new.known is not None
+        and (was is None or was.holder != new.node or was.epoch < new.known.epoch)
+    )

@@ -1,0 +1,111 @@
+"""Proof that this node can do its work: without a recent one it claims no right to act.
+
+The disks of mail and queue have just taken a write, and Postfix and Dovecot have just greeted. A
+disk that stalls, a server that hangs: then nothing comes back, and the age of the last proof tells.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+log = logging.getLogger(__name__)
+
+# port, what the server says first, what ends the session politely
+POSTFIX = (25, b"220", b"QUIT\r\n")
+DOVECOT = (143, b"* OK", b"a LOGOUT\r\n")
+ADDRESS = "127.0.0.1"
+Server = tuple[int, bytes, bytes]
+
+
+async def greeting(port: int, expected: bytes, goodbye: bytes) -> None:
+    """Return when the local server has greeted. OSError if it says something else."""
+    reader, writer = await asyncio.open_connection(ADDRESS, port)
+    try:
+        line = await reader.readline()
+        if not line.startswith(expected):
+            raise OSError(f"port {port} answered {line[:80]!r}")
+        writer.write(goodbye)
+        await writer.drain()
+        await reader.readline()
+    finally:
+        writer.close()
+
+
+class Work:
+    """Proves it again and again.
+
+    :param disks: writes to the disks of mail and queue; OSError if that fails.
+    :param proven: told when a proof that succeeded began, on ``clock``.
+    :param servers: which servers have to greet; empty if this node has to prove nothing now.
+    :param interval: seconds between proofs.
+    :param timeout: seconds after which a proof counts for nothing any more.
+    """
+
+    def __init__(
+        self,
+        disks: Callable[[], Awaitable[None]],
+        proven: Callable[[float], None],
+        servers: Callable[[], Sequence[Server]],
+        clock: Callable[[], float],
+        *,
+        interval: float,
+        timeout: float,
+        greet: Callable[[int, bytes, bytes], Awaitable[None]] = greeting,
+    ) -> None:
+        self._disks = disks
+        self._proven = proven
+        self._servers = servers
+        self._clock = clock
+        self._interval = interval
+        self._timeout = timeout
+        self._greet = greet
+        self._now = asyncio.Event()
+        self.error = ""
+
+    def at_once(self) -> None:
+        """Prove it now, whatever the interval."""
+        self._now.set()
+
+    async def run(self) -> None:
+        """Prove it until cancelled."""
+        while True:
+            if servers := self._servers():
+                await self._prove(servers)
+            try:
+                async with asyncio.timeout(self._interval):
+                    await self._now.wait()
+            except TimeoutError:
+                pass
+            self._now.clear()
+
+    async def _prove(self, servers: Sequence[Server]) -> None:
+        began = self._clock()
+        try:
+            async with asyncio.timeout(self._timeout), asyncio.TaskGroup() as tasks:
+                tasks.create_task(_whole(self._disks()))
+                for server in servers:
+                    tasks.create_task(_whole(self._greet(*server)))
+        except TimeoutError:
+            self._failed(f"disks or servers did not answer within {self._timeout:g} s")
+            return
+        except ExceptionGroup as errors:
+            found = [error for error in errors.exceptions if isinstance(error, OSError)]
+            if len(found) < len(errors.exceptions):
+                raise
+            self._failed("; ".join(str(error) for error in found))
+            return
+        if self.error:
+            log.info("this node can do its work")
+        self.error = ""
+        self._proven(began)
+
+    def _failed(self, reason: str) -> None:
+        if not self.error:
+            log.warning("this node cannot prove that it can do its work: %s", reason)
+        self.error = reason
+
+
+async def _whole(work: Awaitable[None]) -> None:
+    await work

@@ -1,0 +1,479 @@
+"""A group with a witness: the driver, the group and the handover, with a fake world around them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.unit.cluster.quorum_field import TIMING, D, Field, play
+
+from umbra.cluster import protocol as p
+from umbra.cluster.switchover import Refused
+from umbra.peer.exchange import Exchange, PeerError
+from umbra.peer.identity import PeerIdentity
+from umbra.transport.ports import NotPrimary
+
+Play = Callable[..., None]
+
+
+@pytest.fixture
+def group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Play:
+    def start(scenario: Callable[[Field], Awaitable[None]], **settings: object) -> None:
+        play(monkeypatch, tmp_path, scenario, **settings)  # type: ignore[arg-type]
+
+    return start
+
+
+def test_a_new_group_opens_and_becomes_protected(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        record = field.register.record
+        assert (record.holder, record.mode) == ("a", p.Mode.PROTECTED)
+        assert {member.node for member in record.protected} == {"b"}
+        assert field.a.group.may_acknowledge(1, {"b"})
+        assert not field.a.group.may_acknowledge(1, ())
+        assert not field.b.group.may_acknowledge(1, {"a"})
+        assert field.b.group.accepting() is not None
+
+    group(scenario)
+
+
+def test_a_lost_primary_is_replaced_and_returns_as_a_shadow(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        field.a.host.queue_ids = {"Q1": "deferred", "Q2": "maildrop"}
+        await field.a.power_cut()
+        took = await field.until(lambda: field.b.serves, 2 * D)
+        assert D - TIMING.beat <= took <= D + 0.7
+        assert field.b.parts.taken == [("a", None)]
+        assert field.b.broken_off
+        assert field.register.record.mode is p.Mode.ALONE
+        change = field.b.group.state.durable.last_change
+        assert change is not None
+        assert (change.old, change.new, change.planned) == ("a", "b", False)
+        assert change.outage_s is not None
+        assert change.outage_s <= took + TIMING.beat
+        field.a.start()
+        await field.protected(field.b)
+        assert field.a.host.held == ["Q1"]
+        assert not field.a.host.postfix
+        assert field.a.group.driver.state.durable.acted == 0  # merged with the new primary's
+        await field.b.power_cut()
+        await field.until(lambda: field.a.serves, 2 * D)
+        assert field.a.group.epoch == 3
+
+    group(scenario)
+
+
+def test_the_ports_are_never_open_for_longer_than_the_right(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        assert field.a.host.until <= field.a.group.driver.right_until()
+        field.separate("a", "b")
+        field.register.cut.add("a")
+        await field.until(lambda: field.b.serves, 2 * D)
+        # The watch of the field sees that the two never overlap.
+        await field.until(lambda: field.a.phase is p.Phase.FENCED, 1)
+        with pytest.raises(NotPrimary):
+            await field.a.group.mirror_failed("b", "no answer")
+        field.cut.clear()
+        field.register.cut.clear()
+        await field.protected(field.b)
+
+    group(scenario)
+
+
+def test_a_lost_shadow_makes_the_group_alone_within_a_second_and_a_half(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        await field.b.power_cut()
+        took = await field.until(lambda: field.register.record.mode is p.Mode.ALONE, D)
+        assert took <= TIMING.miss + TIMING.beat + 0.1
+        assert field.a.serves
+        await field.until(lambda: field.a.group.synchronous() == [], 0.1)
+        assert field.a.group.reasons()
+        field.b.start()
+        await field.protected(field.a)
+        assert field.longest_gap < 0.1
+
+    group(scenario)
+
+
+def test_a_message_that_the_shadow_refuses_waits_for_the_word_alone(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        await field.a.group.shadow_failed("b", "its disk is full")
+        assert field.register.record.mode is p.Mode.ALONE
+        assert field.a.group.may_acknowledge(1, ())
+        await field.protected(field.a)
+
+    group(scenario)
+
+
+def test_a_mirror_that_falls_behind_keeps_the_messages_going_to_the_shadow(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        seen: set[tuple[str, ...]] = set()
+
+        async def look() -> None:
+            while True:
+                seen.add(tuple(field.a.group.synchronous()))
+                await asyncio.sleep(0.001)
+
+        looking = asyncio.create_task(look())
+        await field.a.group.mirror_failed("b", "suspended", lost=False)
+        assert field.register.record.mode is p.Mode.ALONE
+        await field.protected(field.a)
+        looking.cancel()
+        assert seen == {("b",)}
+
+    group(scenario)
+
+
+def test_a_coordinator_that_is_away_for_a_minute_changes_nothing(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        revision = field.register.revision
+        field.register.frozen.set()
+        await asyncio.sleep(60)
+        assert field.a.serves
+        assert field.longest_gap < 0.1
+        failed = {check.name for check in field.a.group.checks() if not check.passed}
+        assert failed == {"voters", "coordinator"}
+        field.register.frozen.clear()
+        await asyncio.sleep(5)
+        assert field.register.revision == revision
+
+    group(scenario)
+
+
+def test_without_coordinator_and_shadow_nothing_is_acknowledged_alone(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        field.register.frozen.set()
+        await field.b.power_cut()
+        await field.until(lambda: not field.a.host.open, D)
+        assert not field.a.group.may_acknowledge(1, ())
+        await asyncio.sleep(20)
+        assert not field.a.host.open
+        assert not field.a.host.postfix  # what waits to go out is held
+        field.register.frozen.clear()
+        await field.until(lambda: field.a.serves, 10)
+        assert field.register.record.mode is p.Mode.ALONE
+
+    group(scenario)
+
+
+def test_nodes_that_are_cut_from_each_other_leave_the_primary_alone(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        field.separate("a", "b")
+        await asyncio.sleep(5 * D)
+        assert field.a.serves
+        assert (field.register.record.holder, field.register.record.epoch) == ("a", 1)
+        assert field.longest_gap < 0.1
+        field.cut.clear()
+        await field.protected(field.a)
+
+    group(scenario)
+
+
+def test_one_way_loss_has_one_winner(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        for way in (("a", "b"), ("b", "a")):
+            field.cut = {way}
+            await asyncio.sleep(4 * D)
+            assert field.a.serves
+            field.cut = set()
+            await field.protected(field.a)
+
+    group(scenario)
+
+
+def test_a_swap_without_an_answer_is_found_out(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        field.register.mute = True
+        await field.b.power_cut()
+        await field.until(lambda: field.register.record.mode is p.Mode.ALONE, D)
+        field.register.mute = False
+        await field.until(lambda: field.a.serves and not field.a.group.synchronous(), 1)
+        assert field.longest_gap < 0.5
+        # And in a takeover.
+        field.b.start()
+        await field.protected(field.a)
+        field.register.mute = True
+        await field.a.power_cut()
+        await field.until(lambda: field.b.serves, 2 * D)
+
+    group(scenario)
+
+
+def test_a_slow_coordinator_is_waited_for(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        field.register.delay = 0.3
+        await asyncio.sleep(20)
+        assert field.a.serves
+        await field.a.power_cut()
+        await field.until(lambda: field.b.serves, 2 * D)
+
+    group(scenario)
+
+
+def test_an_agent_that_restarts_in_time_moves_nothing(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        await field.a.crash()
+        await asyncio.sleep(1.0)
+        assert field.a.host.open  # the lease of the one before
+        field.a.start()
+        await field.protected(field.a)
+        assert field.register.record.epoch == 1
+        assert field.a.host.postfix
+
+    group(scenario)
+
+
+def test_both_lose_power_and_the_shadow_returns_first(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        await field.a.power_cut()
+        await field.b.power_cut()
+        field.b.start()
+        await field.until(lambda: field.b.serves, 3 * D)
+        field.a.start()
+        await field.protected(field.b)
+
+    group(scenario)
+
+
+def test_a_shadow_that_returns_after_the_primary_was_alone_never_takes_over(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        await field.b.power_cut()
+        await field.until(lambda: field.register.record.mode is p.Mode.ALONE, D)
+        await field.a.power_cut()
+        field.b.start()
+        await asyncio.sleep(5 * D)
+        assert not field.b.serves
+        field.a.start()
+        await field.protected(field.a)
+
+    group(scenario)
+
+
+def test_both_lose_power_and_the_primary_returns(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        await field.b.power_cut()
+        await field.a.power_cut()
+        field.a.start()
+        await asyncio.sleep(3 * D)
+        # b may have acted; the coordinator says that it has not, and will not.
+        assert field.a.serves
+        assert field.register.record.mode is p.Mode.ALONE
+        field.b.start()
+        await field.protected(field.a)
+
+    group(scenario)
+
+
+def test_a_stalled_disk_ends_the_right_and_the_shadow_takes_over(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        field.a.host.works.clear()
+        took = await field.until(lambda: field.b.serves, 3 * D)
+        assert took <= TIMING.work + D + 1
+        field.a.host.works.set()
+        await field.protected(field.b)
+
+    group(scenario)
+
+
+@pytest.mark.parametrize("queue", [{}, {"Q1": "deferred"}])
+def test_a_switchover_moves_the_primary(group: Play, queue: dict[str, str]) -> None:
+    async def scenario(field: Field) -> None:
+        field.a.host.queue_ids = dict(queue)
+        result = await field.a.handover.run("b", dry_run=False, timeout_s=10)
+        assert (result["changed"], result["to"], result["epoch"]) == (True, "b", 2)
+        assert result["outage_s"] < 1.0
+        assert field.b.serves
+        assert field.b.parts.resumed == ["a"]
+        assert field.b.parts.taken == [("a", {key: ["x@example.org"] for key in queue})]
+        assert not field.a.host.queue_ids
+        await field.protected(field.b, 3)
+        gave = field.a.group.state.durable
+        assert (gave.merged, gave.acted) == (True, 0)
+        change = field.b.group.state.durable.last_change
+        assert change is not None
+        assert change.planned
+        back = await field.b.handover.run("a", dry_run=False, timeout_s=10)
+        assert back["epoch"] == 3
+        await field.protected(field.a, 3)
+        assert field.longest_gap < 1.0
+
+    group(scenario)
+
+
+def test_a_switchover_whose_candidate_dies_is_taken_back(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        async def dies(*_: object) -> dict[str, object]:
+            await field.b.power_cut()
+            raise PeerError("unreachable", "it died")
+
+        field.b.handlers["handover"] = dies
+        with pytest.raises(Refused):
+            await field.a.handover.run("b", dry_run=False, timeout_s=10)
+        await field.until(lambda: field.a.serves, 2 * D)
+        assert field.register.record.epoch == 1
+
+    group(scenario)
+
+
+def test_a_switchover_without_the_coordinator_ends_with_one_primary(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        real = field.b.handlers["handover"]
+
+        async def then_freezes(
+            peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+        ) -> dict[str, Any]:
+            field.register.frozen.set()
+            return await real(peer, args, exchange)
+
+        field.b.handlers["handover"] = then_freezes
+        with pytest.raises(Refused):
+            await field.a.handover.run("b", dry_run=False, timeout_s=10)
+        field.register.frozen.clear()
+        await field.until(lambda: field.a.serves or field.b.serves, 4 * D)
+        await asyncio.sleep(2 * D)
+        await field.until(lambda: field.a.serves or field.b.serves, 4 * D)
+
+    group(scenario)
+
+
+def test_a_pause_stops_a_takeover_and_survives_restarts(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        assert await field.b.group.pause(True)
+        assert not await field.b.group.pause(True)
+        await field.a.power_cut()
+        await asyncio.sleep(4 * D)
+        assert field.b.phase is p.Phase.HELD
+        assert "paused" in field.b.group.reasons()[0]
+        await field.b.crash()
+        field.b.start()
+        await asyncio.sleep(2 * D)
+        assert field.b.group.describe()["paused"]
+        assert await field.b.group.pause(False)
+        await field.until(lambda: field.b.serves, 2 * D)
+
+    group(scenario)
+
+
+def test_a_primary_alone_resumes_after_a_power_cut_while_automatic_failover_is_blocked(
+    group: Play,
+) -> None:
+    async def scenario(field: Field) -> None:
+        await field.a.power_cut()
+        await asyncio.sleep(3 * D)
+        assert not field.b.serves
+        field.a.start()
+        await field.protected(field.a)
+
+    group(scenario, policy=p.Policy.BLOCKED)
+
+
+def test_a_forced_failover_needs_a_person_and_says_what_is_lost(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        await field.b.power_cut()
+        await field.until(lambda: field.register.record.mode is p.Mode.ALONE, D)
+        field.b.start()
+        await field.a.power_cut()
+        await asyncio.sleep(4 * D)
+        assert field.b.phase is p.Phase.SYNCING
+        assert not field.b.handover.loss()["certain"]
+        with pytest.raises(Refused, match="accept-loss"):
+            await field.b.handover.failover(accept_loss=False)
+        result = await field.b.handover.failover(accept_loss=True)
+        assert (result["to"], result["epoch"]) == ("b", 2)
+        assert field.b.serves
+        field.a.start()
+        await field.protected(field.b)
+
+    group(scenario)
+
+
+def test_a_forced_failover_is_refused_while_the_primary_serves(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        with pytest.raises(Refused, match="answers and is primary"):
+            await field.b.handover.failover(accept_loss=True)
+        with pytest.raises(Refused, match="holds the role"):
+            await field.a.handover.failover(accept_loss=True)
+
+    group(scenario)
+
+
+def test_a_superseded_primary_is_refused(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        await field.a.power_cut()
+        await field.until(lambda: field.b.serves, 2 * D)
+        with pytest.raises(PeerError, match="epoch 1 is over") as caught:
+            await field.b.group.check_epoch("a", "shadow-store", 1)
+        assert caught.value.code == "stale-epoch"
+        with pytest.raises(PeerError, match="holds the key"):
+            await field.b.group.check_epoch("a", "shadow-store", 2)
+
+    group(scenario)
+
+
+def test_a_node_whose_disk_is_new_is_not_taken_for_the_one_before(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        await field.b.power_cut()
+        field.b.path.unlink()
+        field.b.start()
+        await field.protected(field.a)
+        (member,) = field.register.record.protected
+        assert member.storage == field.b.group.state.durable.storage_id
+
+    group(scenario)
+
+
+def test_a_disk_that_refuses_the_epoch_ends_the_agent(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        def refuse(*_: object) -> None:
+            raise OSError("the disk refuses")
+
+        field.b.group._states.save = refuse  # type: ignore[method-assign, assignment]
+        await field.a.power_cut()
+        task = field.b._task
+        assert task is not None
+        await asyncio.wait({task}, timeout=3 * D)
+        assert task.done()
+        assert isinstance(task.exception(), ExceptionGroup)
+        assert not field.b.group.is_primary()
+        assert not field.b.host.open
+        field.b.up = False
+
+    group(scenario)
+
+
+def test_a_lost_key_is_made_again_by_a_person_only(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        for node in field.nodes.values():
+            await node.crash()
+        field.register.revision, field.register.value = 0, None
+        for node in field.nodes.values():
+            node.start()
+        await asyncio.sleep(3 * D)
+        assert field.a.phase is field.b.phase is p.Phase.HELD
+        assert "no key" in field.a.group.reasons()[0]
+        await field.a.handover.open_by_force()
+        await field.protected(field.a)
+        assert field.a.group.epoch == 2
+        with pytest.raises(Refused):
+            await field.a.handover.open_by_force()
+
+    group(scenario)
+
+
+def test_three_nodes_one_of_which_is_cut_off(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        c = field.nodes["c"]
+        await c.power_cut()
+        await field.until(lambda: len(field.register.record.protected) == 1, D)
+        assert field.a.serves
+        await field.a.power_cut()
+        await field.until(lambda: field.b.serves, 2 * D)
+        c.start()
+        await field.until(lambda: len(field.register.record.protected) == 1, 20)
+        field.a.start()
+        await field.protected(field.b)
+
+    group(scenario, names="abc")

@@ -1,0 +1,90 @@
+"""Proof of work: what fails, hangs or answers nonsense proves nothing."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from umbra.cluster.work import DOVECOT, POSTFIX, Server, Work, greeting
+
+
+class Host:
+    """Disks and servers, and what was proven of them."""
+
+    def __init__(self) -> None:
+        self.proven: list[float] = []
+        self.disks = asyncio.Event()
+        self.disks.set()
+        self.refuses = False
+        self.wanted: tuple[Server, ...] = (POSTFIX, DOVECOT)
+        self.work = Work(
+            self.prove, self.proven.append, lambda: self.wanted, lambda: 7.0,
+            interval=0.02, timeout=0.1, greet=self.greet,
+        )  # fmt: skip
+
+    async def prove(self) -> None:
+        await self.disks.wait()
+
+    async def greet(self, port: int, expected: bytes, goodbye: bytes) -> None:
+        if self.refuses and port == 25:
+            raise OSError("connection refused")
+
+
+async def watch(host: Host, seconds: float) -> int:
+    host.proven.clear()
+    task = asyncio.create_task(host.work.run())
+    await asyncio.sleep(seconds)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    return len(host.proven)
+
+
+async def test_what_works_is_proven_again_and_again() -> None:
+    host = Host()
+    assert await watch(host, 0.3) > 3
+    assert host.work.error == ""
+
+
+async def test_a_disk_that_stalls_proves_nothing() -> None:
+    host = Host()
+    host.disks.clear()
+    assert await watch(host, 0.3) == 0
+    assert "did not answer within 0.1 s" in host.work.error
+
+
+async def test_a_server_that_is_away_proves_nothing_unless_it_is_stopped_on_purpose() -> None:
+    host = Host()
+    host.refuses = True
+    assert await watch(host, 0.2) == 0
+    assert host.work.error == "connection refused"
+    host.wanted = (DOVECOT,)
+    assert await watch(host, 0.2) > 0
+    host.wanted = ()
+    assert await watch(host, 0.2) == 0
+
+
+@pytest.mark.parametrize("says", [b"220 mail ESMTP\r\n", b"554 no\r\n", b""])
+async def test_only_a_greeting_is_one(says: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(says)
+        if await reader.readline():
+            writer.write(b"221 bye\r\n")
+        writer.close()
+        ended.set()
+
+    ended = asyncio.Event()
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server:
+        if says.startswith(b"220"):
+            await greeting(port, b"220", b"QUIT\r\n")
+        elif says:
+            with pytest.raises(OSError, match="answered"):
+                await greeting(port, b"220", b"QUIT\r\n")
+        else:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.1):
+                    await greeting(port, b"220", b"QUIT\r\n")
+        await ended.wait()
+        await asyncio.sleep(0)
