@@ -334,8 +334,7 @@ class ShadowStore:
     async def room(self) -> int:
         """Return how many bytes new messages still have; under 0, none is taken."""
         [(pages,)] = await self._read("PRAGMA freelist_count", ())
-        disk = await self._in(self._files, lambda: os.statvfs(self._directory))
-        return disk.f_bavail * disk.f_frsize + int(pages) * PAGE_SIZE - self._reserve
+        return await self._in(self._files, lambda: self._left(int(pages) * PAGE_SIZE))
 
     async def claim(
         self, origin: str, remaining: Mapping[str, Sequence[str]] | None, narrow: Narrow
@@ -551,9 +550,18 @@ class ShadowStore:
     async def _in(self, pool: ThreadPoolExecutor, function: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(pool, function)
 
-    def _check_room(self, reusable: int = 0) -> None:
+    def _left(self, reusable: int) -> int:
+        """Return how many bytes there are beside the reserve.
+
+        Of that, what is reusable within the database is half at most: deleting needs room outside
+        it, for the database's log.
+        """
         disk = os.statvfs(self._directory)
-        if disk.f_bavail * disk.f_frsize + reusable < self._reserve:
+        free = disk.f_bavail * disk.f_frsize
+        return min(free + reusable - self._reserve, free - self._reserve // 2)
+
+    def _check_room(self, reusable: int = 0) -> None:
+        if self._left(reusable) < 0:
             raise StoreFull(
                 f"less than {self._reserve >> 20} MiB are free on the disk of the shadow store"
             )
