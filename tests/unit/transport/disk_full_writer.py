@@ -19,7 +19,7 @@ from umbra.transport import discard, ids
 from umbra.transport.store import RESERVE as DEFAULT
 from umbra.transport.store import ShadowStore, State, StoreFull
 
-RESERVE = 4 * 1024 * 1024
+RESERVE = 16 * 1024 * 1024  # over what the log of the database may grow to
 STEP = discard.BATCH * RESERVE // DEFAULT
 
 

@@ -19,11 +19,11 @@ MOUNT = 'mount -t "$0" -o "$1" "$2" "$3" && exec "$4" -m tests.unit.transport.di
 def test_nothing_that_was_acknowledged_is_lost(tmp_path: Path, kind: str) -> None:
     mount, image = tmp_path / "mount", tmp_path / "image"
     mount.mkdir()
-    options = "size=40m"
+    options = "size=72m"
     if kind == "ext4":
         options = "loop"
         with image.open("wb") as file:
-            file.truncate(40 << 20)
+            file.truncate(72 << 20)
         subprocess.run(["mkfs.ext4", "-q", image], check=True)
     # In a mount namespace of its own: whatever happens, nothing stays mounted.
     done = subprocess.run(
