@@ -148,11 +148,15 @@ def messages(imap: Imap, user: str, guid: str, name: bytes) -> list[list[Any]]:
 def sieve(home: str) -> tuple[dict[str, str], str]:
     """The user's scripts by name, as digests, and the active one."""
     folder, link = Path(home, "sieve"), Path(home, ".dovecot.sieve")
-    scripts = {
-        file.stem: hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-        for file in folder.glob("*.sieve")
-    }
-    return scripts, Path(os.readlink(link)).stem if link.is_symlink() else ""
+    while True:
+        try:
+            scripts = {
+                file.stem: hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+                for file in folder.glob("*.sieve")
+            }
+            return scripts, Path(os.readlink(link)).stem if link.is_symlink() else ""
+        except FileNotFoundError:
+            continue  # it went away between two looks: what is there now is asked for
 
 
 def deliver(recipient: str, content: str) -> str:

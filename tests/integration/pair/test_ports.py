@@ -73,7 +73,8 @@ def test_replication_ports_are_on_the_tunnel_only(node: str) -> None:
     outside = probe("client", [(lab.ADDRESSES[node], port) for port in (8686, 8687, 8688, 10026)])
     assert not [answer for answer in outside.values() if answer.startswith("open")]
     through = probe(peer, [(address, 8686), (address, 8687)])
-    assert set(through.values()) == {"open"}
+    # After five seconds of silence the server hangs up and the probe gives up, either one first.
+    assert {answer.strip() for answer in through.values()} == {"open"}
 
 
 @pytest.mark.parametrize("node", lab.NODES)
