@@ -130,7 +130,7 @@ def entrances(settings: t.Mapping[str, str] | None) -> list[Check]:
         return [check("entrances", False, "Postfix's configuration cannot be read.")]
     found = []
     for key, command in settings.items():
-        service, _, field = key.rpartition("/")
+        service, _slash, field = key.rpartition("/")
         if field == "command" and command.split()[:1] == ["smtpd"]:
 
             def effective(name: str, service: str = service) -> str:

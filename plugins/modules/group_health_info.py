@@ -179,7 +179,7 @@ class Host:
             if code != 0:
                 return None
             for line in out.splitlines():
-                name, _, value = line.partition(" =")
+                name, _equals, value = line.partition(" =")
                 found[name.strip()] = value.strip()
         return found
 
