@@ -11,7 +11,6 @@ mailboxes instead, as after any failover.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -25,9 +24,7 @@ from umbra.cluster.machine import NotNow
 from umbra.cluster.quorum import QuorumGroup
 from umbra.cluster.state import Change
 from umbra.cluster.switchover import (
-    CHANGES_TIMEOUT,
     HANDOVER_TIMEOUT,
-    MESSAGES_TIMEOUT,
     Mailboxes,
     Messages,
     Refused,
@@ -107,26 +104,6 @@ class Handover(Switchover):
         await self._tidy(covered & remaining.keys(), remaining.keys() - covered)
         steps.done("tidy")
         return change
-
-    async def _emptied(self, to: str, steps: Steps) -> Mapping[str, Sequence[str]]:
-        """Bring what is in flight to its end; return what is left of the queue."""
-        group = self._group
-        if not await group.messages.idle(MESSAGES_TIMEOUT):
-            raise Refused(f"a message was still coming in after {MESSAGES_TIMEOUT:g} s; try again.")
-        steps.done("drain")
-        await asyncio.gather(
-            self._helper.ports_close(), self._helper.kick(), self._helper.postfix_stop()
-        )
-        steps.done("close")
-        if not await group.changes.idle(CHANGES_TIMEOUT):
-            raise Refused(
-                f"a mailbox change was still under way after {CHANGES_TIMEOUT:g} s; try again."
-            )
-        if not (group.state.protected and group.state.peers[to].complete):
-            raise Refused(f"{to} was lost on the way: {'; '.join(group.reasons())}.")
-        remaining = await self._remaining()
-        steps.done("flush")
-        return remaining
 
     async def _take_back(self) -> None:
         """Open again, unless the key is another's: what is pending resolves itself."""

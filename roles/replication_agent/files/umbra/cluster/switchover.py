@@ -220,23 +220,7 @@ class Switchover:
         await group.apply(machine.Drain())
         began = time.monotonic()
         try:
-            if not await group.messages.idle(MESSAGES_TIMEOUT):
-                raise Refused(
-                    f"a message was still coming in after {MESSAGES_TIMEOUT:g} s; try again."
-                )
-            steps.done("drain")
-            await asyncio.gather(
-                self._helper.ports_close(), self._helper.kick(), self._helper.postfix_stop()
-            )
-            steps.done("close")
-            if not await group.changes.idle(CHANGES_TIMEOUT):
-                raise Refused(
-                    f"a mailbox change was still under way after {CHANGES_TIMEOUT:g} s; try again."
-                )
-            if not (group.state.protected and group.state.peers[to].complete):
-                raise Refused(f"{to} was lost on the way: {'; '.join(group.reasons())}.")
-            remaining = await self._remaining()
-            steps.done("flush")
+            remaining = await self._emptied(to, steps)
             await group.apply(machine.GiveUp(to, now()))
         except BaseException:
             await self._take_back()
@@ -257,6 +241,26 @@ class Switchover:
         await self._tidy(covered & remaining.keys(), remaining.keys() - covered)
         steps.done("tidy")
         return change
+
+    async def _emptied(self, to: str, steps: Steps) -> Mapping[str, Sequence[str]]:
+        """Bring what is in flight to its end; return what is left of the queue."""
+        group = self._group
+        if not await group.messages.idle(MESSAGES_TIMEOUT):
+            raise Refused(f"a message was still coming in after {MESSAGES_TIMEOUT:g} s; try again.")
+        steps.done("drain")
+        await asyncio.gather(
+            self._helper.ports_close(), self._helper.kick(), self._helper.postfix_stop()
+        )
+        steps.done("close")
+        if not await group.changes.idle(CHANGES_TIMEOUT):
+            raise Refused(
+                f"a mailbox change was still under way after {CHANGES_TIMEOUT:g} s; try again."
+            )
+        if not (group.state.protected and group.state.peers[to].complete):
+            raise Refused(f"{to} was lost on the way: {'; '.join(group.reasons())}.")
+        remaining = await self._remaining()
+        steps.done("flush")
+        return remaining
 
     async def _remaining(self) -> Mapping[str, Sequence[str]]:
         """Return who still has to get each message of the queue. Postfix does not run."""

@@ -178,8 +178,7 @@ class CopiesCarrier:
         except DoveadmError as error:
             return SyncResult(Outcome.FAILED, reason=str(error))
         except PeerError as error:
-            lost = error.code in ("unreachable", "stale-epoch", "refused")
-            return SyncResult(Outcome.LOST if lost else Outcome.FAILED, reason=error.text)
+            return SyncResult.of(error)
         finally:
             del self._merging[user]
             event.set()

@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from umbra.peer.exchange import PeerError
+
 SOCKET = Path("/run/dovecot/umbra-doveadm")
 HELLO = b"VERSION\tdoveadm-server\t1\t0\n"
 # One line holds the list of all users: 32 MiB is about half a million of them.
@@ -79,6 +81,12 @@ class SyncResult:
     outcome: Outcome
     state: str | None = None
     reason: str = ""
+
+    @classmethod
+    def of(cls, error: PeerError) -> SyncResult:
+        """Return what a request beside a sync, which the peer did not grant, means for it."""
+        lost = error.code in ("unreachable", "stale-epoch", "refused")
+        return cls(Outcome.LOST if lost else Outcome.FAILED, reason=error.text)
 
 
 def escape(field: str) -> str:

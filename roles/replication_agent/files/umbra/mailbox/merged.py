@@ -137,8 +137,7 @@ class RecordingCarrier:
                         found.count, "; ".join(f"{d.mailbox} {d.what}" for d in found.shown[:5]),
                     )  # fmt: skip
             except PeerError as error:
-                lost = error.code in ("unreachable", "stale-epoch", "refused")
-                return SyncResult(Outcome.LOST if lost else Outcome.FAILED, reason=error.text)
+                return SyncResult.of(error)
             except (DoveadmError, OSError) as error:
                 return SyncResult(Outcome.FAILED, reason=str(error))
         return await self._carrier.sync(user, state, merge=merge)
