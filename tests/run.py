@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Runs test suites and counts what they ran: `tests/run.py lint unit ...`.
 
-Each suite prints as it goes. At the end comes one line for each suite and a last line "N passed,
-N failed". A suite that ran no test has failed, and so has one whose command failed without saying
-which test did.
+Each suite prints as it goes. At the end come what failed, by name, one line for each suite and a
+last line "N passed, N failed". A suite that ran no test has failed, and so has one whose command
+failed without saying which test did.
 """
 
 from __future__ import annotations
@@ -30,6 +30,13 @@ LAST = "witness"
 """The scenario after which the lab's group is no pair without a coordinator any more."""
 LAB = "molecule"
 LIMIT = 1200  # seconds that one command may take
+FAILURE = re.compile(r"^(FAILED |ERROR |CRITICAL |\* \[|fatal: |\[ERROR\]: )")
+"""How a line begins by which pytest, molecule or Ansible names what failed."""
+
+WIDTH, MOST = 300, 8  # how much of a failed command's output the summary shows
+
+failures: list[str] = []
+"""What failed, in the order in which it did; the end of a log is all that some readers see."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,10 @@ def run(command: list[str], log: Path | None = None) -> tuple[int, str]:
     if process.returncode == 124:
         print(f"Stopped: it took more than {LIMIT} s.", flush=True)
     output = "".join(lines)
+    if process.returncode:
+        named = [line for line in lines if FAILURE.match(line)] or lines
+        failures.append(f"$ {' '.join(command)} (exit code {process.returncode})"[:WIDTH])
+        failures.extend(f"  {line.rstrip()[:WIDTH]}" for line in named[-MOST:])
     if log:
         log.write_text(output)
     return process.returncode, output
@@ -224,6 +235,8 @@ def main(names: list[str]) -> int:
     finally:
         if IN_LAB & set(names):
             destroy()
+    if failures:
+        print("\n=== failures ===", *failures, sep="\n")
     print("\n=== summary ===")
     for name, (count, seconds) in results.items():
         none = "  (ran no test)" if count.passed + count.skipped == 0 else ""

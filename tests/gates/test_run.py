@@ -61,3 +61,16 @@ def test_main_fails_when_a_suite_ran_nothing(
     assert capsys.readouterr().out.splitlines()[-1] == "2 passed, 0 failed"
     assert run.main(["some", "empty"]) == 1
     assert capsys.readouterr().out.splitlines()[-1] == "2 passed, 1 failed"
+
+
+def test_the_summary_names_what_failed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "test_no.py").write_text("def test_no():\n    assert not 'kept'\n")
+    monkeypatch.setattr(run, "REPORTS", tmp_path)
+    monkeypatch.setattr(run, "failures", [])
+    monkeypatch.setitem(run.SUITES, "bad", lambda: run.pytest("bad", str(tmp_path)))
+    assert run.main(["bad"]) == 1
+    end = capsys.readouterr().out.partition("=== failures ===")[2]
+    assert "test_no.py::test_no" in end
+    assert end.endswith("0 passed, 1 failed\n")
