@@ -135,6 +135,20 @@ def test_a_burst_to_one_user_shares_syncs(primary: str, shadow: str) -> None:
     assert counted("syncs") - syncs < len(mails)
 
 
+def test_a_change_waits_for_an_agent_that_was_killed(primary: str, shadow: str) -> None:
+    """It is acknowledged by the agent that was started next, not without one."""
+    mark = lab.run(primary, "journalctl -u dovecot -n 0 --show-cursor").split("cursor: ")[1].strip()
+    with lab.imap(primary, USER) as session:
+        lab.run(primary, "systemctl kill --kill-whom=main --signal=KILL umbra-agent")
+        mail, _ = append(session)
+    protected = lab.status(primary)["protected"]
+    assert on(shadow, mail) or not protected
+    log = lab.run(primary, "journalctl -u dovecot --after-cursor %s", mark)
+    assert "did not confirm" not in log
+    lab.wait("the shadow has it", lambda: on(shadow, mail), 60)
+    lab.wait("the group is protected", lambda: lab.status(primary)["protected"], 60)
+
+
 def test_everything_is_equal_on_both_nodes(primary: str, shadow: str) -> None:
     assert lab.contents(shadow) == lab.contents(primary)
     for user in lab.MAILBOXES:
