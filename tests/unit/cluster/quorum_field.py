@@ -88,6 +88,7 @@ class Register:
 
     def __init__(self) -> None:
         self.revision = 0
+        self.cluster = "first"
         self.value: bytes | None = None
         self.frozen = asyncio.Event()
         self.mute = False
@@ -118,7 +119,8 @@ class _View:
 
     async def read(self, key: str) -> Shown:
         sent = await self._reach()
-        return Shown(sent, self._register.revision, self._register.value)
+        register = self._register
+        return Shown(sent, register.revision, register.value, cluster=register.cluster)
 
     async def silent(self) -> list[str]:
         return ["a voter"] if self._register.frozen.is_set() else []
@@ -132,7 +134,7 @@ class _View:
         if register.mute:
             await asyncio.sleep(TIMING.call)
             raise EtcdError("the answer was lost")
-        return Shown(sent, register.revision, register.value, swapped)
+        return Shown(sent, register.revision, register.value, swapped, register.cluster)
 
 
 class Host(NodeHelper):

@@ -128,7 +128,7 @@ async def test_a_swap_of_an_old_revision_shows_what_is_there() -> None:
         await client.swap(KEY, 0, b"one")
         await client.swap(KEY, 8, b"two")
         late = await client.swap(KEY, 8, b"other")
-        assert late == Shown(late.sent, 9, b"two", swapped=False)
+        assert late == Shown(late.sent, 9, b"two", swapped=False, cluster="1")
 
 
 async def test_a_read_goes_round_a_member_that_hangs_and_stays_away_from_it() -> None:

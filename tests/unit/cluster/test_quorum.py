@@ -463,6 +463,99 @@ def test_a_lost_key_is_made_again_by_a_person_only(group: Play) -> None:
     group(scenario)
 
 
+def restored(field: Field, old: bytes | None, revision: int) -> None:
+    """The voters are restored from a snapshot: another cluster, an old key, old revisions."""
+    field.register.cluster = "second"
+    field.register.revision, field.register.value = revision, old
+
+
+def test_a_group_that_runs_goes_on_over_restored_voters_until_a_person_speaks(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        snapshot = field.register.value
+        await field.b.crash()
+        await field.until(lambda: field.register.record.mode is p.Mode.ALONE, D)
+        field.b.start()
+        await field.protected(field.a)
+        await field.a.group.pause(True)
+        epoch = field.a.group.epoch
+        # The key in the snapshot has the same revision by chance.
+        restored(field, snapshot, field.register.revision)
+        await asyncio.sleep(3 * D)
+        assert field.a.serves
+        assert field.a.group.epoch == epoch
+        (check,) = [c for c in field.a.group.checks() if c.name == "coordinator"]
+        assert not check.passed
+        assert "restored" in check.message
+        with pytest.raises(Refused, match="say it there"):
+            await field.b.handover.open_by_force()
+        await field.a.handover.open_by_force()
+        await field.protected(field.a)
+        assert field.a.group.epoch == epoch + 1
+        assert field.register.record.paused
+        assert all(c.passed for c in field.a.group.checks() if c.name == "coordinator")
+
+    group(scenario)
+
+
+def test_a_snapshot_from_before_a_failover_gives_nobody_a_right(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        snapshot, revision = field.register.value, field.register.revision
+        await field.a.power_cut()
+        await field.until(lambda: field.b.serves, 2 * D)
+        await field.b.crash()
+        restored(field, snapshot, revision)
+        field.a.up = True
+        field.a.start()  # it has never heard of the second epoch
+        field.b.start()
+        await asyncio.sleep(4 * D)
+        assert field.a.phase is field.b.phase is p.Phase.HELD
+        assert "a with epoch 1" in field.b.group.reasons()[0]
+        await field.b.handover.open_by_force()
+        await field.protected(field.b)
+        assert field.b.group.epoch == 3
+
+    group(scenario)
+
+
+def test_a_snapshot_cannot_protect_a_shadow_that_was_left_behind(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        snapshot, revision = field.register.value, field.register.revision
+        await field.b.crash()
+        await field.until(lambda: field.register.record.mode is p.Mode.ALONE, D)
+        await field.a.power_cut()
+        restored(field, snapshot, revision)
+        field.b.start()
+        await asyncio.sleep(4 * D)
+        assert field.b.phase is p.Phase.HELD
+
+    group(scenario)
+
+
+def test_the_wrong_node_opened_over_a_snapshot_finds_out_and_the_other_gets_its_word(
+    group: Play,
+) -> None:
+    async def scenario(field: Field) -> None:
+        snapshot, revision = field.register.value, field.register.revision
+        await field.a.power_cut()
+        await field.until(lambda: field.b.serves, 2 * D)
+        restored(field, snapshot, revision)
+        field.separate("a", "b")
+        field.a.up = True
+        field.a.start()
+        await field.until(lambda: field.a.phase is p.Phase.HELD, 2 * D)
+        await field.a.handover.open_by_force()
+        await field.until(lambda: field.register.record.epoch == 2, D)
+        assert not field.b.serves, "alone, it needs the voters"
+        field.cut.clear()
+        await field.a.crash()  # so that b's word is the only one
+        await field.b.handover.open_by_force()
+        field.a.start()
+        await field.protected(field.b)
+        assert field.register.record.epoch == 3
+
+    group(scenario)
+
+
 def test_three_nodes_one_of_which_is_cut_off(group: Play) -> None:
     async def scenario(field: Field) -> None:
         c = field.nodes["c"]

@@ -148,9 +148,9 @@ class Driver:
                 return refused  # it teaches nothing
         return await self.take(p.Asked(peer, epoch, renewal))
 
-    async def write(self, revision: int, record: p.Record) -> None:
+    async def write(self, vacancy: p.Vacancy, record: p.Record) -> None:
         """Write the key by an operator's word, past the rules; the outcome is seen as any other."""
-        await self._swap(revision, record)
+        await self._swap(vacancy.revision, record, vacancy.cluster)
 
     async def until(self, condition: Callable[[], bool], seconds: float) -> bool:
         """Wait until ``condition`` holds; False if it does not after so many seconds."""
@@ -226,7 +226,9 @@ class Driver:
             case p.Read() if self._reading < MAX_READS:
                 self._start(self._read())
             case p.Swap(revision, record):
-                self._start(self._swap(revision, record))
+                vacancy = self.state.vacancy if self.state.known is None else None
+                cluster = vacancy.cluster if vacancy else self.state.cluster
+                self._start(self._swap(revision, record, cluster))
             case p.Nudge(peer):
                 self._start(self._send_nudge(peer))
 
@@ -267,7 +269,7 @@ class Driver:
         finally:
             self._reading -= 1
 
-    async def _swap(self, revision: int, record: p.Record) -> None:
+    async def _swap(self, revision: int, record: p.Record, cluster: str) -> None:
         log.warning(
             "asking for: %s holds epoch %d, %s%s%s",
             record.holder, record.epoch, record.mode,
@@ -276,7 +278,8 @@ class Driver:
             ", paused" if record.paused else "",
         )  # fmt: skip
         try:
-            value = json.dumps(record.to_json(), separators=(",", ":")).encode()
+            row = {**record.to_json(), "cluster": cluster}
+            value = json.dumps(row, separators=(",", ":")).encode()
             self._show(await self._coordinator.swap(self._key, revision, value))
         except EtcdError as error:
             # Committed now, later or never: only a greater revision tells.
@@ -288,13 +291,24 @@ class Driver:
         self.coordinator_error = str(error)
 
     def _show(self, shown: Shown) -> None:
+        record = restored = None
         try:
-            value = None if shown.value is None else p.Record.from_json(json.loads(shown.value))
+            if shown.value is not None:
+                row = json.loads(shown.value)
+                record = p.Record.from_json(row)
+                if row.get("cluster", shown.cluster) != shown.cluster:
+                    record, restored = None, record
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             self._fails(EtcdError(f"the key {self._key} makes no sense: {error!r}"))
+            return
+        seen = p.Seen(shown.sent, shown.revision, record, shown.cluster, restored)
+        if record is None and self.state.known is not None:
+            # To a group that runs this is as good as no answer, until a person says who is primary.
+            self._fails(EtcdError(str(p.Vacancy(shown.cluster, shown.revision, restored))))
+            self.note(seen)
             return
         if self.coordinator_error:
             log.info("the coordinator answers")
         self.coordinator_error = ""
         self.coordinator_answered = shown.sent
-        self.note(p.Seen(shown.sent, shown.revision, value))
+        self.note(seen)

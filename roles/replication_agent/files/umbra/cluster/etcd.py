@@ -35,12 +35,14 @@ class Shown:
     :param sent: when its request was sent, on this host's CLOCK_BOOTTIME, in seconds.
     :param revision: the key's modification revision; 0 if there is no such key.
     :param swapped: this transaction wrote ``value``.
+    :param cluster: id of the cluster: another one after a restore from a snapshot.
     """
 
     sent: float
     revision: int
     value: bytes | None
     swapped: bool = False
+    cluster: str = ""
 
 
 def boottime() -> float:
@@ -185,16 +187,19 @@ class Etcd:
 
 def _shown(answer: Mapping[str, Any], sent: float, value: bytes) -> Shown:
     try:
+        cluster = str(answer["header"]["cluster_id"])
         if answer.get("succeeded"):
             # A transaction's own revision is that of what it wrote.
-            return Shown(sent, int(answer["header"]["revision"]), value, swapped=True)
+            revision = int(answer["header"]["revision"])
+            return Shown(sent, revision, value, swapped=True, cluster=cluster)
         found = answer["responses"][0]["response_range"].get("kvs", [])
         if not found:
-            return Shown(sent, 0, None)
+            return Shown(sent, 0, None, cluster=cluster)
         return Shown(
             sent,
             int(found[0]["mod_revision"]),
             base64.b64decode(found[0].get("value", ""), validate=True),
+            cluster=cluster,
         )
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise EtcdError(f"an answer that makes no sense: {error!r}") from None

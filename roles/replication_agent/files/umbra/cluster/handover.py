@@ -186,6 +186,10 @@ class Handover(Switchover):
 
     async def open_by_force(self) -> dict[str, Any]:
         """Make the key that the coordinator has lost, with this node as primary."""
+        group = self._group
+        for peer in group.links:
+            if group.answers(peer) and group.statuses.get(peer, {}).get("state") in OPEN_PHASES:
+                raise Refused(f"{peer} answers and is primary; say it there.")
         try:
             await self._quorum.make_key()
         except (NotNow, OSError) as error:

@@ -15,6 +15,8 @@ nodes never act at once. The rules, by the names of the functions that hold them
 6. ``Timing.hold``: the right counts from the sending of what was answered, and is shorter than D.
 7. ``proven``: no renewal without a recent proof that the node can do its work.
 8. Only what a committed transaction showed (``Seen``) is decided upon.
+9. A record is believed in the cluster only in which it was written, and never under a lower epoch
+   than this node has seen: what voters have from a snapshot gives nobody a right (``Vacancy``).
 
 What is unresolved counts as possible: a compare-and-set without an answer may be committed now,
 later or never, so the node does only what the known record and all pending ones allow.
@@ -218,8 +220,35 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Vacancy:
+    """The voters have no key to believe: they were made anew, or restored from a snapshot.
+
+    A snapshot does not know what happened after it: its protected shadows may lack something, and
+    its holder may have been replaced. So a person says who is primary.
+
+    :param cluster: the cluster that says so.
+    :param revision: the revision to write over; 0 if there is no key at all.
+    :param restored: what the snapshot says.
+    """
+
+    cluster: str
+    revision: int
+    restored: Record | None
+
+    def __str__(self) -> str:
+        if self.restored is None:
+            return "the coordinator has no key of this group"
+        return (
+            "the voters were restored from a snapshot or made anew, and their key does not count:"
+            f" {self.restored.holder} with epoch {self.restored.epoch}"
+        )
+
+
+@dataclass(frozen=True)
 class State:
     """Everything that decisions are made of.
+
+    :param cluster: in which ``known`` was seen.
 
     :param revision: of ``known`` in the coordinator; 0 while there is no key.
     :param read_sent: when the last request was sent whose answer showed ``known``.
@@ -235,7 +264,8 @@ class State:
     known: Record | None = None
     revision: int = 0
     read_sent: float = NEVER
-    absent: bool = False
+    cluster: str = ""
+    vacancy: Vacancy | None = None
     pending: frozenset[Record] = frozenset()
     asked_at: float = NEVER
     beat_at: float = NEVER
@@ -274,11 +304,17 @@ class Nudged:
 
 @dataclass(frozen=True)
 class Seen:
-    """A committed transaction, sent at ``sent``, showed this record (None: there is no key)."""
+    """A committed transaction, sent at ``sent``, showed this record (None: there is no key).
+
+    :param cluster: the cluster that showed it.
+    :param restored: a record that was written in another cluster, instead of ``record``.
+    """
 
     sent: float
     revision: int
     record: Record | None
+    cluster: str = ""
+    restored: Record | None = None
 
 
 @dataclass(frozen=True)
@@ -524,7 +560,8 @@ def silent_enough(config: Config, state: State, now: float) -> bool:
 
 def entitled(state: State, record: Record) -> bool:
     """Whether this node has everything that was acknowledged (rule 3)."""
-    return Member(state.node, state.durable.storage) in record.protected
+    member = Member(state.node, state.durable.storage)
+    return member in record.protected and record.epoch >= state.durable.epoch
 
 
 def hindrance(config: Config, record: Record, wall: float) -> str | None:
@@ -656,7 +693,13 @@ def _asked(state: State, event: Asked, now: float, effects: list[Effect]) -> Sta
 def _seen(config: Config, state: State, seen: Seen, now: float, effects: list[Effect]) -> State:
     record = seen.record
     if record is None:
-        return replace(state, absent=state.known is None)
+        return replace(state, vacancy=Vacancy(seen.cluster, seen.revision, seen.restored))
+    if state.known is not None and seen.cluster != state.cluster:
+        # These voters count from a person's word on, which is over what this node has known. The
+        # former ones have lost their quorum for good, and with it what was pending there.
+        if record.epoch <= state.known.epoch:
+            return replace(state, vacancy=Vacancy(seen.cluster, seen.revision, record))
+        state = replace(state, revision=0, pending=frozenset())
     if seen.revision < state.revision:
         return state  # an answer that was overtaken
     read_sent = max(state.read_sent, seen.sent)
@@ -667,7 +710,7 @@ def _seen(config: Config, state: State, seen: Seen, now: float, effects: list[Ef
     # Whatever was pending was asked over an older revision: it is this record, or void.
     state = replace(
         state, known=record, revision=seen.revision, read_sent=read_sent, pending=frozenset(),
-        absent=False, asked_at=NEVER, beat_at=NEVER,
+        cluster=seen.cluster, vacancy=None, asked_at=NEVER, beat_at=NEVER,
     )  # fmt: skip
     if state.switching and not (_holds(state) and _names(record) & {state.switching}):
         state = replace(state, switching=None, drained=False)
@@ -803,7 +846,7 @@ def _wish(config: Config, state: State, now: float, wall: float) -> Record | Non
     known = state.known
     if known is None:
         # Rule 8 holds for the first record too: the coordinator has said that there is no key.
-        if state.absent and config.initial and not state.durable.epoch:
+        if _never_was(config, state):
             return Record(config.node, state.durable.storage, 1, Mode.ALONE)
         return None
     wish = None
@@ -827,6 +870,12 @@ def _wish(config: Config, state: State, now: float, wall: float) -> Record | Non
     if wish is None and state.pause is not None and state.pause is not known.paused:
         wish = replace(known, paused=state.pause)
     return wish
+
+
+def _never_was(config: Config, state: State) -> bool:
+    """Whether this node is to make the key of a new group."""
+    vacant = state.vacancy is not None and state.vacancy.restored is None
+    return vacant and config.initial and not state.durable.epoch
 
 
 def _takes_over(config: Config, state: State, known: Record, now: float) -> bool:
@@ -861,8 +910,8 @@ def _wish_of_holder(config: Config, state: State, known: Record, now: float) -> 
 def _phase(config: Config, state: State, now: float, wall: float) -> tuple[Phase, str]:
     known = state.known
     if known is None:
-        if state.absent and (state.durable.epoch or not config.initial):
-            return Phase.HELD, "the coordinator has no key of this group"
+        if state.vacancy is not None and not _never_was(config, state):
+            return Phase.HELD, str(state.vacancy)
         return Phase.STARTING, "the key has not been seen yet"
     if known.holder != state.node:
         return _phase_of_shadow(config, state, known, now, wall)
@@ -890,6 +939,11 @@ def _phase_of_shadow(
     if not entitled(state, known):
         if state.durable.acted:
             return Phase.REJOINING, f"{known.holder} took over from epoch {state.durable.acted}"
+        if known.epoch < state.durable.epoch:
+            return (
+                Phase.SYNCING,
+                f"the key is of epoch {known.epoch}; {state.durable.epoch} is over it",
+            )
         return Phase.SYNCING, f"{known.holder} has not taken this node into the protected set"
     if silent_enough(config, state, now):
         reason = hindrance(config, known, wall)

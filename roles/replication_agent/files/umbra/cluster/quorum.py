@@ -631,16 +631,30 @@ class QuorumGroup(Group):
     async def make_key(self) -> None:
         """Make the key that the coordinator has lost, by an operator's word, with this node first.
 
-        NotNow if there is one.
+        Also one that runs on what it has known: it is closed until nobody can have a right under
+        that any more. NotNow if there is a key.
         """
         state = self.driver.state
-        if not state.absent or state.known is not None:
+        vacancy = state.vacancy
+        if vacancy is None:
             raise NotNow(f"{state.node} is {state.phase}: {state.cause}")
-        epoch = state.durable.epoch + 1
-        record = p.Record(state.node, state.durable.storage, epoch, p.Mode.ALONE)
-        await self.driver.write(0, record)
+        # A pause outlives this, and so does the count of changes.
+        last = state.known or vacancy.restored
+        record = p.Record(
+            state.node,
+            state.durable.storage,
+            max(state.durable.epoch, last.epoch if last else 0) + 1,
+            p.Mode.ALONE,
+            paused=last is not None and last.paused,
+            automatic=last.automatic if last else (),
+        )
+        await self.driver.write(vacancy, record)
         silence = self.driver.config.timing.silence
-        if not await self.driver.until(self.is_primary, WRITE_DOWN + 2 * silence):
+
+        def done() -> bool:
+            return self.epoch >= record.epoch and self.is_primary()
+
+        if not await self.driver.until(done, WRITE_DOWN + 2 * silence):
             raise NotNow(f"{state.node} is {self.driver.state.phase}: {self._trouble()}")
 
     async def _wish(self, event: p.Event) -> None:
