@@ -1,0 +1,1 @@
+"""Makes a host a voter of a cluster that runs already."""
