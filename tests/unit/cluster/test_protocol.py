@@ -202,6 +202,27 @@ def test_a_combination_that_is_not_safe_is_refused(change: dict[str, float]) -> 
     assert replace(TIMING, **change).findings(0.04)
 
 
+@pytest.mark.parametrize(
+    ("name", "fits", "not_any_more"),
+    [("lan-fast", 75, 76), ("default", 100, 101), ("wan", 125, 126)],
+)
+def test_a_profile_has_a_longest_round_trip(name: str, fits: int, not_any_more: int) -> None:
+    assert not p.profile_findings(name, fits / 1000)
+    assert p.profile_findings(name, not_any_more / 1000)
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "advice"),
+    [(80, "Set replication_agent_profile to default."), (110, "to wan."), (200, "to static")],
+)
+def test_a_profile_that_does_not_fit_is_answered_with_one_that_does(
+    milliseconds: int, advice: str
+) -> None:
+    (sentence,) = p.profile_findings("lan-fast", milliseconds / 1000)
+    assert sentence.startswith(f"Profile lan-fast: the round trip of {milliseconds} ms is over")
+    assert advice in sentence
+
+
 NAMES = st.text("abcxyz.-", min_size=1, max_size=8)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tests.unit.cluster.quorum_field import TIMING, D, Field, play
 
+from umbra.api.report import Check
 from umbra.cluster import protocol as p
 from umbra.cluster.switchover import Refused
 from umbra.peer.exchange import Exchange, PeerError
@@ -459,6 +460,23 @@ def test_a_lost_key_is_made_again_by_a_person_only(group: Play) -> None:
         assert field.a.group.epoch == 2
         with pytest.raises(Refused):
             await field.a.handover.open_by_force()
+
+    group(scenario)
+
+
+def test_a_line_that_has_become_too_long_for_the_profile_is_told(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        def check() -> Check:
+            return next(c for c in field.a.group.checks() if c.name == "round trip")
+
+        await asyncio.sleep(30)
+        assert check().passed
+        assert check().value < 0.01
+        field.delay = 0.12
+        await asyncio.sleep(60)
+        assert not check().passed
+        assert "The round trip to b is 120" in check().message
+        assert "Set replication_agent_profile to wan." in check().message
 
     group(scenario)
 

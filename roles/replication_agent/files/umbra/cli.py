@@ -409,6 +409,9 @@ def _print_status(report: dict[str, Any]) -> None:
             policy = f"; policy {node['policy']}" if node["policy"] not in ("", "automatic") else ""
             if node["cause"]:
                 console.print(Text(f"  {node['node']}: {node['state']}: {node['cause']}{policy}"))
+    for check in report["checks"]:
+        if not check["passed"]:
+            console.print(Text(f"check {check['name']}: {check['message']}"))
     change = report["last_switchover"]
     if change:
         outage = f", outage {change['outage_s']:.3f} s" if change["outage_s"] is not None else ""

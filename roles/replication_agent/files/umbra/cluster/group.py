@@ -13,6 +13,7 @@ import asyncio
 import functools
 import logging
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -123,6 +124,7 @@ class Group:
         self._catching_up: dict[str, asyncio.Task[None]] = {}
         self.effect_error = ""
         self.statuses: dict[str, dict[str, Any]] = {}
+        self.round_trips: dict[str, deque[float]] = {}
         self.heard: dict[str, float] = {}
         self._was_serving = False
         self._tend_pause = config.fence.hold / 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from umbra.peer.identity import PeerIdentity
 from umbra.peer.link import PeerLink
 
 log = logging.getLogger(__name__)
+
+SAMPLES = 60
 
 NodeStatus = Callable[[], dict[str, Any]]
 
@@ -31,6 +34,9 @@ async def watch(link: PeerLink, group: Group, status: NodeStatus, timing: Heartb
         sent = time.monotonic()
         try:
             answer = await link.request("status", status(), timeout=timing.timeout)
+            group.round_trips.setdefault(link.name, deque(maxlen=SAMPLES)).append(
+                time.monotonic() - sent
+            )
             await group.heard_from(link.name, answer, answered=True)
             answered = sent
             if lost:

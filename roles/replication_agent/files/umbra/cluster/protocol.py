@@ -144,6 +144,16 @@ class Timing:
     work: float
     stagger: float
 
+    @property
+    def round_trip(self) -> float:
+        """The longest round trip between hosts that this is safe for.
+
+        One lost answer leaves no shadow behind (two beats and a round trip are over before
+        ``miss``), and a transaction fits into its time-out: from a voter that does not lead to the
+        leader, to a majority and back is two round trips, and another member may have to be asked.
+        """
+        return min(self.miss - 2 * self.beat, self.call / 4)
+
     def findings(self, round_trip: float) -> list[str]:
         """Return why this is not safe or not sound for a round trip of so many seconds."""
         found = []
@@ -151,10 +161,11 @@ class Timing:
             found.append(f"hold {self.hold:g} s is not 0.7 to 0.8 of silence {self.silence:g} s.")
         if self.miss + 2 * self.call > self.silence:
             found.append("a primary could not go alone before its shadow takes over.")
-        if self.miss < 2 * self.beat + round_trip:
-            found.append(f"one lost answer within {self.miss:g} s would leave the shadow behind.")
-        if self.call < 4 * round_trip:
-            found.append(f"{self.call:g} s is too short for a transaction over {round_trip:g} s.")
+        if round_trip > self.round_trip:
+            found.append(
+                f"the round trip of {1000 * round_trip:.0f} ms is over the"
+                f" {1000 * self.round_trip:.0f} ms that it is safe for."
+            )
         return found
 
 
@@ -163,6 +174,20 @@ PROFILES: Mapping[str, Timing] = {
     "default": Timing(2.5, 1.9, 1.2, 0.4, 0.4, 2.5, 0.8),
     "wan": Timing(6.0, 4.5, 3.0, 1.0, 0.5, 5.0, 1.5),
 }
+
+
+def profile_findings(name: str, round_trip: float) -> list[str]:
+    """Return why a profile does not fit a measured round trip (seconds), and which would."""
+    found = PROFILES[name].findings(round_trip)
+    if not found:
+        return []
+    fits = [other for other, timing in PROFILES.items() if not timing.findings(round_trip)]
+    advice = (
+        f"Set replication_agent_profile to {fits[0]}."
+        if fits
+        else "No profile fits; set replication_agent_coordinator to static, or find a shorter line."
+    )
+    return [f"Profile {name}: {finding} {advice}" for finding in found]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import statistics
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -46,6 +47,7 @@ WRITE_DOWN = 10.0
 RETRY_PAUSE = 0.5
 TEND_PAUSE, IDLE_PAUSE = 1.0, 3.0
 VOTERS_PAUSE = 1.0
+LEAST_SAMPLES = 10
 # What a peer says it is when it can be brought into the protected set.
 BEHIND = (p.Phase.SYNCING, p.Phase.READY, p.Phase.REJOINING)
 # What only a primary asks for, of one that is not.
@@ -238,6 +240,7 @@ class QuorumGroup(Group):
         paused = known is not None and known.paused
         silent = self._silent_voters
         return [
+            self._round_trip(),
             Check(
                 "voters", not silent, len(silent), 0,
                 f"Not healthy: {', '.join(silent)}." if silent else "All voters are healthy.",
@@ -249,6 +252,23 @@ class QuorumGroup(Group):
                 if paused else "Automatic failover is on.",
             ),
         ]  # fmt: skip
+
+    def _round_trip(self) -> Check:
+        """Whether the profile still fits the lines to the other nodes, by their heartbeats."""
+        medians = {
+            peer: statistics.median(times)
+            for peer, times in self.round_trips.items()
+            if len(times) >= LEAST_SAMPLES
+        }
+        bound = self.driver.config.timing.round_trip
+        if not medians:
+            return Check("round trip", True, None, bound, "No round trip has been measured yet.")
+        peer, worst = max(medians.items(), key=lambda item: item[1])
+        text = f"The round trip to {peer} is {1000 * worst:.1f} ms."
+        findings = p.profile_findings(self._config.coordinator.profile, worst)
+        return Check(
+            "round trip", not findings, round(worst, 4), bound, " ".join([text, *findings])
+        )
 
     # -- steps of the protocol
 
