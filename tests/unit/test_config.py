@@ -10,7 +10,7 @@ import pytest
 
 from umbra import config
 from umbra.cluster.protocol import Policy
-from umbra.config import ConfigError, CoordinatorKind, MirrorMode, Profile, ShadowPolicy
+from umbra.config import ConfigError, CoordinatorKind, MirrorMode, Profile, ShadowPolicy, StonithUse
 
 GOOD: dict[str, Any] = {
     "group": "mail",
@@ -43,6 +43,13 @@ def test_the_coordinator_is_static_unless_it_is_said() -> None:
     assert (read.kind, read.profile) == (CoordinatorKind.ETCD, Profile.WAN)
     assert (read.policy, read.preference) == (Policy.BLOCKED, 0)
     assert read.endpoints == tuple(voters)
+
+
+def test_a_hook_that_switches_nodes_off_is_run_when_it_is_said() -> None:
+    assert config.parse(GOOD).stonith.use is StonithUse.NEVER
+    assert config.parse({**GOOD, "stonith": {"use": "always"}}).stonith.use is StonithUse.ALWAYS
+    with pytest.raises(ConfigError, match="never or forced or always"):
+        config.parse({**GOOD, "stonith": {"use": "sometimes"}})
 
 
 def test_the_safety_net_can_be_switched_off() -> None:

@@ -31,6 +31,7 @@ from umbra.config import (
     Profile,
 )
 from umbra.node.client import NodeHelper
+from umbra.node.helper import HelperError
 from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import PeerIdentity
 from umbra.peer.link import PeerLink
@@ -148,6 +149,8 @@ class Host(NodeHelper):
         self.works.set()
         self.queue_ids: dict[str, str] = {}
         self.held: list[str] = []
+        self.shot: list[str] = []
+        self.hook_fails = False
 
     @property
     def open(self) -> bool:
@@ -170,6 +173,12 @@ class Host(NodeHelper):
 
     async def postfix_running(self) -> bool:
         return self.postfix
+
+    async def stonith(self, node: str) -> str:
+        self.shot.append(node)
+        if self.hook_fails:
+            raise HelperError("no route to the switch")
+        return f"{node} is off"
 
     async def kick(self) -> None:
         pass

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.cluster.quorum_field import TIMING, D, Field, play
+from tests.unit.cluster.quorum_field import TIMING, D, Field, Node, play
 
 from umbra.api.report import Check
 from umbra.cluster import protocol as p
 from umbra.cluster.switchover import Refused
+from umbra.config import Stonith, StonithUse
 from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import PeerIdentity
 from umbra.transport.ports import NotPrimary
@@ -397,6 +399,85 @@ def test_a_forced_failover_is_refused_while_the_primary_serves(group: Play) -> N
             await field.b.handover.failover(accept_loss=True)
         with pytest.raises(Refused, match="holds the role"):
             await field.a.handover.failover(accept_loss=True)
+
+    group(scenario)
+
+
+def with_hook(node: Node, use: StonithUse) -> None:
+    node.handover._config = replace(node.config, stonith=Stonith(use))
+
+
+def test_a_forced_failover_switches_the_other_off_first_or_is_refused(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        b = field.b
+        with_hook(b, StonithUse.FORCED)
+        await b.crash()
+        await field.until(lambda: field.register.record.mode is p.Mode.ALONE, D)
+        await field.a.power_cut()
+        b.start()
+        with_hook(b, StonithUse.FORCED)
+        await field.until(lambda: b.phase is p.Phase.SYNCING, D)
+        with pytest.raises(Refused, match="say --accept-loss"):
+            await b.handover.failover(accept_loss=False)
+        assert not b.host.shot
+        b.host.hook_fails = True
+        with pytest.raises(Refused, match=r"nothing was promoted: no route .*--without-stonith"):
+            await b.handover.failover(accept_loss=True)
+        assert b.host.shot == ["a"]
+        assert b.phase is p.Phase.SYNCING
+        result = await b.handover.failover(accept_loss=True, stonith=False)
+        assert (result["epoch"], result["stonith"], b.host.shot) == (2, "", ["a"])
+        field.a.start()
+        await field.protected(b)
+        # And the other way round, with a hook that works.
+        with_hook(field.a, StonithUse.FORCED)
+        await field.a.crash()
+        await field.until(lambda: field.register.record.mode is p.Mode.ALONE, D)
+        await b.power_cut()
+        field.a.start()
+        with_hook(field.a, StonithUse.FORCED)
+        await field.until(lambda: field.a.phase is p.Phase.SYNCING, D)
+        result = await field.a.handover.failover(accept_loss=True)
+        assert result["stonith"] == "b is off"
+        assert field.a.host.shot == ["b"]
+
+    group(scenario)
+
+
+def test_nobody_is_switched_off_for_a_failover_that_would_be_refused(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        with_hook(field.b, StonithUse.ALWAYS)
+        field.register.frozen.set()
+        await field.a.power_cut()
+        await field.b.crash()
+        field.b.start()
+        with_hook(field.b, StonithUse.ALWAYS)
+        await asyncio.sleep(D)
+        with pytest.raises(Refused, match="the coordinator does not answer"):
+            await field.b.handover.failover(accept_loss=True)
+        assert not field.b.host.shot
+
+    group(scenario)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(("use", "shot"), [(StonithUse.ALWAYS, ["a"]), (StonithUse.FORCED, [])])
+def test_a_takeover_switches_the_other_off_where_that_is_wished(
+    group: Play, use: StonithUse, shot: list[str], fails: bool
+) -> None:
+    async def scenario(field: Field) -> None:
+        with_hook(field.b, use)
+        field.b.host.hook_fails = fails
+        await field.a.power_cut()
+        await field.until(lambda: field.b.serves, 2 * D)
+        assert field.b.host.shot == shot
+        field.a.start()
+        await field.protected(field.b)
+        # A planned change needs no hook.
+        with_hook(field.a, StonithUse.ALWAYS)
+        await field.b.handover.run("a", dry_run=False, timeout_s=30)
+        await field.protected(field.a)
+        assert not field.a.host.shot
 
     group(scenario)
 

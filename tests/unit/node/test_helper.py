@@ -27,7 +27,9 @@ def make_queues(spool: Path) -> None:
 def ran(monkeypatch: pytest.MonkeyPatch) -> Ran:
     calls: Ran = []
 
-    async def run(*argv: str, stdin: str | None = None, silent: int = 0) -> str:
+    async def run(
+        *argv: str, stdin: str | None = None, silent: int = 0, timeout: float = 20
+    ) -> str:
         calls.append((argv, stdin))
         return ""
 
@@ -68,6 +70,11 @@ async def test_ports_are_opened_in_one_transaction(ran: Ran) -> None:
         {"do": "queue-delete", "ids": ["4hK2\nALL"]},
         {"do": "queue-hold", "ids": "4hK2pl0Zzz"},
         {"do": "queue-hold", "ids": ["../../etc"]},
+        {"do": "stonith", "node": "mail-a.service -f"},
+        {"do": "stonith", "node": "../mail-a"},
+        {"do": "stonith", "node": "-f"},
+        {"do": "stonith", "node": ""},
+        {"do": "stonith"},
         {"do": "__init__"},
         {"do": "answer"},
         {"do": 7},
@@ -214,3 +221,44 @@ async def test_client_and_helper_talk(tmp_path: Path) -> None:
 async def test_a_missing_helper_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(HelperError, match=r"is umbra-helper\.service running"):
         await NodeHelper(tmp_path / "none.sock").ports_close()
+
+
+@pytest.fixture
+def systemd(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What systemd says of the hook's unit; with `error` its start fails so."""
+    says = {"InvocationID": "0f" * 16, "Result": "success", "journal": "off\nreally\n"}
+
+    async def run(*argv: str, timeout: float = 20, **_: object) -> str:
+        if argv[0] == "journalctl":
+            return says["journal"]
+        if argv[:2] == ("systemctl", "show"):
+            return f"InvocationID={says['InvocationID']}\nResult={says['Result']}\n"
+        assert argv == ("systemctl", "start", "umbra-stonith@mail-a.service")
+        assert timeout > 30
+        if "error" in says:
+            raise HelperError(says["error"])
+        return ""
+
+    monkeypatch.setattr(helper, "run", run)
+    return says
+
+
+async def test_the_hook_that_switches_a_node_off_is_heard(systemd: dict[str, str]) -> None:
+    answer = await ask({"do": "stonith", "node": "mail-a"})
+    assert answer == {"ok": True, "said": "off really"}
+
+
+@pytest.mark.parametrize(
+    ("result", "journal", "why"),
+    [
+        ("timeout", "", "it took too long"),
+        ("exit-code", "no route to the switch\n", "no route to the switch"),
+        ("exit-code", "", "unit not found"),
+    ],
+)
+async def test_a_hook_that_fails_says_why(
+    systemd: dict[str, str], result: str, journal: str, why: str
+) -> None:
+    systemd |= {"error": "unit not found", "Result": result, "journal": journal}
+    answer = await ask({"do": "stonith", "node": "mail-a"})
+    assert answer == {"ok": False, "error": f"umbra-stonith@mail-a.service: {why}"}

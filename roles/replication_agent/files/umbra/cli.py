@@ -122,16 +122,21 @@ def switchover(to: str, dry_run: bool, timeout_s: float) -> None:
 @cli.command()
 @click.option("--candidate", default="", metavar="NODE", help="The new primary; default: this one.")
 @click.option("--accept-loss", is_flag=True, help="What only the lost primary has may be lost.")
-def failover(candidate: str, accept_loss: bool) -> None:
+@click.option(
+    "--without-stonith", is_flag=True, help="Do not run the hook: you know that it is switched off."
+)
+def failover(candidate: str, accept_loss: bool, without_stonith: bool) -> None:
     """Make this node, or NODE, the primary although the primary is gone."""
     report = call("GET", "/status")
     candidate = candidate or report["node"]
-    body = {"candidate": candidate, "accept_loss": accept_loss}
+    body = {"candidate": candidate, "accept_loss": accept_loss, "stonith": not without_stonith}
     if accept_loss and report["coordinator"] == "static":
         _confirm_loss(report)
     elif accept_loss:
         _confirm_known_loss(candidate, call("POST", "/failover", {**body, "dry_run": True}))
     result = call("POST", "/failover", body, timeout=90)
+    if result.get("stonith"):
+        click.echo(f"stonith: {result['stonith']}")
     click.echo(
         f"{result['to']} is the primary, epoch {result['epoch']}."
         " umbractl status shows what is being resubmitted."

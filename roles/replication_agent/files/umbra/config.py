@@ -59,6 +59,14 @@ class Profile(StrEnum):
     WAN = "wan"
 
 
+class StonithUse(StrEnum):
+    """When the administrator's hook that switches another node off is run."""
+
+    NEVER = "never"
+    FORCED = "forced"
+    ALWAYS = "always"
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """Where something listens."""
@@ -158,6 +166,13 @@ class Coordinator:
 
 
 @dataclass(frozen=True)
+class Stonith:
+    """The hook that switches the former primary off; ``umbra-stonith@NODE.service`` runs it."""
+
+    use: StonithUse = StonithUse.NEVER
+
+
+@dataclass(frozen=True)
 class Config:
     """What ``agent.yml`` says.
 
@@ -176,6 +191,7 @@ class Config:
     heartbeat: Heartbeat = Heartbeat()
     fence: Fence = Fence()
     coordinator: Coordinator = Coordinator()
+    stonith: Stonith = Stonith()
 
 
 def load(path: Path) -> Config:
@@ -211,8 +227,10 @@ def parse(raw: object) -> Config:
     heartbeat = reader.section("heartbeat", top.get("heartbeat", {}), Heartbeat)
     fence = reader.section("fence", top.get("fence", {}), Fence)
     coordinator = reader.section("coordinator", top.get("coordinator", {}), Coordinator)
+    stonith = reader.section("stonith", top.get("stonith", {}), Stonith)
     if reader.findings:
         raise ConfigError(reader.findings)
+    assert stonith is not None
     assert link is not None
     assert api is not None
     assert transport is not None
@@ -223,7 +241,7 @@ def parse(raw: object) -> Config:
     known = tuple(peer for peer in peers if peer)
     config = Config(**names, link=link, api=api, peers=known, transport=transport,
                     mailbox=mailbox, heartbeat=heartbeat, fence=fence,
-                    coordinator=coordinator)  # fmt: skip
+                    coordinator=coordinator, stonith=stonith)  # fmt: skip
     findings = list(_contradictions(config))
     if findings:
         raise ConfigError(findings)
@@ -367,6 +385,8 @@ class _Reader:
                 return self._choice(label, value, CoordinatorKind)
             case "Profile":
                 return self._choice(label, value, Profile)
+            case "StonithUse":
+                return self._choice(label, value, StonithUse)
             case "Policy":
                 return self._choice(label, value, Policy)
             case "ShadowPolicy":

@@ -292,7 +292,10 @@ class Agent:
         if candidate == self._config.node:
             if body.get("dry_run") is True:
                 return self._switchover.loss()
-            return await self._switchover.failover(accept_loss=body.get("accept_loss") is True)
+            return await self._switchover.failover(
+                accept_loss=body.get("accept_loss") is True,
+                stonith=body.get("stonith", True) is not False,
+            )
         if candidate not in self._group.links:
             raise Refused(f"{candidate} is no node of this group.")
         try:

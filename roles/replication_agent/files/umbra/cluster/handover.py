@@ -31,8 +31,9 @@ from umbra.cluster.switchover import (
     Steps,
     Switchover,
 )
-from umbra.config import Config
+from umbra.config import Config, StonithUse
 from umbra.node.client import NodeHelper
+from umbra.node.helper import HelperError
 from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import PeerIdentity
 from umbra.peer.server import Handler
@@ -63,6 +64,7 @@ class Handover(Switchover):
         super().__init__(config, group, helper, messages, mailboxes)
         self._quorum = group
         self._given: _Given | None = None
+        self._by_word = False
         group.on_promotion = self._promoted
 
     def handlers(self) -> dict[str, Handler]:
@@ -147,6 +149,7 @@ class Handover(Switchover):
     async def _promoted(self, epoch: int, former: str | None) -> Collection[str]:
         """Take over what the former primary left, before this node serves."""
         given, self._given = self._given, None
+        by_word, self._by_word = self._by_word, False
         if (
             given is not None
             and self._quorum.planned
@@ -155,13 +158,30 @@ class Handover(Switchover):
             await self._mailboxes.resume(given.by, epoch)
             await self._messages.take_over(given.by, given.remaining)
             return (given.by,)
+        if former is not None and not self._quorum.planned and not by_word:
+            await self._shoot_lost(former)
         for origin in self._group.links:
             await self._messages.take_over(origin, None)
         return ()
 
+    async def _shoot_lost(self, former: str) -> None:
+        """Switch off whom this node has replaced by itself, if that is wished.
+
+        The key and the deadlines have fenced it already, so a hook that fails stops nothing.
+        """
+        if self._config.stonith.use is not StonithUse.ALWAYS:
+            return
+        try:
+            said = await self._helper.stonith(former)
+            log.warning("%s has been switched off: %s", former, said)
+        except HelperError as error:
+            log.error(
+                "%s was not switched off, its right has ended all the same: %s", former, error
+            )
+
     # -- the operator's word
 
-    async def failover(self, *, accept_loss: bool) -> dict[str, Any]:
+    async def failover(self, *, accept_loss: bool, stonith: bool = True) -> dict[str, Any]:
         """Promote this shadow although nobody can prove that nothing is lost."""
         group = self._group
         known = self._quorum.driver.state.known
@@ -174,11 +194,20 @@ class Handover(Switchover):
                 raise Refused(f"{old} answers and is {state}; use switchover, or cut it off first.")
         if not accept_loss:
             raise Refused("say --accept-loss if what only the lost primary has may be lost.")
+        # Nobody is switched off for what would be refused then.
+        reason = p.unforceable(self._quorum.driver.state)
+        if reason is not None:
+            raise Refused(f"{reason}.")
+        said = await self._shoot(old, stonith) if old is not None else ""
+        self._by_word = True
         try:
             await self._quorum.force()
         except (NotNow, OSError) as error:
             raise Refused(f"{error}.") from None
-        return {"changed": True, "from": old, "to": group.state.node, "epoch": group.epoch}
+        return {
+            "changed": True, "from": old, "to": group.state.node, "epoch": group.epoch,
+            "stonith": said,
+        }  # fmt: skip
 
     def loss(self) -> dict[str, Any]:
         """Return what an operator's promotion of this node may lose, as far as it knows."""

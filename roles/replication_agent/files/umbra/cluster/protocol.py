@@ -790,16 +790,24 @@ def _switch(config: Config, state: State, to: str, now: float) -> State:
     return replace(state, switching=to, drained=False, switch_until=until)
 
 
-def _force(state: State) -> State:
+def unforceable(state: State) -> str | None:
+    """Return why a person cannot make this node primary, or None."""
     known = state.known
     if known is None:
-        raise NotNow("the coordinator does not answer; a forced failover needs it too")
+        return "the coordinator does not answer; a forced failover needs it too"
     if _holds(state):
-        raise NotNow(f"{state.node} holds the key already")
+        return f"{state.node} holds the key already"
     if not _names(known) <= {state.node}:
         # With one of these the primary may go on without a quorum.
         others = ", ".join(sorted(_names(known) - {state.node}))
-        raise NotNow(f"{others} has everything that was acknowledged; promote that one")
+        return f"{others} has everything that was acknowledged; promote that one"
+    return None
+
+
+def _force(state: State) -> State:
+    reason = unforceable(state)
+    if reason is not None:
+        raise NotNow(reason)
     return replace(state, forced=True)
 
 

@@ -32,7 +32,7 @@ from umbra.cluster import machine
 from umbra.cluster.group import Group, now
 from umbra.cluster.machine import NotNow
 from umbra.cluster.state import Change, Phase, Role
-from umbra.config import Config
+from umbra.config import Config, StonithUse
 from umbra.node.client import NodeHelper
 from umbra.node.helper import HelperError
 from umbra.peer.exchange import Exchange, PeerError
@@ -398,7 +398,26 @@ class Switchover:
         """Return what a promotion of this node may lose, as far as it knows."""
         raise Refused("without a coordinator nobody knows what a promotion would lose.")
 
-    async def failover(self, *, accept_loss: bool) -> dict[str, Any]:
+    async def _shoot(self, node: str, wanted: bool) -> str:
+        """Have the hook switch ``node`` off, if there is one; return what it said.
+
+        Refused if it fails: the node may act still.
+        """
+        if not wanted or self._config.stonith.use is StonithUse.NEVER:
+            return ""
+        log.warning("%s is switched off, for a forced failover", node)
+        try:
+            said = await self._helper.stonith(node)
+        except HelperError as error:
+            log.error("%s was not switched off: %s", node, error)
+            raise Refused(
+                f"the hook that switches {node} off failed, so nothing was promoted: {error}."
+                f" If you know that {node} is off: --without-stonith."
+            ) from None
+        log.warning("%s has been switched off: %s", node, said)
+        return said or f"{node} has been switched off."
+
+    async def failover(self, *, accept_loss: bool, stonith: bool = True) -> dict[str, Any]:
         """Promote this shadow although its primary is gone.
 
         The static coordinator can never prove that nothing is lost, so a person must accept it.
@@ -417,6 +436,7 @@ class Switchover:
         if group.state.durable.role is Role.PRIMARY:
             raise Refused(f"{group.state.node} is primary already; see umbractl open.")
         old = next(iter(group.links), group.state.node)
+        said = await self._shoot(old, stonith)
         change = Change(old, group.state.node, now(), planned=False)
         try:
             # +2: over everything that the lost primary may have offered to another.
@@ -426,7 +446,10 @@ class Switchover:
             await self._open()
         except (NotNow, StoreError, OSError) as error:
             raise Refused(f"{error}.") from None
-        return {"changed": True, "from": old, "to": group.state.node, "epoch": group.epoch}
+        return {
+            "changed": True, "from": old, "to": group.state.node, "epoch": group.epoch,
+            "stonith": said,
+        }  # fmt: skip
 
     async def open_by_force(self) -> dict[str, Any]:
         """Open this node, which waits, on an operator's word that no other acts."""

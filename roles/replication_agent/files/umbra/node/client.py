@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from umbra.node.helper import MAX_REQUEST, HelperError
+from umbra.node.helper import MAX_REQUEST, STONITH_TIMEOUT, HelperError
 
 
 class NodeHelper:
@@ -23,9 +23,10 @@ class NodeHelper:
         self._socket = socket
         self._timeout = timeout
 
-    async def _ask(self, do: str, **values: Any) -> dict[str, Any]:
+    async def _ask(self, do: str, *, seconds: float = 0.0, **values: Any) -> dict[str, Any]:
+        limit = seconds or self._timeout
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(limit):
                 reader, writer = await asyncio.open_unix_connection(
                     self._socket, limit=64 * MAX_REQUEST
                 )
@@ -35,7 +36,7 @@ class NodeHelper:
                 finally:
                     writer.close()
         except TimeoutError:
-            raise HelperError(f"umbra-helper did not finish {do} in {self._timeout:g} s") from None
+            raise HelperError(f"umbra-helper did not finish {do} in {limit:g} s") from None
         except (OSError, ValueError) as error:
             raise HelperError(
                 f"umbra-helper does not answer ({error}); is umbra-helper.service running?"
@@ -105,6 +106,11 @@ class NodeHelper:
         # A key that no line of postmap can carry is in no map.
         fit = [key for key in keys if key.isprintable() and key.strip() == key != ""]
         return dict((await self._ask("aliases", keys=fit))["found"])
+
+    async def stonith(self, node: str) -> str:
+        """Have the administrator's hook switch ``node`` off; return what it said."""
+        answer = await self._ask("stonith", seconds=STONITH_TIMEOUT + 5, node=node)
+        return str(answer["said"])
 
     async def kick(self) -> None:
         """Disconnect all IMAP, POP3 and ManageSieve users."""

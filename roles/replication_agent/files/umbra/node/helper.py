@@ -28,6 +28,8 @@ from umbra.systemd import notify
 
 log = logging.getLogger("umbra.helper")
 
+NODE = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,62}\Z")
+STONITH_TIMEOUT = 35.0  # its unit's own is 30 s at most
 QUEUE_ID = re.compile(r"[0-9A-Za-z]{5,30}\Z")
 # The order in which a message moves: a listing in this order cannot miss a file that moves on
 # meanwhile.
@@ -43,7 +45,9 @@ class HelperError(OSError):
     """The effect did not happen; one sentence for people."""
 
 
-async def run(*argv: str, stdin: str | None = None, silent: int = 0) -> str:
+async def run(
+    *argv: str, stdin: str | None = None, silent: int = 0, timeout: float = COMMAND_TIMEOUT
+) -> str:
     """Run a program and return its output.
 
     HelperError with the program's own words if it fails or hangs.
@@ -58,12 +62,12 @@ async def run(*argv: str, stdin: str | None = None, silent: int = 0) -> str:
         stderr=asyncio.subprocess.PIPE,
     )
     try:
-        async with asyncio.timeout(COMMAND_TIMEOUT):
+        async with asyncio.timeout(timeout):
             out, err = await process.communicate(stdin.encode() if stdin is not None else None)
     except TimeoutError:
         process.kill()
         await process.wait()
-        raise HelperError(f"{argv[0]} did not finish in {COMMAND_TIMEOUT:g} s") from None
+        raise HelperError(f"{argv[0]} did not finish in {timeout:g} s") from None
     if process.returncode and (process.returncode != silent or _ERROR.search(err)):
         words = " ".join((err or out).decode(errors="replace").split())
         raise HelperError(f"{' '.join(argv[:3])} failed ({process.returncode}): {words}")
@@ -232,6 +236,36 @@ class Helper:
                 key, _, value = line.partition("\t")
                 found.setdefault(key, value)
         return {"found": found}
+
+    async def do_stonith(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Have the administrator's hook switch ``node`` off; return its last words.
+
+        The hook has a unit of its own, without our privileges: no root, but the network.
+        """
+        node = request.get("node")
+        if not isinstance(node, str) or not NODE.match(node):
+            raise HelperError("node must be the name of a node")
+        unit = f"umbra-stonith@{node}.service"
+        failed = ""
+        try:
+            await run("systemctl", "start", unit, timeout=STONITH_TIMEOUT)
+        except HelperError as error:
+            failed = str(error)
+        shown = await run("systemctl", "show", unit, "-p", "InvocationID", "-p", "Result")
+        values = dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
+        words = ""
+        if invocation := values.get("InvocationID"):
+            with contextlib.suppress(HelperError):
+                words = await run(
+                    "journalctl", "-q", "-o", "cat", "-n", "5",
+                    f"_SYSTEMD_INVOCATION_ID={invocation}",
+                )  # fmt: skip
+        said = " ".join(words.split())[:400]
+        if failed:
+            result = values.get("Result", "")
+            why = "it took too long" if result == "timeout" else said or failed
+            raise HelperError(f"{unit}: {why}")
+        return {"said": said}
 
     async def do_kick(self, request: dict[str, Any]) -> dict[str, Any]:
         """Disconnect all users of Dovecot."""
