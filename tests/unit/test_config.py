@@ -103,6 +103,7 @@ def test_the_safety_net_can_be_switched_off() -> None:
             {"kind": "etcd", "endpoints": ["https://a", "http://b", "https://c"]},
             "coordinator.endpoints has 'http://b'; it must be https://ADDRESS:PORT.",
         ),
+        (("coordinator",), {"kind": "etcd", "limit": 0}, "coordinator.limit is 0; coordinator.p"),
         (("coordinator",), {"profile": "fast"}, "it must be lan-fast or default or wan."),
         (("coordinator",), {"policy": "never"}, "automatic or same_site_only or blocked."),
     ],

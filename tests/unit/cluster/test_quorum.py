@@ -655,6 +655,67 @@ def test_the_wrong_node_opened_over_a_snapshot_finds_out_and_the_other_gets_its_
     group(scenario)
 
 
+async def set_coordinator(node: Node, **settings: Any) -> None:
+    await node.crash()
+    node.config = replace(node.config, coordinator=replace(node.config.coordinator, **settings))
+    node.start()
+
+
+async def whole(field: Field) -> None:
+    """All three have everything; ``a`` is primary."""
+    await field.protected(field.a)
+    await field.until(lambda: len(field.register.record.protected) == 2, 30)
+
+
+@pytest.mark.parametrize("first", ["b", "c"])
+def test_of_several_shadows_the_preferred_one_takes_over(group: Play, first: str) -> None:
+    async def scenario(field: Field) -> None:
+        second = {"b": "c", "c": "b"}[first]
+        await set_coordinator(field.nodes[second], preference=1)
+        await whole(field)
+        await field.a.power_cut()
+        await field.until(lambda: field.nodes[first].serves, 2 * D)
+        # The other one has everything too, and is there for the next time.
+        await field.until(lambda: len(field.register.record.protected) == 1, 30)
+        await field.nodes[first].power_cut()
+        await field.until(lambda: field.nodes[second].serves, 2 * D + TIMING.stagger)
+
+    group(scenario, names="abc")
+
+
+def test_a_shadow_that_lacks_something_never_goes_before_one_that_has_all(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        c = field.nodes["c"]
+        await set_coordinator(field.b, preference=2)
+        await whole(field)
+        field.separate("a", "c")
+        await field.until(lambda: len(field.register.record.protected) == 1, D)
+        await field.a.power_cut()
+        await asyncio.sleep(D)
+        with pytest.raises(Refused, match="b has everything that was acknowledged"):
+            await c.handover.failover(accept_loss=True)
+        await field.until(lambda: field.b.serves, 3 * D)
+
+    group(scenario, names="abc")
+
+
+def test_the_limit_of_automatic_changes_is_the_inventory_s(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        await field.a.power_cut()
+        await field.until(lambda: field.b.serves, 2 * D)
+        field.a.start()
+        await field.protected(field.b)
+        await field.b.power_cut()
+        await field.until(lambda: field.a.phase is p.Phase.HELD, 2 * D)
+        assert "has changed 1 times within an hour" in field.a.group.driver.state.cause
+        await asyncio.sleep(4 * D)
+        assert not field.a.serves
+        field.b.start()
+        await field.protected(field.b)
+
+    group(scenario, limit=1)
+
+
 def test_three_nodes_one_of_which_is_cut_off(group: Play) -> None:
     async def scenario(field: Field) -> None:
         c = field.nodes["c"]

@@ -156,12 +156,14 @@ class Coordinator:
     :param endpoints: ``https://ADDRESS:2379`` of each voter, this host's own first.
     :param policy: whether this node may take over by itself.
     :param preference: 0 takes over first.
+    :param limit: automatic changes within an hour; after so many a person decides.
     """
 
     kind: CoordinatorKind = CoordinatorKind.STATIC
     profile: Profile = Profile.DEFAULT
     policy: Policy = Policy.AUTOMATIC
     preference: int = 0
+    limit: int = 3
     endpoints: tuple[str, ...] = ()
 
 
@@ -287,6 +289,8 @@ def _voters(coordinator: Coordinator) -> list[str]:
             f"coordinator.endpoints names {count} voters; coordinator.kind etcd needs an odd number"
             " of them, three at least: name a host in umbra_witness, or set static."
         )
+    if coordinator.limit < 1:
+        found.append("coordinator.limit is 0; coordinator.policy blocked forbids every takeover.")
     found += [
         f"coordinator.endpoints has {item!r}; it must be https://ADDRESS:PORT."
         for item in coordinator.endpoints

@@ -137,6 +137,7 @@ class QuorumGroup(Group):
                 policy=settings.policy,
                 preference=settings.preference,
                 initial=durable.role is Role.PRIMARY,
+                max_changes=settings.limit,
             ),
             p.Durable(durable.storage_id, durable.epoch, durable.acted or 0),
             key=f"umbra/{config.group}/primary",
