@@ -151,6 +151,8 @@ class Host(NodeHelper):
         self.held: list[str] = []
         self.shot: list[str] = []
         self.hook_fails = False
+        self.crashed = False
+        self.restarts = 0
 
     @property
     def open(self) -> bool:
@@ -173,6 +175,12 @@ class Host(NodeHelper):
 
     async def postfix_running(self) -> bool:
         return self.postfix
+
+    async def postfix_failed(self) -> bool:
+        return self.crashed
+
+    async def dovecot_restarts(self) -> int:
+        return self.restarts
 
     async def stonith(self, node: str) -> str:
         self.shot.append(node)

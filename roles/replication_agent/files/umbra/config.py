@@ -59,6 +59,13 @@ class Profile(StrEnum):
     WAN = "wan"
 
 
+class HandoverPolicy(StrEnum):
+    """What an ailing primary does."""
+
+    AUTOMATIC = "automatic"
+    ALARM = "alarm"
+
+
 class StonithUse(StrEnum):
     """When the administrator's hook that switches another node off is run."""
 
@@ -157,6 +164,11 @@ class Coordinator:
     :param policy: whether this node may take over by itself.
     :param preference: 0 takes over first.
     :param limit: automatic changes within an hour; after so many a person decides.
+    :param handover: whether an ailing primary gives its role away by itself.
+    :param handover_crashes: so many crashes of Postfix or Dovecot make it ailing; 0 for none.
+    :param handover_window: in so many seconds.
+    :param handover_free: less free space, in MiB, makes it ailing; 0 does not look.
+    :param client_probes: addresses on the clients' side; when none answers, it is ailing.
     """
 
     kind: CoordinatorKind = CoordinatorKind.STATIC
@@ -164,6 +176,11 @@ class Coordinator:
     policy: Policy = Policy.AUTOMATIC
     preference: int = 0
     limit: int = 3
+    handover: HandoverPolicy = HandoverPolicy.AUTOMATIC
+    handover_crashes: int = 2
+    handover_window: float = 600.0
+    handover_free: int = 32
+    client_probes: tuple[str, ...] = ()
     endpoints: tuple[str, ...] = ()
 
 
@@ -289,6 +306,11 @@ def _voters(coordinator: Coordinator) -> list[str]:
             f"coordinator.endpoints names {count} voters; coordinator.kind etcd needs an odd number"
             " of them, three at least: name a host in umbra_witness, or set static."
         )
+    for item in coordinator.client_probes:
+        try:
+            ip_address(item)
+        except ValueError:
+            found.append(f"coordinator.client_probes has {item!r}; it must be an IP address.")
     if coordinator.limit < 1:
         found.append("coordinator.limit is 0; coordinator.policy blocked forbids every takeover.")
     found += [
@@ -389,6 +411,8 @@ class _Reader:
                 return self._choice(label, value, CoordinatorKind)
             case "Profile":
                 return self._choice(label, value, Profile)
+            case "HandoverPolicy":
+                return self._choice(label, value, HandoverPolicy)
             case "StonithUse":
                 return self._choice(label, value, StonithUse)
             case "Policy":

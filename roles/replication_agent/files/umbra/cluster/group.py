@@ -111,6 +111,7 @@ class Group:
         self.catch_up: CatchUp | None = None
         self.on_lost: Callable[[str, str], None] = lambda peer, reason: None
         self.on_demotion: Callable[[], None] = lambda: None
+        self.on_crash: Callable[[str], None] = lambda server: None
         self.limits: Callable[[], Sequence[str]] = lambda: ()
         self.on_opening: Callable[[], None] = lambda: None
         self._lock = asyncio.Lock()
@@ -421,6 +422,9 @@ class Group:
         if not running and self.state.phase is Phase.PRIMARY:
             if self._was_serving:
                 log.error("Postfix does not run on the primary; it is started again")
+                # One that an administrator stops, or restarts, has not failed.
+                if await self._helper.postfix_failed():
+                    self.on_crash("Postfix")
             await self._helper.postfix_start()
 
     async def _shut(self) -> None:

@@ -40,6 +40,8 @@ from umbra.peer.server import Handler
 
 log = logging.getLogger(__name__)
 
+VOLUNTEER_TIMEOUT = 20.0
+
 
 @dataclass(frozen=True)
 class _Given:
@@ -65,6 +67,8 @@ class Handover(Switchover):
         self._quorum = group
         self._given: _Given | None = None
         self._by_word = False
+        self._automatic = False
+        group.on_ailing = self.volunteer
         group.on_promotion = self._promoted
 
     def handlers(self) -> dict[str, Handler]:
@@ -73,9 +77,22 @@ class Handover(Switchover):
 
     # -- the primary's end
 
+    async def volunteer(self, to: str, reason: str) -> None:
+        """Give the role to ``to``, since this node is ailing. If it fails, nothing has changed."""
+        if self._running.locked():
+            return  # a person's switchover
+        log.warning("%s is to be primary: %s", to, reason)
+        self._automatic = True
+        try:
+            await self.run(to, dry_run=False, timeout_s=VOLUNTEER_TIMEOUT)
+        except Refused as error:
+            log.error("the role was not given to %s: %s", to, error)
+        finally:
+            self._automatic = False
+
     async def _change(self, to: str, steps: Steps) -> Change:
         group, quorum = self._group, self._quorum
-        await quorum.switch(to)
+        await quorum.switch(to, automatic=self._automatic)
         began = time.monotonic()
         try:
             remaining = await self._emptied(to, steps)

@@ -301,6 +301,7 @@ class State:
     joining: Mapping[str, Joining] = field(default_factory=dict)
     lost: frozenset[str] = frozenset()
     switching: str | None = None
+    switch_automatic: bool = False
     drained: bool = False
     switch_until: float = NEVER
     forced: bool = False
@@ -408,9 +409,10 @@ class Reconciled:
 
 @dataclass(frozen=True)
 class Switch:
-    """A person wants another primary."""
+    """Another primary is wanted: by a person, or by this node itself (``automatic``)."""
 
     to: str
+    automatic: bool = False
 
 
 @dataclass(frozen=True)
@@ -591,12 +593,17 @@ def entitled(state: State, record: Record) -> bool:
 
 def hindrance(config: Config, record: Record, wall: float) -> str | None:
     """Return why this node may not take over without a person, or None."""
-    if record.paused:
-        return "automatic failover is paused"
     if config.policy is Policy.BLOCKED:
         return f"{config.node} is blocked from taking over by itself"
     if config.policy is Policy.SAME_SITE_ONLY and config.peers.get(record.holder) != config.site:
         return f"{config.node} takes over by itself only within its site"
+    return restraint(config, record, wall)
+
+
+def restraint(config: Config, record: Record, wall: float) -> str | None:
+    """Return why nothing may be changed without a person, on any node, or None."""
+    if record.paused:
+        return "automatic failover is paused"
     if sum(wall - at < HOUR for at in record.automatic) >= config.max_changes:
         return f"the primary has changed {config.max_changes} times within an hour"
     return None
@@ -676,8 +683,8 @@ def _take(config: Config, state: State, event: Event, now: float, effects: list[
             if state.durable.acted and not _holds(state):
                 return _persist(state, replace(state.durable, acted=0), effects)
             return state
-        case Switch(to):
-            return _switch(config, state, to, now)
+        case Switch(to, automatic):
+            return replace(_switch(config, state, to, now), switch_automatic=automatic)
         case Drained():
             return replace(state, drained=state.switching is not None)
         case Pause(on):
@@ -885,7 +892,7 @@ def _wish(config: Config, state: State, now: float, wall: float) -> Record | Non
     wish = None
     if _holds(state):
         if known.epoch == state.durable.epoch:
-            wish = _wish_of_holder(config, state, known, now)
+            wish = _wish_of_holder(config, state, known, now, wall)
     elif state.forced:
         epoch = max(known.epoch, state.durable.epoch) + 1
         wish = replace(
@@ -919,7 +926,9 @@ def _takes_over(config: Config, state: State, known: Record, now: float) -> bool
     )
 
 
-def _wish_of_holder(config: Config, state: State, known: Record, now: float) -> Record | None:
+def _wish_of_holder(
+    config: Config, state: State, known: Record, now: float, wall: float
+) -> Record | None:
     if known.mode is Mode.HANDOVER:
         return replace(known, mode=Mode.PROTECTED)
     if not proven(config, state, now):
@@ -927,10 +936,14 @@ def _wish_of_holder(config: Config, state: State, known: Record, now: float) -> 
     if state.drained and state.switching:
         to = next(member for member in known.protected if member.node == state.switching)
         me = Member(state.node, state.durable.storage)
-        return replace(
+        automatic = (*known.automatic, wall)[-config.max_changes :]
+        wish = replace(
             known, holder=to.node, storage=to.storage, epoch=known.epoch + 1,
             mode=Mode.HANDOVER, protected=known.protected - {to} | {me},
+            automatic=automatic if state.switch_automatic else known.automatic,
         )  # fmt: skip
+        # As in a takeover: a retry asks for the same record.
+        return next((r for r in state.pending if r.holder == to.node), wish)
     silent = unanswered(config, state, known, now)
     joined = {Member(name, join.storage) for name, join in state.joining.items() if join.complete}
     protected = known.protected - silent | joined

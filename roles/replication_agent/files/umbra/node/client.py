@@ -78,6 +78,14 @@ class NodeHelper:
         """Tell whether Postfix runs."""
         return bool((await self._ask("postfix-running"))["running"])
 
+    async def postfix_failed(self) -> bool:
+        """Tell whether Postfix has crashed, which a stop is not."""
+        return bool((await self._ask("postfix-failed"))["failed"])
+
+    async def dovecot_restarts(self) -> int:
+        """Tell how often systemd has started Dovecot again since somebody started it."""
+        return int((await self._ask("dovecot-restarts"))["restarts"])
+
     async def queue(self) -> Mapping[str, str]:
         """Return all queue files, {queue id: queue}."""
         return dict((await self._ask("queue-list"))["queue"])

@@ -193,6 +193,19 @@ class Helper:
             return {"running": False}
         return {"running": True}
 
+    async def do_postfix_failed(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Tell whether Postfix has crashed, which a stop is not."""
+        try:
+            await run("systemctl", "is-failed", "--quiet", "postfix.service")
+        except HelperError:
+            return {"failed": False}
+        return {"failed": True}
+
+    async def do_dovecot_restarts(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Tell how often systemd has started Dovecot again since somebody started it."""
+        shown = await run("systemctl", "show", "-p", "NRestarts", "--value", "dovecot.service")
+        return {"restarts": int(shown.strip() or 0)}
+
     async def do_queue_list(self, request: dict[str, Any]) -> dict[str, Any]:
         """Return all queue files as {queue id: queue}."""
         return {"queue": await asyncio.to_thread(queue_files, self._spool)}
