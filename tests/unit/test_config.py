@@ -45,6 +45,31 @@ def test_the_coordinator_is_static_unless_it_is_said() -> None:
     assert read.endpoints == tuple(voters)
 
 
+def test_service_addresses_are_none_unless_they_are_said() -> None:
+    assert config.parse(GOOD).service.addresses == ()
+    said = ["192.0.2.20", "2001:db8:a::20"]
+    assert config.parse({**GOOD, "service": {"addresses": said}}).service.addresses == tuple(said)
+
+
+@pytest.mark.parametrize(
+    ("addresses", "words"),
+    [
+        ("192.0.2.20", "service.addresses must be a list"),
+        ([20], "must be a text"),
+        (["192.0.2.20/24"], "write an IP address without a prefix length"),
+        (["2001:db8:a::20", "2001:db8:a:0::20"], "has 2001:db8:a::20 twice."),
+        (["10.86.0.2"], "has 10.86.0.2, which is a node's own."),
+        (["127.0.0.1"], "which no client can reach."),
+        (["fe80::1"], "which no client can reach."),
+        (["224.0.0.1"], "which no client can reach."),
+    ],
+)
+def test_service_addresses_that_cannot_be(addresses: object, words: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        config.parse({**GOOD, "service": {"addresses": addresses}})
+    assert words in raised.value.findings[0]
+
+
 def test_the_safety_net_can_be_switched_off() -> None:
     read = config.parse({**GOOD, "transport": {"safety_net_hold": 0}})
     assert read.transport.safety_net_hold == 0

@@ -409,6 +409,9 @@ def _print_status(report: dict[str, Any]) -> None:
             policy = f"; policy {node['policy']}" if node["policy"] not in ("", "automatic") else ""
             if node["cause"]:
                 console.print(Text(f"  {node['node']}: {node['state']}: {node['cause']}{policy}"))
+    for address in report["service_addresses"]:
+        places = [n["node"] for n in report["nodes"] if address in n["service_addresses"]]
+        console.print(Text(f"service address {address}: {' and '.join(places) or 'nowhere'}"))
     change = report["last_switchover"]
     if change:
         outage = f", outage {change['outage_s']:.3f} s" if change["outage_s"] is not None else ""

@@ -44,6 +44,7 @@ PRIMARY_OPERATIONS = frozenset(
         "scripts",
         "mailboxes",
         "merged",
+        "clients",
         "handover-prepare",
         "handover",
     }

@@ -386,10 +386,9 @@ class Switchover:
 
     async def _open(self) -> None:
         # The tending loop opens the ports as well; doing it here keeps its pause out of the outage.
-        await asyncio.gather(
-            self._helper.postfix_start(),
-            self._helper.ports_open(self._config.fence.ports, self._config.fence.hold),
-        )
+        # First Postfix: the service address, which comes with the ports, leads to what runs.
+        await self._helper.postfix_start()
+        await self._helper.ports_open(self._config.fence.ports, self._config.fence.hold)
         self._messages.resubmit()
 
     # -- the operator's word
