@@ -93,13 +93,12 @@ class Field:
         self.peer: dict[str, Any] = {
             "state": "shadow", "service_addresses": [], "service_clients": 0,
         }  # fmt: skip
-        self.group: Any = SimpleNamespace(
-            links={"b": self.link},
-            statuses={"b": self.peer},
-            answers=lambda name: self.answers,
-            is_primary=lambda: self.group.state.phase == "primary",
-            state=SimpleNamespace(phase="primary"),
-        )
+        self.group = cast(Any, SimpleNamespace())
+        self.group.links = {"b": self.link}
+        self.group.statuses = {"b": self.peer}
+        self.group.answers = lambda name: self.answers
+        self.group.is_primary = lambda: self.group.state.phase == "primary"
+        self.group.state = SimpleNamespace(phase="primary")
         monkeypatch.setattr(connections, "is_here", lambda address: self.here)
         monkeypatch.setattr(connections, "read", lambda wanted: frozenset(self.rows))
         self.part = ServiceAddress(config, self.group, self.helper, lambda: self.now)
