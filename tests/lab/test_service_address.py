@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address, ip_address
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pytest
 
@@ -111,6 +111,15 @@ def _here() -> list[str]:
     return [text for text in ADDRESSES if connections.is_here(ip_address(text))]
 
 
+def _sources() -> list[str]:
+    found = []
+    for family, target in ((socket.AF_INET, "192.0.2.140"), (socket.AF_INET6, "2001:db8:a::140")):
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((target, 9))
+            found.append(str(probe.getsockname()[0]))
+    return found
+
+
 def _rows(ends: frozenset[str]) -> list[connections.Row]:
     # This process's own /proc/net is that of its first thread.
     here = Path(f"/proc/self/task/{threading.get_native_id()}/net")
@@ -194,6 +203,8 @@ def test_the_addresses_move_and_everybody_notices(hosts: tuple[Host, Host]) -> N
     assert a.open(10) == (list(ADDRESSES), [])
     assert (a.has(), b.has()) == (list(ADDRESSES), [])
     assert a.open(10) == ([], [])
+    # What the host begins by itself comes from its own addresses.
+    assert inside("a", _sources) == ["192.0.2.10", "2001:db8:a::10"]
     clients = connect()
     assert set(neighbours().values()) == {a.mac}
     known = a.clients()
@@ -232,7 +243,7 @@ def _claim(mac: bytes) -> None:
             raw.send(frame)
 
 
-def test_the_kernel_removes_what_nobody_renews(hosts: tuple[Host, Host]) -> None:
+def test_the_kernel_removes_what_nobody_renews_and_nothing_else(hosts: tuple[Host, Host]) -> None:
     a, _ = hosts
     a.open(1.2)
     a.process.kill()
@@ -244,9 +255,7 @@ def test_the_kernel_removes_what_nobody_renews(hosts: tuple[Host, Host]) -> None
     a.process = a.start()
     assert a.open(1.2) == (list(ADDRESSES), [])
 
-
-def test_an_own_address_is_never_removed(hosts: tuple[Host, Host]) -> None:
-    a, _ = hosts
+    # What is the host's own by mistake is said, and never removed.
     ip("-n", a.netns, "addr", "flush", "dev", "eth0")
     ip("-n", a.netns, "addr", "add", "192.0.2.20/24", "dev", "eth0")
     new, problems = a.open(10)
@@ -254,21 +263,3 @@ def test_an_own_address_is_never_removed(hosts: tuple[Host, Host]) -> None:
     assert len(problems) == 2
     asyncio.run(a.helper.ports_close())
     assert a.has() == ["192.0.2.20"]
-
-
-def test_it_is_the_source_of_no_connection_of_the_host(hosts: tuple[Host, Host]) -> None:
-    a, _ = hosts
-    a.open(10)
-
-    def sources() -> list[Any]:
-        found = []
-        for family, target in (
-            (socket.AF_INET, "192.0.2.140"),
-            (socket.AF_INET6, "2001:db8:a::140"),
-        ):
-            with socket.socket(family, socket.SOCK_DGRAM) as probe:
-                probe.connect((target, 9))
-                found.append(probe.getsockname()[0])
-        return found
-
-    assert inside("a", sources) == ["192.0.2.10", "2001:db8:a::10"]

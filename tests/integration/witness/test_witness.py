@@ -12,6 +12,8 @@ from tests.integration import lab
 
 USER = "user08@example.org"
 VOTERS = (*lab.NODES, "witness")
+# Of the LAN in which mail hosts and client are; tests/lab/README.md.
+ADDRESSES = ("203.0.113.80", "2001:db8:e::80")
 # Profile `default`: D is 2.5 s. The bound has room for a busy machine.
 TAKEOVER = 15
 
@@ -24,6 +26,39 @@ def serves(node: str) -> bool:
 
 def paused(node: str) -> bool:
     return bool(lab.status(node)["paused"])
+
+
+def has(node: str) -> list[str]:
+    """Which service addresses a host has, by its kernel's word."""
+    rows = json.loads(lab.run(node, "ip -j addr show"))
+    found = {item.get("local") for row in rows for item in row["addr_info"]}
+    return [address for address in ADDRESSES if address in found]
+
+
+def mac(node: str) -> str:
+    return str(json.loads(lab.run(node, "ip -j link show eth1"))[0]["address"])
+
+
+def neighbours() -> set[str]:
+    """At which MACs the client believes the service addresses to be."""
+    rows = json.loads(lab.run("client", "ip -j neigh show dev eth1"))
+    return {row.get("lladdr", "") for row in rows if row["dst"] in ADDRESSES}
+
+
+def arrival(node: str) -> float:
+    """When the service addresses came to a node last, as seconds since the epoch."""
+    lines = lab.run(
+        node, "journalctl -u umbra-helper -o short-unix --no-pager -g 'service address.*now'"
+    )
+    return float(lines.splitlines()[-1].split()[0])
+
+
+def known_clients(node: str) -> float:
+    return lab.metrics(node).get("umbra_service_address_clients", 0.0)
+
+
+def failed_checks(node: str) -> set[str]:
+    return {check["name"] for check in lab.status(node)["checks"] if not check["passed"]}
 
 
 def voters(signal: str) -> None:

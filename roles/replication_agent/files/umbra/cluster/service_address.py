@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from ipaddress import ip_address
 from typing import Any
 
-from prometheus_client import Counter
+from prometheus_client import Counter, Gauge
 
 from umbra.api.report import Check
 from umbra.cluster.group import Group
@@ -40,6 +40,10 @@ TICKLE_PAUSES = (0.0, 0.3, 0.7)
 GRACE = 3.0
 """For how long an address may be at another place than the primary: as long as a change takes."""
 
+_known = Gauge(
+    "umbra_service_address_clients",
+    "Connections of the primary that this node would tell of when it takes over",
+)
 _tickled = Counter(
     "umbra_service_address_tickled",
     "Connections of a former primary whose clients were told that they are gone",
@@ -146,7 +150,7 @@ class ServiceAddress:
         self._problems = tuple(problems)
         if new and self._clients:
             self._gone.put_nowait(self._clients)
-            self._clients = []
+            self._know([])
 
     # -- who is connected
 
@@ -203,8 +207,12 @@ class ServiceAddress:
                 raise PeerError("protocol", str(error)) from None
             if clients[-1].local not in self._addresses:
                 raise PeerError("refused", f"{clients[-1].local} is no service address here")
-        self._clients = clients
+        self._know(clients)
         return {}
+
+    def _know(self, clients: list[Connection]) -> None:
+        self._clients = clients
+        _known.set(len(clients))
 
     async def _tickle(self) -> None:
         while True:
