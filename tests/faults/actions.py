@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from tests.faults.field import NODES, WITNESS, Field, FieldError, wait
 
@@ -15,11 +16,7 @@ AGENT = "umbra-agent.service"
 HELPER = "umbra-helper.service"
 POSTFIX = "postfix.service"
 DOVECOT = "dovecot.service"
-STORE = "/var/lib/umbra/shadow"
 FILLER = "faults-filler"
-SMALL_MIB = 96
-"""Size of the file system of the shadow store when it is to run full: its reserve of 64 MiB, and
-room for a minute's messages."""
 
 # Kills each process of unit $1 that bears name $2. One that comes and goes is waited for: a trial
 # whose fault hit nothing would prove nothing.
@@ -36,25 +33,32 @@ echo "no process $2 in $1" >&2
 exit 1
 """
 
-_SMALL_STORE = """
+# $1 directory, $2 MiB beside what it holds; the rest are the units that use it, in starting order.
+# The agent starts and stops Postfix by itself.
+_SMALL = """
 set -e
-systemctl stop umbra-agent
-rm -rf /run/faults-store && cp -a $1 /run/faults-store
-mount -t tmpfs -o size=$2m,mode=0700,uid=umbra,gid=umbra tmpfs $1
-cp -a /run/faults-store/. $1/
-systemctl start umbra-agent
+disk=$1; room=$2; shift 2
+systemctl stop postfix $*
+rm -rf /run/faults-disk && cp -a $disk /run/faults-disk
+size=$(($(du -sm /run/faults-disk | cut -f1) + room))
+mount -t tmpfs -o size=${size}m tmpfs $disk
+chown --reference=/run/faults-disk $disk && chmod --reference=/run/faults-disk $disk
+cp -a /run/faults-disk/. $disk/
+rm -r /run/faults-disk
+systemctl start $*
 """
 
-_LARGE_STORE = """
+_LARGE = """
 set -e
-mountpoint -q $1 || exit 0
-systemctl stop umbra-agent
-rm -rf /run/faults-store && cp -a $1 /run/faults-store
-umount $1
-find $1 -mindepth 1 -delete
-cp -a /run/faults-store/. $1/
-rm -r /run/faults-store
-systemctl start umbra-agent
+disk=$1; shift
+mountpoint -q $disk || exit 0
+systemctl stop postfix $*
+rm -rf /run/faults-disk && cp -a $disk /run/faults-disk
+umount $disk
+find $disk -mindepth 1 -delete
+cp -a /run/faults-disk/. $disk/
+rm -r /run/faults-disk
+systemctl start $*
 """
 
 
@@ -213,24 +217,57 @@ def switchover_begun(field: Field, chance: random.Random) -> None:
     time.sleep(chance.uniform(0.2, 1.5))  # umbractl starts in about 0.3 s, the change takes as long
 
 
-def small_store(field: Field, chance: random.Random) -> None:
-    """Put the shadow's store on a small file system of its own."""
-    field.run(field.shadow, _SMALL_STORE, STORE, SMALL_MIB)
+@dataclass(frozen=True)
+class Disk:
+    """A directory that a trial puts on a small file system of its own, to fill it."""
+
+    path: str
+    room_mib: int
+    units: tuple[str, ...]
+
+    def small(self, side: Side) -> Action:
+        """Put it there; what it holds moves along."""
+
+        def act(field: Field, chance: random.Random) -> None:
+            field.run(side(field), _SMALL, self.path, self.room_mib, *self.units)
+
+        return act
+
+    def filled(self, side: Side) -> Action:
+        """Fill it to the last byte."""
+
+        def act(field: Field, chance: random.Random) -> None:
+            field.run(side(field), "cat /dev/zero > $1/$2 2> /dev/null; true", self.path, FILLER)
+
+        return act
+
+    def emptied(self, side: Side) -> Action:
+        """Give the space back."""
+
+        def act(field: Field, chance: random.Random) -> None:
+            field.run(side(field), "rm $1/$2", self.path, FILLER)
+
+        return act
+
+    def large(self, side: Side) -> Action:
+        """Put it back where it was."""
+
+        def act(field: Field, chance: random.Random) -> None:
+            self.restore(field, side(field))
+
+        return act
+
+    def restore(self, field: Field, node: str) -> None:
+        """Undo all of that, as far as it was done."""
+        field.run(node, "rm -f $1/$2", self.path, FILLER)
+        field.run(node, _LARGE, self.path, *self.units)
 
 
-def store_filled(field: Field, chance: random.Random) -> None:
-    """Fill it to the last byte."""
-    field.run(field.shadow, f"cat /dev/zero > $1/{FILLER} 2> /dev/null; true", STORE)
-
-
-def store_emptied(field: Field, chance: random.Random) -> None:
-    """Give the space back."""
-    field.run(field.shadow, f"rm $1/{FILLER}", STORE)
-
-
-def large_store(field: Field, chance: random.Random) -> None:
-    """Put the store back where it was."""
-    field.run(field.shadow, _LARGE_STORE, STORE)
+STORE = Disk("/var/lib/umbra/shadow", 96, (AGENT,))
+"""The shadow store: its reserve of 64 MiB, and room for a minute's messages."""
+MAIL = Disk("/var/vmail", 64, (DOVECOT, AGENT))
+QUEUE = Disk("/var/spool/postfix", 128, (DOVECOT, AGENT))
+"""Postfix's queue, and the sockets that Dovecot and the agent have in it."""
 
 
 def held_queue_dropped(field: Field, chance: random.Random) -> None:
@@ -245,6 +282,7 @@ def all_taken_back(field: Field) -> None:
     field.lab("wan", "set", "--loss", "0", "--rate", "0", "--between", *NODES)
     for node in NODES:
         field.run(node, "systemctl kill --kill-whom=main -s CONT $1", AGENT, check=False)
-        field.run(node, f"rm -f $1/{FILLER}; {_LARGE_STORE}", STORE)
+        for disk in (STORE, MAIL, QUEUE):
+            disk.restore(field, node)
         field.run(node, "systemctl start dovecot; postsuper -d ALL hold", check=False)
     field.wait_protected(120)

@@ -44,8 +44,11 @@ FAULTS: tuple[Fault, ...] = (
         for word, unit in (("agent", AGENT), ("helper", HELPER))
         for side in (primary, shadow)
     ),
-    *_parts(POSTFIX, "postfix", ("master", "qmgr", "cleanup", "smtpd", "lmtp"), primary),
-    *_parts(DOVECOT, "dovecot", ("dovecot", "lmtp", "doveadm-server"), primary),
+    *_parts(
+        POSTFIX, "postfix",
+        ("master", "qmgr", "cleanup", "trivial-rewrite", "smtpd", "lmtp"), primary,
+    ),
+    *_parts(DOVECOT, "dovecot", ("dovecot", "auth", "lmtp", "doveadm-server"), primary),
     *_parts(DOVECOT, "dovecot", ("dovecot", "doveadm-server"), shadow),
     *(
         Fault(f"agent killed five times, {side.__name__}", (do.storm(AGENT, side, 5),))
@@ -99,9 +102,15 @@ FAULTS: tuple[Fault, ...] = (
         heals=30,
     ),
     # The disk.
-    Fault(
-        "disk full, shadow store", (do.store_filled,), (do.store_emptied,), stands=(2.0, 4.0),
-        before=(do.small_store,), after=(do.large_store,),
+    *(
+        Fault(
+            f"disk full, {name}, {side.__name__}", (disk.filled(side),), (disk.emptied(side),),
+            stands=(2.0, 4.0), heals=30, before=(disk.small(side),), after=(disk.large(side),),
+        )
+        for name, disk, side in (
+            ("store", do.STORE, shadow), ("mail", do.MAIL, primary),
+            ("mail", do.MAIL, shadow), ("queue", do.QUEUE, primary),
+        )
     ),
     # Changes of primary.
     Fault("switchover", (do.switched_over,), moves=True),

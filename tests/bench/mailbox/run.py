@@ -96,10 +96,15 @@ class Bench:
             say(f"{part} took {time.monotonic() - began:.0f} s {failed.get(part, '')}")
         return failed
 
+    @property
+    def old(self) -> bool:
+        """Whether Dovecot 2.3 takes part."""
+        return any(variant.host in scene.OLD for variant in self._variants)
+
     def latency(self) -> None:
         """Latency and throughput of single operations, and the replication lag."""
         place, rounds = self.place, self._options.rounds
-        if any(variant.host in scene.OLD for variant in self._variants):
+        if self.old:
             place.prepare_old()
             place.users(scene.OLD, names("u", MANY))
             place.users(scene.OLD, names("s", MANY), "userdb_replication_sync_timeout=5")
@@ -141,7 +146,8 @@ class Bench:
         for operation in ("append", "store") if number else ():
             changes = self.place.lag(
                 variant.host, variant.replica, names(variant.users, 1)[0],
-                f"lag{number}{operation}", operation, LAGS, PACE,
+                # Each variant its own: they may share a store.
+                f"lag{number}{operation}{VARIANTS.index(variant)}", operation, LAGS, PACE,
             )  # fmt: skip
             seen = [(begun, done, at) for begun, done, at in changes if at is not None]
             self.samples.lags.append(
@@ -241,7 +247,8 @@ def main() -> int:
         try:
             place.prepare()
             failed = bench.run(parts)
-            asked = [h for h in scene.PACKAGES if h in scene.MAIL or "latency" in parts]
+            old = scene.OLD if "latency" in parts and bench.old else ()
+            asked = [host for host in scene.PACKAGES if host in (*scene.MAIL, *old)]
             about["packages"] = place.packages({host: scene.PACKAGES[host] for host in asked})
         finally:
             place.undo()

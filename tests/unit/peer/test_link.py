@@ -406,6 +406,32 @@ async def test_the_time_out_is_of_the_whole_and_can_be_extended(identities: Path
             await link.request("slow", {}, timeout=0.2)
 
 
+async def test_a_void_exchange_resets_its_connection(identities: Path) -> None:
+    """Nothing of it is sent again when the other side can be reached again."""
+    seen: asyncio.Queue[PeerError] = asyncio.Queue()
+
+    async def waits(
+        peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+    ) -> dict[str, Any]:
+        try:
+            while await exchange.receive() is not None:
+                pass
+        except PeerError as error:
+            seen.put_nowait(error)
+        return {}
+
+    async def give_up(link: PeerLink) -> None:
+        async with link.exchange("waits", {}, timeout=0.1) as exchange:
+            await exchange.send(b"half of it")
+            await asyncio.sleep(5)
+
+    async with linked(identities, {"waits": waits}) as link:
+        with pytest.raises(PeerError, match="in time"):
+            await give_up(link)
+        async with asyncio.timeout(5):
+            assert "reset" in (await seen.get()).text
+
+
 async def test_the_kernel_watches_the_other_host(identities: Path) -> None:
     async with linked(identities, {"echo": echo}) as link:
         await link.request("echo", {}, timeout=5)

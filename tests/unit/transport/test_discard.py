@@ -194,6 +194,26 @@ async def test_what_may_have_arrived_and_did_is_covered(
     assert discarder.covered("b") == {"q1", "q2"}
 
 
+async def test_what_arrives_after_its_discard_is_found(
+    shadow: ShadowStore, discarder: Discarder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that was given up here and lay in the network, or in a frozen process, until then."""
+    monkeypatch.setattr(module, "DOUBT_INTERVAL", 0.05)
+    discarder.add("b", "q1", ids.new(), sure=False)
+    running = asyncio.create_task(discarder.run())
+    for _ in range(500):
+        if not discarder.outstanding("b"):
+            break
+        await asyncio.sleep(0.01)
+    await held(shadow, "q1")
+    for _ in range(500):
+        if not await left(shadow):
+            break
+        await asyncio.sleep(0.01)
+    assert await left(shadow) == []
+    running.cancel()
+
+
 async def test_a_list_of_many_pages_is_compared(shadow: ShadowStore, discarder: Discarder) -> None:
     await asyncio.gather(*(held(shadow, f"q{number}") for number in range(1100)))
     assert (await discarder.reconcile("b")).held == 1100

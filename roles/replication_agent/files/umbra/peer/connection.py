@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, cast
@@ -26,6 +27,9 @@ KEEPALIVE_IDLE = 10
 KEEPALIVE_INTERVAL = 5
 DEAD_AFTER = 30
 """Seconds without any answer of the other host's kernel after which it ends the connection."""
+
+NO_LINGER = struct.pack("ii", 1, 0)
+"""Closing resets the connection."""
 
 LINGER = 1.0
 """Seconds that the other side has to read why it was refused."""
@@ -195,8 +199,16 @@ class Connection(asyncio.Protocol):
             self._transport.write(data)
 
     def close(self) -> None:
-        """Close at once, without waiting for what is unsent."""
+        """Close at once; what is unsent is dropped, by the kernel too.
+
+        Its retransmissions would otherwise bring a message that was given up to a shadow that
+        comes back seconds later.
+        """
         self._out.clear()
+        # Of a transport that is closing the number of the socket may be another's already.
+        if self._lost is None and not self._transport.is_closing():
+            peer = self._transport.get_extra_info("socket")
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, NO_LINGER)
         self._transport.abort()
 
     async def refuse(self, error: PeerError) -> None:

@@ -41,6 +41,9 @@ BATCH = 1000
 
 TIMEOUT = 30.0
 RECONCILE_INTERVAL = 600.0
+DOUBT_INTERVAL = 5.0
+"""Seconds after the discard of a copy that may have been there: by then it has come or never will,
+so a copy that was stored after its discard is found."""
 
 QueueIds = Callable[[], Awaitable[set[str]]]
 
@@ -226,6 +229,7 @@ class Discarder:
         self._copies = {name: Copies() for name in self._holders}
         self._queue_ids = queue_ids
         self._interval = interval
+        self._doubt = False
 
     def add(self, holder: str, queue_id: str, shadow_id: str, *, sure: bool = True) -> None:
         """``holder`` has a copy of the message in the queue file ``queue_id``, which exists.
@@ -265,8 +269,10 @@ class Discarder:
         while True:
             await asyncio.sleep(self._interval)
             await self.discard()
+            if self._doubt:
+                self._doubt = False
+                reconcile_at = min(reconcile_at, loop.time() + DOUBT_INTERVAL)
             if loop.time() >= reconcile_at:
-                # A store that timed out here may have been finished there after its discard.
                 for name in self._holders:
                     try:
                         await self.reconcile(name)
@@ -306,6 +312,7 @@ class Discarder:
                     "%d copies at %s wait for their discard: %s", len(ripe) - start, name, error
                 )
                 return
+            self._doubt |= any(queue_id not in copies.sure() for queue_id, _ in batch)
             copies.remove(queue_id for queue_id, _ in batch)
 
     async def reconcile(self, holder: str) -> Reconciled:
