@@ -150,7 +150,6 @@ print(time.time(), how, flush=True)
 class Idler:
     """An IMAP client on the host `client` that does nothing but wait."""
 
-    address: str
     process: subprocess.Popen[str]
 
     def ended(self, seconds: float = TIMEOUT) -> float:
@@ -169,7 +168,7 @@ def idling(addresses: Sequence[str], user: str) -> Iterator[list[Idler]]:
             process = subprocess.Popen(
                 ["ssh", "-F", ssh_config(), "client", command], stdout=subprocess.PIPE, text=True
             )
-            clients.append(Idler(address, process))
+            clients.append(Idler(process))
         for client in clients:
             assert client.process.stdout is not None
             assert client.process.stdout.readline() == "idle\n"

@@ -160,11 +160,28 @@ def test_a_lease_adds_renews_and_a_release_removes(field: Field) -> None:
     field.host.release()  # at every look of a shadow
 
 
-def test_the_lifetime_is_that_of_the_ports_in_whole_seconds(field: Field) -> None:
-    for seconds, lifetime in ((0.3, 1), (1.09, 1), (1.87, 2), (4.45, 4), (10.0, 10)):
+@pytest.mark.parametrize(
+    ("seconds", "lifetime"), [(0.8, 1), (1.09, 1), (1.7, 1), (1.87, 2), (4.45, 4), (10.0, 10)]
+)
+def test_the_lifetime_is_that_of_the_ports_in_whole_seconds(
+    field: Field, seconds: float, lifetime: int
+) -> None:
+    field.host.hold(seconds)
+    assert set(field.kernel.lifetimes) == {lifetime}
+
+
+def test_an_address_never_outlives_its_lease_by_much(field: Field) -> None:
+    """Nobody answers any more: the lease is asked for again and again, and is less each time."""
+    end = field.now + 1.87
+    while field.now < end:
         field.kernel.lifetimes.clear()
-        field.host.hold(seconds)
-        assert set(field.kernel.lifetimes) == {lifetime}
+        field.host.hold(end - field.now)
+        assert all(field.now + seconds <= end + 0.25 for seconds in field.kernel.lifetimes)
+        field.now += 0.1
+    field.host.release()
+    # Too little is left to have it at all; the next renewal brings it.
+    assert field.host.hold(0.7) == ([], [])
+    assert field.kernel.had == HOST
 
 
 def test_a_new_address_is_announced_at_once_and_three_times_more(field: Field) -> None:

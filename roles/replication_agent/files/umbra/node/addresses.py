@@ -35,6 +35,8 @@ log = logging.getLogger("umbra.helper")
 
 AGAIN = (0.2, 1.0, 3.0)
 """When an announcement is made again, in seconds: any of them may be lost."""
+LATE = 0.25
+"""By how much an address may outlive the lease, in seconds; the kernel is as late once more."""
 CONFLICT_PAUSE = 1.0
 CONFLICT_SHOWN = 60.0
 ALL_NODES = "ff02::1"
@@ -144,14 +146,18 @@ class ServiceAddresses:
     def hold(self, seconds: float) -> tuple[list[str], list[str]]:
         """Have the addresses for so many seconds more, and announce those that are new here.
 
-        The kernel counts in whole seconds. What cannot be had is told, not raised: a host that
-        serves is better than one that does not, and the group's status shows it.
+        The kernel counts in whole seconds, so what is left of a lease is not always worth a
+        renewal. What cannot be had is told, not raised: a host that serves is better than one that
+        does not, and the group's status shows it.
 
         :return: the addresses that were not here before, and what is wrong, one sentence each.
         """
         if self._netlink is None:
             return [], []
-        lifetime = max(1, round(seconds))
+        now, lifetime = self._clock(), int(seconds + LATE)
+        lapsed, longer = now >= self._until, now + lifetime > self._until
+        if lifetime < 1:
+            return [], self._heard()
         try:
             todo = plan(self._netlink.entries(), self._addresses)
         except OSError as error:
@@ -161,12 +167,13 @@ class ServiceAddresses:
             problems += self._tried(self._netlink.delete, entry)
         held: dict[Address, Entry] = {}
         for entry in todo.hold:
-            failed = self._tried(self._netlink.hold, entry, lifetime)
+            failed = []
+            if longer or entry in todo.new:
+                failed = self._tried(self._netlink.hold, entry, lifetime)
             problems += failed
             if not failed:
                 held[entry.address] = entry
-        lapsed = self._clock() >= self._until
-        self._until = self._clock() + lifetime
+        self._until = max(self._until, now + lifetime)
         self._held = held
         new = [entry for entry in todo.new if entry.address in held]
         if new:
