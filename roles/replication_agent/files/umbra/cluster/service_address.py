@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 TELL_PAUSE = 1.0
 TELL_TIMEOUT = 5.0
+LAST_TELL_TIMEOUT = 0.5
 TICKLE_PAUSES = (0.0, 0.3, 0.7)
 """When clients are told after an address has come here, in seconds from one time to the next."""
 GRACE = 3.0
@@ -72,6 +73,7 @@ class ServiceAddress:
         self._problems: Sequence[str] = ()
         self._wrong_since: dict[str, float] = {}
         helper.on_opened = self._opened
+        group.before_close = self._tell_last
 
     def handlers(self) -> dict[str, Handler]:
         """Return the operation of the peer link."""
@@ -161,30 +163,39 @@ class ServiceAddress:
                 await self._tell_all()
             await asyncio.sleep(TELL_PAUSE)
 
+    async def _tell_last(self, to: str) -> None:
+        """Tell who is connected just before a planned change."""
+        if "service_clients" in self._statuses().get(to, {}):
+            await self._tell_those([to], LAST_TELL_TIMEOUT)
+
     async def _tell_all(self) -> None:
+        """Tell every other node that could have the addresses."""
         statuses = self._statuses()
         peers = [name for name in self._group.links if "service_clients" in statuses.get(name, {})]
-        if not peers:
-            return
+        if peers:
+            await self._tell_those(peers, TELL_TIMEOUT)
+
+    async def _tell_those(self, peers: Sequence[str], timeout: float) -> None:
         try:
             rows = await asyncio.to_thread(connections.read, self._ends)
         except OSError as error:
             log.warning("the clients of the service address are not known: %s", error)
             return
+        statuses = self._statuses()
         await asyncio.gather(
             *(
-                self._tell_one(name, rows)
+                self._tell_one(name, rows, timeout)
                 for name in peers
-                if self._told.get(name) != rows or statuses[name]["service_clients"] != len(rows)
+                if self._told.get(name) != rows
+                or statuses.get(name, {}).get("service_clients") != len(rows)
             )
         )
 
-    async def _tell_one(self, name: str, rows: frozenset[connections.Row]) -> None:
+    async def _tell_one(self, name: str, rows: frozenset[connections.Row], timeout: float) -> None:
         self._told.pop(name, None)
+        clients = await asyncio.to_thread(_to_json, rows)  # there may be many
         try:
-            link = self._group.links[name]
-            async with link.exchange("clients", {}, timeout=TELL_TIMEOUT) as exchange:
-                clients = [{"client": connections.decode(row).to_json()} for row in rows]
+            async with self._group.links[name].exchange("clients", {}, timeout=timeout) as exchange:
                 await exchange.send_lines(clients)
                 await exchange.result()
         except PeerError as error:
@@ -226,3 +237,7 @@ class ServiceAddress:
                 except HelperError as error:
                     log.warning("clients of the former primary are not told: %s", error)
                     break
+
+
+def _to_json(rows: frozenset[connections.Row]) -> list[dict[str, Any]]:
+    return [{"client": connections.decode(row).to_json()} for row in rows]

@@ -248,6 +248,7 @@ class Switchover:
         if not await group.messages.idle(MESSAGES_TIMEOUT):
             raise Refused(f"a message was still coming in after {MESSAGES_TIMEOUT:g} s; try again.")
         steps.done("drain")
+        await group.before_close(to)
         await asyncio.gather(
             self._helper.ports_close(), self._helper.kick(), self._helper.postfix_stop()
         )
