@@ -9,9 +9,8 @@ renewal of the lease renews it. What happens when something dies:
   removes what is left; an announcement that was due is not made, because its lease has ended.
 * A process stopped between this check and its packet: the owner hears the announcement, and repeats
   its own.
-* The whole machine, and it goes on later: its kernel counts on from where it stood, so that it may
-  answer for the rest of a lifetime, behind closed ports; nobody asks it, since everybody has heard
-  the owner's announcement.
+* The whole machine, and it goes on later: its kernel counts on from where it stood. Who asks for the
+  address just then may hear both, and comes to closed ports for the rest of a lifetime at most.
 * A boot: no file has the addresses, so there are none.
 """
 
