@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
-from umbra import config
+from umbra import config, daemon
 from umbra.cluster.protocol import Policy
 from umbra.config import ConfigError, CoordinatorKind, MirrorMode, Profile, ShadowPolicy
 
@@ -68,6 +69,25 @@ def test_service_addresses_that_cannot_be(addresses: object, words: str) -> None
     with pytest.raises(ConfigError) as raised:
         config.parse({**GOOD, "service": {"addresses": addresses}})
     assert words in raised.value.findings[0]
+
+
+def test_a_host_outside_the_subnet_is_told_before_it_gets_the_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "agent.yml"
+
+    def check(document: dict[str, Any]) -> int:
+        file.write_text(yaml.safe_dump(document))
+        monkeypatch.setattr("sys.argv", ["umbra-agent", "--check-config", str(file)])
+        return daemon.main()
+
+    assert check(GOOD) == 0
+    assert check({**GOOD, "service": {"addresses": ["192.0.2.20"]}}) == 1
+    assert capsys.readouterr().err == (
+        "No interface of this host has an address of its own in the subnet of the service address"
+        " 192.0.2.20.\n"
+    )
+    assert check({**GOOD, "role": "master"}) == 1
 
 
 def test_the_safety_net_can_be_switched_off() -> None:
