@@ -70,5 +70,5 @@ def test_the_real_kernel_lists_a_real_connection(monkeypatch: pytest.MonkeyPatch
 
 def test_an_address_is_here_or_not() -> None:
     assert connections.is_here(ip_address("127.0.0.1"))
-    assert not connections.is_here(ip_address("192.0.2.1"))
+    assert not connections.is_here(ip_address("198.51.100.77"))
     assert not connections.is_here(ip_address("2001:db8::1"))
