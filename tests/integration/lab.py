@@ -119,7 +119,7 @@ def ask(
 
 
 # Runs on the client: an IMAP user who waits for new mail, and when the end of the connection came.
-_IDLE = """
+_IDLE = r"""
 import socket, ssl, sys, time
 host, user, password = sys.argv[1:]
 plain = ssl.create_default_context()

@@ -102,6 +102,7 @@ class Field:
         self.said: list[tuple[float, str]] = []
         self.timers: list[tuple[float, Any]] = []
         self.carrier = True
+        self.mute = False
         field = self
 
         class Speaker:
@@ -110,6 +111,8 @@ class Field:
                 field.claimed = claimed
 
             def announce(self, address: Address) -> None:
+                if field.mute:
+                    raise OSError(1, "Operation not permitted")
                 field.said.append((field.now, str(address)))
 
             def close(self) -> None:
@@ -261,6 +264,23 @@ def test_what_goes_wrong_is_told_and_the_rest_is_done(field: Field) -> None:
     field.kernel.refuses = True
     with pytest.raises(OSError, match="delete the service address"):
         field.host.release()
+
+
+def test_an_announcement_that_failed_is_told_until_one_is_made(field: Field) -> None:
+    field.mute = True
+    field.host.hold(2)
+    problems = field.host.hold(2)[1]
+    assert "the service address 192.0.2.20 is not announced: [Errno 1]" in problems[0]
+    field.mute = False
+    field.until(100.3)
+    assert field.host.hold(2)[1] == []
+
+
+def test_the_kernel_tells_of_a_link() -> None:
+    loopback = 1
+    assert addresses._carrier(loopback)
+    assert addresses._link(loopback, addresses._GET_MAC, 8)[2:] == bytes(6)
+    assert not addresses._carrier(9999999)
 
 
 def test_a_host_without_service_addresses_does_nothing() -> None:

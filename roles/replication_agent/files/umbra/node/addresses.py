@@ -9,8 +9,8 @@ renewal of the lease renews it. What happens when something dies:
   removes what is left; an announcement that was due is not made, because its lease has ended.
 * A process stopped between this check and its packet: the owner hears the announcement, and repeats
   its own.
-* The whole machine, and it goes on later: its kernel counts on from where it stood. Who asks for the
-  address just then may hear both, and comes to closed ports for the rest of a lifetime at most.
+* The whole machine, and it goes on later: its kernel counts on from where it stood. Who asks for
+  the address just then may hear both, and comes to closed ports for the rest of a lifetime at most.
 * A boot: no file has the addresses, so there are none.
 """
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import socket
 import struct
@@ -25,7 +26,6 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
-from pathlib import Path
 
 from umbra.node import packets
 from umbra.node.netlink import Address, Entry, Netlink
@@ -40,7 +40,8 @@ CONFLICT_PAUSE = 1.0
 CONFLICT_SHOWN = 60.0
 ALL_NODES = "ff02::1"
 _ICMP6_FILTER = 1
-_SYS_NET = Path("/sys/class/net")
+_GET_FLAGS, _GET_MAC = 0x8913, 0x8927
+_RUNNING = 0x40
 
 
 @dataclass
@@ -138,6 +139,7 @@ class ServiceAddresses:
         self._speakers: dict[int, Speaker] = {}
         self._timers: list[asyncio.TimerHandle] = []
         self._conflicts: dict[Address, _Conflict] = {}
+        self._silent: dict[Address, str] = {}
 
     def __contains__(self, address: Address) -> bool:
         return address in self._addresses
@@ -178,7 +180,7 @@ class ServiceAddresses:
         if new:
             log.warning("has the service address %s now", ", ".join(str(e.address) for e in new))
         if new or lapsed:  # nobody has kept others from it since then
-            problems += self._speak()
+            self._speak()
         problems += [
             f"the interface of the service address {entry.address} has no carrier"
             for entry in held.values()
@@ -196,6 +198,7 @@ class ServiceAddresses:
             speaker.close()
         self._speakers.clear()
         self._conflicts.clear()
+        self._silent.clear()
         self._held = {}
         if self._netlink is None:
             return
@@ -237,32 +240,30 @@ class ServiceAddresses:
 
     # -- telling the subnet
 
-    def _speak(self) -> list[str]:
-        """Announce now, and a few times more; return what went wrong now."""
-        problems = []
-        for address in self._held:
-            try:
-                self._announce(address)
-            except OSError as error:
-                problems.append(f"the service address {address} is not announced: {error}")
+    def _speak(self) -> None:
+        """Announce now, and a few times more."""
         loop = asyncio.get_running_loop()
         for timer in self._timers:
             timer.cancel()
         self._timers = [loop.call_later(pause, self._repeat) for pause in AGAIN]
-        return problems
+        self._repeat()
 
     def _repeat(self) -> None:
         for address in self._held:
-            with contextlib.suppress(OSError):
-                self._announce(address)
+            self._announce(address)
 
     def _announce(self, address: Address) -> None:
         if self._clock() >= self._until:
             return  # it may be another's by now
         index = self._held[address].index
-        if index not in self._speakers:
-            self._speakers[index] = Speaker(index, self._claimed)
-        self._speakers[index].announce(address)
+        try:
+            if index not in self._speakers:
+                self._speakers[index] = Speaker(index, self._claimed)
+            self._speakers[index].announce(address)
+        except OSError as error:
+            self._silent[address] = str(error)
+        else:
+            self._silent.pop(address, None)
 
     def _claimed(self, address: Address, mac: bytes) -> None:
         """Note that another host speaks for an address of ours, and say again where it is."""
@@ -272,25 +273,42 @@ class ServiceAddresses:
         if last is None or self._clock() >= last.at + CONFLICT_PAUSE:
             self._conflicts[address] = _Conflict(mac, self._clock())
             log.error("%s speaks for the service address %s, too", mac.hex(":"), address)
-            with contextlib.suppress(OSError):
-                self._announce(address)
+            self._announce(address)
 
     def _heard(self) -> list[str]:
+        """Return what is wrong with what the subnet was told, one sentence each."""
         since = self._clock() - CONFLICT_SHOWN
         return [
-            f"another host, {conflict.mac.hex(':')}, speaks for the service address {address}"
-            for address, conflict in self._conflicts.items()
-            if conflict.at > since
+            *(
+                f"the service address {address} is not announced: {why}"
+                for address, why in self._silent.items()
+            ),
+            *(
+                f"another host, {conflict.mac.hex(':')}, speaks for the service address {address}"
+                for address, conflict in self._conflicts.items()
+                if conflict.at > since
+            ),
         ]
 
 
+def _link(index: int, request: int, length: int) -> bytes:
+    """Ask about an interface (netdevice(7)); OSError if it is gone.
+
+    Not /sys: what is mounted there may be of another network namespace than this process.
+    """
+    name = socket.if_indextoname(index).encode()
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0) as any_socket:
+        answer = fcntl.ioctl(any_socket, request, struct.pack("16s24x", name))
+    return answer[16 : 16 + length]
+
+
 def _carrier(index: int) -> bool:
-    """Whether an interface has a link to anybody."""
+    """Whether an interface is up and has a link to anybody."""
     try:
-        name = socket.if_indextoname(index)
-        return (_SYS_NET / name / "carrier").read_text(encoding="ascii").strip() != "0"
+        flags: int = struct.unpack("=H", _link(index, _GET_FLAGS, 2))[0]
     except OSError:
-        return False  # it is down, or gone
+        return False  # it is gone
+    return bool(flags & _RUNNING)
 
 
 class Speaker:
@@ -309,8 +327,7 @@ class Speaker:
 
     def announce(self, address: Address) -> None:
         """Tell the subnet that the address is here. OSError if it cannot be sent."""
-        text = (_SYS_NET / self._name / "address").read_text(encoding="ascii")
-        self._mac = bytes.fromhex(text.strip().replace(":", ""))
+        self._mac = _link(self._index, _GET_MAC, 8)[2:]
         if isinstance(address, IPv4Address):
             if self._arp is None:
                 self._arp = self._listening(self._arp_socket(), self._hear_arp)
