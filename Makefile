@@ -13,7 +13,7 @@ export LAB
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 lab := tests/lab/lab --name $(LAB)
 
-.PHONY: help venv collection lab lab-shell lab-down demo test lint unit gates sanity integration faults model fuzz bench-transport bench-mailbox changelog lock root
+.PHONY: help venv collection lab lab-shell lab-down demo test lint unit gates sanity integration faults model fuzz bench-transport bench-mailbox bench-failover changelog lock root
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^##-/ { printf "\n%s\n", substr($$0, 6) } \
@@ -79,6 +79,10 @@ bench-transport: root collection ## Plain Postfix, our milter and two peers: mes
 bench-mailbox: root collection ## Dovecot alone, our mirror, Dovecot 2.3's replicator: latency, lag, growth, into build/bench/mailbox.json
 	@tests/lab/lab prerequisites
 	@python -m tests.bench.mailbox.run
+
+bench-failover: root collection ## Lost hosts and switchovers, as clients outside see them, into build/bench/failover.json
+	@tests/lab/lab prerequisites
+	@python -m tests.bench.failover.run
 
 ##-- The collection
 collection: venv ## Build the tarball (build/dist) and install it into build/collections, where playbooks run from

@@ -16,6 +16,7 @@ AGENT = "umbra-agent.service"
 HELPER = "umbra-helper.service"
 POSTFIX = "postfix.service"
 DOVECOT = "dovecot.service"
+CONFIG = "/etc/umbra/agent.yml"
 FILLER = "faults-filler"
 
 # Kills each process of unit $1 that bears name $2. One that comes and goes is waited for: a trial
@@ -217,6 +218,37 @@ def switchover_begun(field: Field, chance: random.Random) -> None:
     time.sleep(chance.uniform(0.2, 1.5))  # umbractl starts in about 0.3 s, the change takes as long
 
 
+def reconfigured(side: Side) -> Action:
+    """Change settings of the transport and restart the agent, as the role's handler does."""
+    script = (
+        "cp -n $1 /run/faults-agent.yml;"
+        " sed -i 's/shadow_policy: .*/shadow_policy: accept/;"
+        " s/shadow_timeout: .*/shadow_timeout: 3/; s/safety_net_hold: .*/safety_net_hold: 3600/' $1"
+        " && systemctl restart umbra-agent"
+    )
+
+    def act(field: Field, chance: random.Random) -> None:
+        field.run(side(field), script, CONFIG)
+
+    return act
+
+
+def configured(side: Side) -> Action:
+    """Put the settings back."""
+
+    def act(field: Field, chance: random.Random) -> None:
+        put_back(field, side(field))
+
+    return act
+
+
+def put_back(field: Field, node: str) -> None:
+    """Restart the agent with the settings that it had, if they were changed."""
+    saved = "/run/faults-agent.yml"
+    script = "test -e $1 || exit 0; cat $1 > $2 && rm $1 && systemctl restart umbra-agent"
+    field.run(node, script, saved, CONFIG)
+
+
 @dataclass(frozen=True)
 class Disk:
     """A directory that a trial puts on a small file system of its own, to fill it."""
@@ -282,6 +314,7 @@ def all_taken_back(field: Field) -> None:
     field.lab("wan", "set", "--loss", "0", "--rate", "0", "--between", *NODES)
     for node in NODES:
         field.run(node, "systemctl kill --kill-whom=main -s CONT $1", AGENT, check=False)
+        put_back(field, node)
         for disk in (STORE, MAIL, QUEUE):
             disk.restore(field, node)
         field.run(node, "systemctl start dovecot; postsuper -d ALL hold", check=False)

@@ -112,6 +112,14 @@ FAULTS: tuple[Fault, ...] = (
             ("mail", do.MAIL, shadow), ("queue", do.QUEUE, primary),
         )
     ),
+    # Settings of the transport: policy, time-out, safety net.
+    *(
+        Fault(
+            f"settings changed, {side.__name__}",
+            (do.reconfigured(side),), (do.configured(side),), heals=30,
+        )
+        for side in (primary, shadow)
+    ),
     # Changes of primary.
     Fault("switchover", (do.switched_over,), moves=True),
     *(

@@ -35,7 +35,7 @@ ENOUGH = 40
 """Acknowledged messages without which the load does not end: it goes on until mail flows again."""
 
 
-def settings(run: str) -> dict[str, Any]:
+def settings(run: str, changes_per_s: float, max_s: float) -> dict[str, Any]:
     """Settings of the client for one trial, as `failover_client.settings` reads them."""
     return {
         "run": run,
@@ -48,14 +48,14 @@ def settings(run: str) -> dict[str, Any]:
         "verify_tls": True,
         "server_name": "mail.example.org",
         "smtp_workers": WORKERS,
-        "imap_workers": 0,
+        "imap_workers": WORKERS if changes_per_s else 0,
         "messages_per_s": MESSAGES_PER_S,
-        "changes_per_s": 1.0,
+        "changes_per_s": changes_per_s or 1.0,
         "samples": "",
         "big_message_bytes": 0,
         "min_messages": ENOUGH,
         "min_changes": 0,
-        "max_s": LONGEST_S,
+        "max_s": max_s,
         "connect_timeout_s": 0.5,
         "reply_timeout_s": REPLY_TIMEOUT_S,
     }
@@ -75,11 +75,18 @@ def install(field: Field) -> None:
 
 
 class Load:
-    """Messages sent from outside, from ``start`` to ``stop``."""
+    """Messages sent from outside, from ``start`` to ``stop``.
 
-    def __init__(self, field: Field, run: str) -> None:
+    :param changes_per_s: IMAP changes beside them.
+    :param max_s: it ends by itself after so many seconds.
+    """
+
+    def __init__(
+        self, field: Field, run: str, changes_per_s: float = 0.0, max_s: float = LONGEST_S
+    ) -> None:
         self._field = field
         self._run = run
+        self._settings = settings(run, changes_per_s, max_s)
         self._directory = f"{DIRECTORY}/{run}"
         self._process: subprocess.Popen[str] | None = None
 
@@ -89,7 +96,7 @@ class Load:
             CLIENT,
             "mkdir -p $1 && cat > $1/settings.json",
             self._directory,
-            text=json.dumps(settings(self._run)),
+            text=json.dumps(self._settings),
         )
         command = "cd $1 && echo $$ > pid && PYTHONPATH=.. exec python3 -m failover_client $2 $3"
         self._process = self._field.start(
@@ -144,9 +151,11 @@ def read(field: Field, run: str) -> dict[str, dict[str, Any]]:
 
 
 def clean(field: Field, run: str) -> None:
-    """Remove a run's messages from the mailboxes, so that they stay small."""
+    """Remove a run's messages and mailboxes, so that the users' stay small."""
     script = (
-        "for user; do doveadm expunge -u $user mailbox INBOX HEADER X-Failover-Test-Id $run; done"
+        "for user; do doveadm expunge -u $user mailbox INBOX HEADER X-Failover-Test-Id $run;"
+        ' doveadm mailbox list -u $user "failover-test-$run-*" | sort -r | while read -r box; do'
+        ' doveadm mailbox delete -u $user -s "$box"; done; done'
     )
     field.run(field.primary, f"run=$1; shift; {script}", run, *USERS)
 
