@@ -12,10 +12,11 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from tests.unit.cluster import support
 
 from umbra.cluster import service_address
 from umbra.cluster.service_address import GRACE, ServiceAddress
-from umbra.config import Config, Endpoint, Peer, Service
+from umbra.config import Config, Service
 from umbra.node import connections
 from umbra.node.client import NodeHelper
 from umbra.node.helper import HelperError
@@ -24,16 +25,7 @@ from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import PeerIdentity
 
 ADDRESS = "192.0.2.20"
-CONFIG = Config(
-    group="mail",
-    node="a",
-    site="alpha",
-    role="primary",
-    link=Endpoint("127.0.0.1", 1),
-    api=Endpoint("127.0.0.1", 2),
-    peers=(Peer("b", "alpha", "127.0.0.2"),),
-    service=Service((ADDRESS,)),
-)
+CONFIG = replace(support.CONFIG, service=Service((ADDRESS,)))
 # 192.0.2.20:993 as the kernel writes it, with clients 192.0.2.140 to 142 at port 50000.
 END = next(iter(connections.endpoints([ip_address(ADDRESS)], [993])))
 ROWS = [(END, f"{0x8C + number:02X}0200C0:C350") for number in range(3)]
