@@ -295,8 +295,8 @@ class Disk:
         field.run(node, _LARGE, self.path, *self.units)
 
 
-STORE = Disk("/var/lib/umbra/shadow", 96, (AGENT,))
-"""The shadow store: its reserve of 64 MiB, and room for a minute's messages."""
+STORE = Disk("/var/lib/umbra/shadow", 128, (AGENT,))
+"""The shadow store: its reserve of 64 MiB, the 32 under which it takes no message, and room."""
 MAIL = Disk("/var/vmail", 64, (DOVECOT, AGENT))
 QUEUE = Disk("/var/spool/postfix", 128, (DOVECOT, AGENT))
 """Postfix's queue, and the sockets that Dovecot and the agent have in it."""
