@@ -35,7 +35,7 @@ lab-down: root ## Remove the lab: no process, mount, namespace or interface stay
 ##-- Tests
 test: root collection ## Everything that CI runs, fast tests first
 	@tests/lab/lab prerequisites
-	@tests/run.py lint unit gates sanity lab integration faults witness
+	@tests/run.py sanity lint unit gates lab integration faults witness
 
 lint: collection ## ruff, mypy, yamllint, ansible-lint
 	@tests/run.py lint

@@ -17,9 +17,12 @@ import sys
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
+from threading import Event
 
 import yaml
 
@@ -35,8 +38,23 @@ FAILURE = re.compile(r"^(FAILED |ERROR |CRITICAL |\* \[|fatal: |\[ERROR\]: )")
 
 WIDTH, MOST = 300, 8  # how much of a failed command's output the summary shows
 
+QUICK = "lint", "unit", "gates"
+BESIDE = "sanity"
+"""The suite that runs beside the quick ones: each uses one core, and none measures time."""
+
 failures: list[str] = []
 """What failed, in the order in which it did; the end of a log is all that some readers see."""
+running: set[subprocess.Popen[str]] = set()
+"""The commands that run now."""
+stopped = Event()
+"""Set while the run is being stopped: no command starts any more."""
+margin: ContextVar[str] = ContextVar("margin", default="")
+"""What stands before each line of the suite that runs beside another."""
+
+
+def say(line: str) -> None:
+    """Prints a line of the suite that runs here."""
+    print(f"{margin.get()}{line}", flush=True)
 
 
 @dataclass(frozen=True)
@@ -65,7 +83,9 @@ class Count:
 
 def run(command: list[str], log: Path | None = None) -> tuple[int, str]:
     """Runs a command from the repository's root, showing and returning what it prints."""
-    print(f"$ {' '.join(command)}", flush=True)
+    if stopped.is_set():
+        sys.exit(143)
+    say(f"$ {' '.join(command)}")
     lines = []
     with subprocess.Popen(
         ["timeout", "--kill-after=60", str(LIMIT), *command],
@@ -77,15 +97,15 @@ def run(command: list[str], log: Path | None = None) -> tuple[int, str]:
         errors="replace",
     ) as process:
         assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                print(line, end="", flush=True)
-                lines.append(line)
-        except BaseException:
-            process.terminate()  # `timeout` hands it on to all that the command started
-            raise
+        running.add(process)
+        if stopped.is_set():  # since it was asked above
+            process.terminate()
+        for line in process.stdout:
+            say(line.rstrip("\n"))
+            lines.append(line)
+    running.discard(process)
     if process.returncode == 124:
-        print(f"Stopped: it took more than {LIMIT} s.", flush=True)
+        say(f"Stopped: it took more than {LIMIT} s.")
     output = "".join(lines)
     if process.returncode:
         named = [line for line in lines if FAILURE.match(line)] or lines
@@ -94,6 +114,13 @@ def run(command: list[str], log: Path | None = None) -> tuple[int, str]:
     if log:
         log.write_text(output)
     return process.returncode, output
+
+
+def stop() -> None:
+    """Ends what runs, and lets nothing follow it in its lane."""
+    stopped.set()
+    for process in running.copy():
+        process.terminate()  # `timeout` hands it on to all that the command started
 
 
 def junit_count(report: Path) -> Count:
@@ -219,6 +246,27 @@ SUITES: dict[str, Callable[[], Count]] = {
 IN_LAB = {"integration", "faults", "witness"}
 
 
+def stages(names: list[str]) -> list[list[list[str]]]:
+    """What runs one after the other: lanes that run side by side, of suites one after the other."""
+    quick = [name for name in names if name in QUICK]
+    if not quick or BESIDE not in names:
+        return [[[name]] for name in names]
+    others = [name for name in names if name not in (*QUICK, BESIDE)]
+    return [[quick, [BESIDE]], *([[name]] for name in others)]
+
+
+def lane(suites: list[str], mark: str) -> dict[str, tuple[Count, float]]:
+    """Runs suites one after the other; what each counted and the seconds that it took."""
+    margin.set(mark)
+    results = {}
+    for name in suites:
+        say("")
+        say(f"=== {name} ===")
+        started = time.monotonic()
+        results[name] = SUITES[name](), time.monotonic() - started
+    return results
+
+
 def main(names: list[str]) -> int:
     """Runs the suites and prints the summary."""
     REPORTS.mkdir(parents=True, exist_ok=True)
@@ -226,13 +274,19 @@ def main(names: list[str]) -> int:
     os.environ["NO_COLOR"] = "1"
     # Leave by way of `finally`, so that a stopped run removes its lab.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    results = {}
+    results: dict[str, tuple[Count, float]] = {}
     try:
-        for name in names:
-            print(f"\n=== {name} ===", flush=True)
-            started = time.monotonic()
-            results[name] = SUITES[name](), time.monotonic() - started
+        for lanes in stages(names):
+            marks = ["", *(f"{suites[0]}: " for suites in lanes[1:])]
+            with ThreadPoolExecutor() as pool:
+                try:
+                    for counted in pool.map(lane, lanes, marks):
+                        results |= counted
+                except BaseException:
+                    stop()
+                    raise
     finally:
+        stopped.clear()  # every lane has ended
         if IN_LAB & set(names):
             destroy()
     if failures:

@@ -54,6 +54,23 @@ def canonical(address: Any) -> str:
         return str(address).rstrip(".").lower()
 
 
+def is_address(value: Any) -> bool:
+    """Tell an address from a host name."""
+    try:
+        netaddr.IPAddress(str(value))
+    except (netaddr.AddrFormatError, ValueError):
+        return False
+    return True
+
+
+def is_in(address: str, subnet: Any) -> bool:
+    """Say whether an address lies in a subnet; a subnet that is none has no address."""
+    try:
+        return netaddr.IPAddress(address) in netaddr.IPNetwork(str(subnet))
+    except (netaddr.AddrFormatError, ValueError):
+        return False
+
+
 def overlaps(left: netaddr.IPNetwork, right: netaddr.IPNetwork) -> bool:
     """Say whether two subnets share an address."""
     return left in right or right in left

@@ -13,6 +13,8 @@ from ansible_collections.umbra.mail.plugins.plugin_utils._addresses import (
     AddressPlanError,
     canonical,
     endpoint_of,
+    is_address,
+    is_in,
     overlaps,
     parse_subnet,
     plan_addresses,
@@ -22,6 +24,7 @@ NODES, WITNESS, OUTSIDE = "umbra_nodes", "umbra_witness", "umbra_outside"
 GROUPS = (NODES, WITNESS, OUTSIDE)
 ROLES = ("primary", "shadow")
 COORDINATOR = "replication_agent_coordinator"
+SERVICE = "replication_agent_service_addresses"
 
 # Read by more than one role, so no single role's argument specs have them.
 SHARED_VARIABLES = frozenset({"umbra_group", "umbra_site", "umbra_role", "umbra_sites"})
@@ -147,16 +150,11 @@ def _role_findings(inventory: Inventory) -> Iterator[str]:
             )
 
 
-def _is_address(text: str) -> bool:
-    """Tell an address from a host name."""
-    return ":" in text or text.replace(".", "").isdecimal()
-
-
 def _name_findings(inventory: Inventory) -> Iterator[str]:
     # dsync orders its locks by host name: two nodes of one name would wait for each other.
     owners: dict[str, str] = {}
     for host in inventory.overlay:
-        short = host if _is_address(host) else host.split(".")[0].lower()
+        short = host if is_address(host) else host.split(".")[0].lower()
         if short in owners:
             yield (
                 f"{host} and {owners[short]} have the same short name {short};"
@@ -257,7 +255,7 @@ def _overlay_overlaps(inventory: Inventory, subnet: Any) -> Iterator[str]:
     for host in inventory.overlay:
         for name in ("ansible_host", "vpn_endpoint"):
             address = str(inventory.value(host, name) or "")
-            if address and _is_address(address) and canonical(address) in subnet:
+            if address and is_address(address) and canonical(address) in subnet:
                 yield (
                     f"{host}: {name} {address} lies in the overlay {subnet};"
                     " choose another vpn_overlay_subnet."
@@ -273,6 +271,67 @@ def _overlay_overlaps(inventory: Inventory, subnet: Any) -> Iterator[str]:
                     f"The overlay {subnet} overlaps {local} of site {site};"
                     " choose another vpn_overlay_subnet."
                 )
+
+
+def _service_findings(inventory: Inventory) -> Iterator[str]:
+    """Judge the addresses that move with the primary."""
+    own = {
+        canonical(inventory.value(host, name)): host
+        for host in inventory.hosts
+        for name in ("ansible_host", "vpn_endpoint")
+        if inventory.value(host, name)
+    }
+    users: dict[str, list[str]] = {}
+    for host in inventory.nodes:
+        value = inventory.value(host, SERVICE) or []
+        if not isinstance(value, (list, tuple)):
+            yield f"{host}: {SERVICE} is {value!s}; write a list of addresses."
+            continue
+        seen: set[str] = set()
+        for item in value:
+            text = canonical(item)
+            if "/" in str(item) or not is_address(item):
+                yield (
+                    f"{host}: {SERVICE} has {item!s}; write an IP address without a prefix length,"
+                    " for example 192.0.2.20."
+                )
+            elif text in seen:
+                yield f"{host}: {SERVICE} has {text} twice; leave it there once."
+            else:
+                users.setdefault(text, []).append(host)
+            seen.add(text)
+    for text, hosts in users.items():
+        if text in own:
+            yield f"Service address {text} is that of {own[text]}; choose one that no host has."
+        yield from _service_place_findings(inventory, text, hosts)
+        groups = {str(inventory.value(host, "umbra_group")) for host in hosts}
+        if len(groups) > 1:
+            yield (
+                f"Redundancy groups {_listed(sorted(groups))} have the same service address {text};"
+                " give each its own."
+            )
+        elif len(hosts) == 1:
+            yield (
+                f"Only {hosts[0]} has the service address {text}, so it cannot move; set {SERVICE}"
+                " for all nodes of its subnet."
+            )
+
+
+def _service_place_findings(inventory: Inventory, text: str, hosts: list[str]) -> Iterator[str]:
+    overlays = {str(inventory.value(host, "vpn_overlay_subnet")) for host in hosts}
+    for overlay in sorted(overlays):
+        if is_in(text, overlay):
+            yield (
+                f"Service address {text} lies in the overlay {overlay}, where no client is;"
+                " choose one of the subnet that clients reach."
+            )
+    for site, subnets in inventory.sites.items():
+        strangers = [host for host in hosts if inventory.value(host, "umbra_site") != site]
+        if strangers and any(is_in(text, subnet) for subnet in subnets):
+            yield (
+                f"Service address {text} lies at site {site}, which is not that of"
+                f" {_listed(strangers)}; it moves within one subnet only."
+            )
 
 
 def option_names(spec: Mapping[str, Any]) -> set[str]:
@@ -318,5 +377,6 @@ def inventory_findings(
         *_site_findings(inventory),
         *_host_address_findings(inventory),
         *_overlay_findings(inventory),
+        *_service_findings(inventory),
         *_variable_findings(inventory, specs, set(allowed)),
     ]

@@ -17,6 +17,7 @@ HELPER = "umbra-helper.service"
 POSTFIX = "postfix.service"
 DOVECOT = "dovecot.service"
 CONFIG = "/etc/umbra/agent.yml"
+SAVED_CONFIG = "/run/faults-agent.yml"
 FILLER = "faults-filler"
 
 # Kills each process of unit $1 that bears name $2. One that comes and goes is waited for: a trial
@@ -221,14 +222,14 @@ def switchover_begun(field: Field, chance: random.Random) -> None:
 def reconfigured(side: Side) -> Action:
     """Change settings of the transport and restart the agent, as the role's handler does."""
     script = (
-        "cp -n $1 /run/faults-agent.yml;"
+        "cp -n $1 $2;"
         " sed -i 's/shadow_policy: .*/shadow_policy: accept/;"
         " s/shadow_timeout: .*/shadow_timeout: 3/; s/safety_net_hold: .*/safety_net_hold: 3600/' $1"
         " && systemctl restart umbra-agent"
     )
 
     def act(field: Field, chance: random.Random) -> None:
-        field.run(side(field), script, CONFIG)
+        field.run(side(field), script, CONFIG, SAVED_CONFIG)
 
     return act
 
@@ -244,9 +245,8 @@ def configured(side: Side) -> Action:
 
 def put_back(field: Field, node: str) -> None:
     """Restart the agent with the settings that it had, if they were changed."""
-    saved = "/run/faults-agent.yml"
     script = "test -e $1 || exit 0; cat $1 > $2 && rm $1 && systemctl restart umbra-agent"
-    field.run(node, script, saved, CONFIG)
+    field.run(node, script, SAVED_CONFIG, CONFIG)
 
 
 @dataclass(frozen=True)
@@ -295,8 +295,8 @@ class Disk:
         field.run(node, _LARGE, self.path, *self.units)
 
 
-STORE = Disk("/var/lib/umbra/shadow", 96, (AGENT,))
-"""The shadow store: its reserve of 64 MiB, and room for a minute's messages."""
+STORE = Disk("/var/lib/umbra/shadow", 128, (AGENT,))
+"""The shadow store: its reserve of 64 MiB, the 32 under which it takes no message, and room."""
 MAIL = Disk("/var/vmail", 64, (DOVECOT, AGENT))
 QUEUE = Disk("/var/spool/postfix", 128, (DOVECOT, AGENT))
 """Postfix's queue, and the sockets that Dovecot and the agent have in it."""

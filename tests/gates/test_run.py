@@ -1,5 +1,9 @@
 """The suite runner never calls a run that tested nothing a success."""
 
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -74,3 +78,57 @@ def test_the_summary_names_what_failed(
     end = capsys.readouterr().out.partition("=== failures ===")[2]
     assert "test_no.py::test_no" in end
     assert end.endswith("0 passed, 1 failed\n")
+
+
+def test_sanity_runs_beside_the_quick_suites() -> None:
+    assert run.stages(["sanity", "lint", "unit", "lab"]) == [
+        [["lint", "unit"], ["sanity"]],
+        [["lab"]],
+    ]
+    assert run.stages(["lint", "unit"]) == [[["lint"]], [["unit"]]]
+    assert run.stages(["sanity"]) == [[["sanity"]]]
+
+
+def test_each_line_of_the_suite_beside_names_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def says(word: str) -> Count:
+        assert run.run(["echo", word])[0] == 0
+        return Count(passed=1)
+
+    monkeypatch.setitem(run.SUITES, "lint", lambda: says("quick"))
+    monkeypatch.setitem(run.SUITES, "sanity", lambda: says("slow"))
+    assert run.main(["lint", "sanity"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "quick" in lines
+    assert "sanity: slow" in lines
+    assert lines[-1] == "2 passed, 0 failed"
+
+
+def test_a_stopped_run_ends_all_that_runs_and_starts_nothing_more(tmp_path: Path) -> None:
+    script = f"""
+import signal, sys
+from tests import run
+def lint():
+    run.run(["sleep", "60"])
+    run.run(["touch", {str(tmp_path / "more")!r}])
+    return run.Count(passed=1)
+run.REPORTS = __import__("pathlib").Path({str(tmp_path)!r})
+run.SUITES["lint"] = lint
+run.SUITES["sanity"] = lambda: run.Count(int(run.run(["sleep", "60"])[0] == 0))
+sys.exit(run.main(["lint", "sanity"]))
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=run.ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("sanity: $ sleep"):
+                break
+        time.sleep(0.5)
+        started = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
+    assert process.returncode == 143
+    assert time.monotonic() - started < 10
+    assert not (tmp_path / "more").exists()

@@ -10,13 +10,14 @@ import email.policy
 import imaplib
 import json
 import os
+import shlex
 import smtplib
 import socket
 import ssl
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.message import EmailMessage
@@ -115,6 +116,67 @@ def ask(
     out = run(name, "python3 -c %s %s %s %s", _ASK, method, where, path)
     code, _, body = out.partition("\n")
     return int(code), body.removesuffix("\n")
+
+
+# Runs on the client: an IMAP user who waits for new mail, and when the end of the connection came.
+_IDLE = r"""
+import socket, ssl, sys, time
+host, user, password = sys.argv[1:]
+plain = ssl.create_default_context()
+plain.check_hostname, plain.verify_mode = False, ssl.CERT_NONE
+with plain.wrap_socket(socket.create_connection((host, 993), 10)) as connection:
+    answers = connection.makefile("rb")
+    for line, wanted in (
+        ("", b"* OK"), (f"a LOGIN {user} {password}", b"a OK"), ("b SELECT INBOX", b"b OK"),
+        ("c IDLE", b"+"),
+    ):
+        if line:
+            connection.sendall(line.encode() + b"\r\n")
+        while not (answer := answers.readline()).startswith(wanted):
+            assert answer, line
+    print("idle", flush=True)
+    connection.settimeout(60)
+    try:
+        while answers.readline():
+            pass
+        how = "closed"
+    except OSError as error:
+        how = type(error).__name__
+print(time.time(), how, flush=True)
+"""
+
+
+@dataclass
+class Idler:
+    """An IMAP client on the host `client` that does nothing but wait."""
+
+    process: subprocess.Popen[str]
+
+    def ended(self, seconds: float = TIMEOUT) -> float:
+        """When its connection ended, as seconds since the epoch; the machine has one clock."""
+        out, _ = self.process.communicate(timeout=seconds)
+        return float(out.split()[0])
+
+
+@contextmanager
+def idling(addresses: Sequence[str], user: str) -> Iterator[list[Idler]]:
+    """Have an idle IMAP client on each address."""
+    clients = []
+    try:
+        for address in addresses:
+            command = shlex.join(["python3", "-c", _IDLE, address, user, PASSWORD])
+            process = subprocess.Popen(
+                ["ssh", "-F", ssh_config(), "client", command], stdout=subprocess.PIPE, text=True
+            )
+            clients.append(Idler(process))
+        for client in clients:
+            assert client.process.stdout is not None
+            assert client.process.stdout.readline() == "idle\n"
+        yield clients
+    finally:
+        for client in clients:
+            client.process.kill()
+            client.process.wait()
 
 
 def overlay_address(name: str) -> str:

@@ -167,6 +167,8 @@ def test_a_cut_is_between_two_sites_only_and_heals() -> None:
     try:
         assert not reaches("mail-a", "mail-b")
         assert not reaches("mail-a", "2001:db8:b::10")
+        assert reaches("mail-a", "203.0.113.71")  # the LAN is no part of the WAN
+        assert reaches("mail-a", "2001:db8:e::8")
         for pair in (("mail-a", "witness"), ("mail-b", "witness"), ("client", "mail-a")):
             assert reaches(*pair)
     finally:

@@ -107,13 +107,13 @@ NODE = {
     "node": "mail-b", "site": "beta", "role": "shadow", "state": "syncing", "reachable": True,
     "lag_changes": 0, "lag_s": 0.0, "shadow_messages": 0, "shadow_bytes": 0, "since": "",
     "reasons": [], "cause": "mail-a has not taken this node into the protected set",
-    "policy": "blocked",
+    "policy": "blocked", "service_addresses": [],
 }  # fmt: skip
 REPORT = {
     "group": "mail", "node": "mail-b", "protected": False, "reasons": ["no node is primary"],
     "epoch": 4, "primary": None, "mode": "alone", "inventory_role": "shadow",
     "last_switchover": None, "nodes": [NODE], "checks": [], "coordinator": "etcd",
-    "paused": True, "protected_set": [],
+    "paused": True, "protected_set": [], "service_addresses": [],
 }  # fmt: skip
 
 
@@ -128,10 +128,25 @@ def test_the_status_shows_the_coordinator_with_cause_and_policy(api: Played) -> 
     assert f"  mail-b: syncing: {NODE['cause']}; policy blocked" in lines
 
 
+def test_the_status_shows_where_each_service_address_is(api: Played) -> None:
+    first, second = "192.0.2.20", "2001:db8:a::20"
+    nodes = [{**NODE, "service_addresses": [first]}, {**NODE, "node": "mail-a"}]
+    api.answers["/status"] = {**REPORT, "nodes": nodes, "service_addresses": [first, second]}
+    lines = CliRunner().invoke(cli.cli, ["status"]).output.splitlines()
+    assert f"service address {first}: mail-b" in lines
+    assert f"service address {second}: nowhere" in lines
+    nodes[1]["service_addresses"] = [first]
+    lines = CliRunner().invoke(cli.cli, ["status"]).output.splitlines()
+    assert f"service address {first}: mail-b and mail-a" in lines
+
+
 def test_a_static_group_shows_nothing_of_it(api: Played) -> None:
     node = {**NODE, "cause": "", "policy": ""}
     api.answers["/status"] = {**REPORT, "coordinator": "static", "nodes": [node]}
-    assert "coordinator" not in CliRunner().invoke(cli.cli, ["status"]).output
+    result = CliRunner().invoke(cli.cli, ["status"])
+    assert isinstance(result.exception, SystemExit)
+    assert "coordinator" not in result.output
+    assert "service address" not in result.output
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+from ipaddress import ip_address
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
-from umbra import config
+from umbra import config, daemon
 from umbra.cluster.protocol import Policy
 from umbra.config import ConfigError, CoordinatorKind, MirrorMode, Profile, ShadowPolicy, StonithUse
+from umbra.node.netlink import Entry
 
 GOOD: dict[str, Any] = {
     "group": "mail",
@@ -50,6 +54,53 @@ def test_a_hook_that_switches_nodes_off_is_run_when_it_is_said() -> None:
     assert config.parse({**GOOD, "stonith": {"use": "always"}}).stonith.use is StonithUse.ALWAYS
     with pytest.raises(ConfigError, match="never or forced or always"):
         config.parse({**GOOD, "stonith": {"use": "sometimes"}})
+
+
+def test_service_addresses_are_none_unless_they_are_said() -> None:
+    assert config.parse(GOOD).service.addresses == ()
+    said = ["192.0.2.20", "2001:db8:a::20"]
+    assert config.parse({**GOOD, "service": {"addresses": said}}).service.addresses == tuple(said)
+
+
+@pytest.mark.parametrize(
+    ("addresses", "words"),
+    [
+        ("192.0.2.20", "service.addresses must be a list"),
+        ([20], "must be a text"),
+        (["192.0.2.20/24"], "write an IP address without a prefix length"),
+        (["2001:db8:a::20", "2001:db8:a:0::20"], "has 2001:db8:a::20 twice."),
+        (["10.86.0.2"], "has 10.86.0.2, which is a node's own."),
+        (["127.0.0.1"], "which no client can reach."),
+        (["fe80::1"], "which no client can reach."),
+        (["224.0.0.1"], "which no client can reach."),
+    ],
+)
+def test_service_addresses_that_cannot_be(addresses: object, words: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        config.parse({**GOOD, "service": {"addresses": addresses}})
+    assert words in raised.value.findings[0]
+
+
+def test_a_host_outside_the_subnet_is_told_before_it_gets_the_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "agent.yml"
+    entries = [Entry(2, ip_address("198.51.100.10"), 24)]
+    kernel = SimpleNamespace(entries=lambda: entries, close=lambda: None)
+    monkeypatch.setattr(daemon, "Netlink", lambda: kernel)
+
+    def check(document: dict[str, Any]) -> int:
+        file.write_text(yaml.safe_dump(document))
+        monkeypatch.setattr("sys.argv", ["umbra-agent", "--check-config", str(file)])
+        return daemon.main()
+
+    assert check(GOOD) == 0
+    assert check({**GOOD, "service": {"addresses": ["192.0.2.20"]}}) == 1
+    assert capsys.readouterr().err == (
+        "No interface of this host has an address of its own in the subnet of the service address"
+        " 192.0.2.20.\n"
+    )
+    assert check({**GOOD, "service": {"addresses": ["198.51.100.20"]}}) == 0
 
 
 def test_the_safety_net_can_be_switched_off() -> None:

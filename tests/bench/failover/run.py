@@ -86,7 +86,9 @@ class Cell:
             )
         )
         print(f"  {said}", flush=True)
-        return [self._sample(log, number, *item) for number, item in enumerate(made, 1)], reasons
+        messages, changes = _ends(log, ["send"]), _ends(log, accounting.CHANGES)
+        samples = [self._sample(messages, changes, n, *item) for n, item in enumerate(made, 1)]
+        return samples, reasons
 
     def _change(self, kind: str) -> tuple[str, int, int, float, str]:
         """Make one; returns kind, begin and end (monotonic ns), seconds until protected, whose."""
@@ -110,7 +112,8 @@ class Cell:
 
     def _sample(
         self,
-        log: Sequence[Mapping[str, Any]],
+        messages: Sequence[int],
+        changes: Sequence[int],
         number: int,
         kind: str,
         began: int,
@@ -118,15 +121,6 @@ class Cell:
         healed: float,
         new: str,
     ) -> Change:
-        def ends(kinds: Iterable[str]) -> list[int]:
-            wanted = set(kinds)
-            return sorted(
-                item["end"]
-                for item in log
-                if item.get("outcome") == accounting.OK and item["kind"] in wanted
-            )
-
-        messages, changes = ends(["send"]), ends(accounting.CHANGES)
         end = until + int(QUIET_S * 1e9)
         parts: dict[str, float] = {}
         if kind == LOST:
@@ -157,6 +151,16 @@ class Cell:
         for line in said.splitlines():
             entry = json.loads(line)
             yield int(entry["__REALTIME_TIMESTAMP"]) / 1e6, str(entry["MESSAGE"])
+
+
+def _ends(log: Iterable[Mapping[str, Any]], kinds: Iterable[str]) -> list[int]:
+    """When requests of these kinds were acknowledged (monotonic ns), in order."""
+    wanted = set(kinds)
+    return sorted(
+        item["end"]
+        for item in log
+        if item.get("outcome") == accounting.OK and item["kind"] in wanted
+    )
 
 
 def measure(

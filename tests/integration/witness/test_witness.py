@@ -6,12 +6,16 @@ import functools
 import json
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import pytest
 from tests.integration import lab
 
 USER = "user08@example.org"
 VOTERS = (*lab.NODES, "witness")
+# Of the LAN in which mail hosts and client are; tests/lab/README.md.
+ADDRESSES = ("203.0.113.80", "2001:db8:e::80")
 # Profile `default`: D is 2.5 s. The bound has room for a busy machine.
 TAKEOVER = 15
 
@@ -24,6 +28,38 @@ def serves(node: str) -> bool:
 
 def paused(node: str) -> bool:
     return bool(lab.status(node)["paused"])
+
+
+def has(node: str) -> list[str]:
+    """Which service addresses a host has, by its kernel's word."""
+    rows = json.loads(lab.run(node, "ip -j addr show"))
+    found = {item.get("local") for row in rows for item in row["addr_info"]}
+    return [address for address in ADDRESSES if address in found]
+
+
+def mac(node: str) -> str:
+    return str(json.loads(lab.run(node, "ip -j link show eth1"))[0]["address"])
+
+
+def neighbours() -> set[str]:
+    """At which MACs the client believes the service addresses to be."""
+    rows = json.loads(lab.run("client", "ip -j neigh show dev eth1"))
+    return {row.get("lladdr", "") for row in rows if row["dst"] in ADDRESSES}
+
+
+def arrival(node: str) -> float:
+    """When the service addresses came to a node last, as seconds since the epoch."""
+    command = "journalctl -u umbra-helper -o short-unix --no-pager -g 'service address .* now'"
+    return float(lab.run(node, command).splitlines()[-1].split()[0])
+
+
+def known_clients(node: str) -> float:
+    return lab.metrics(node).get("umbra_service_address_clients", 0.0)
+
+
+def address_checks(node: str) -> list[tuple[bool, list[str]]]:
+    checks = lab.status(node)["checks"]
+    return [(c["passed"], c["value"]) for c in checks if c["name"].startswith("service address")]
 
 
 def voters(signal: str) -> None:
@@ -104,27 +140,78 @@ def test_a_pause_is_seen_everywhere_and_ends(group: str, other: str) -> None:
     lab.wait("it has ended", lambda: not paused(other), 5)
 
 
+def test_the_service_addresses_are_at_the_primary_alone(group: str, other: str) -> None:
+    assert has(group) == list(ADDRESSES)
+    assert has(other) == []
+    for node in lab.NODES:
+        lab.wait("it is seen", functools.partial(seen, node, group), 5)
+        for address in ADDRESSES:
+            assert f"service address {address}: {group}\n" in lab.run(node, "umbractl status")
+            place = f'umbra_service_address{{address="{address}",node="%s"}}'
+            metrics = lab.metrics(node)
+            assert (metrics[place % group], metrics[place % other]) == (1, 0)
+    # With the ports' lease they end by themselves.
+    rows = json.loads(lab.run(group, "ip -j addr show dev eth1"))[0]["addr_info"]
+    left = {row["local"]: row["valid_life_time"] for row in rows}
+    assert all(left[address] <= 2 for address in ADDRESSES)
+
+
+def seen(node: str, primary: str) -> bool:
+    return address_checks(node) == [(True, [primary])] * len(ADDRESSES)
+
+
+@contextmanager
+def idle_clients(shadow: str) -> Iterator[list[lab.Idler]]:
+    """An idle IMAP client on each service address, that the shadow has heard of."""
+    with lab.idling(ADDRESSES, USER) as clients:
+        lab.wait("the shadow knows them", lambda: known_clients(shadow) == len(clients), 5)
+        yield clients
+
+
+def noticed(clients: list[lab.Idler], new: str) -> None:
+    """Clients saw the end of their connections within a second, and where the address is now."""
+    ended = [client.ended(TAKEOVER) for client in clients]
+    assert neighbours() == {mac(new)}
+    assert has(new) == list(ADDRESSES)
+    since = [round(at - arrival(new), 3) for at in ended]
+    print(f"clients saw the end {since} s after the address had come")
+    assert all(seconds < 1 for seconds in since)
+
+
+@dataclass(frozen=True)
+class Lost:
+    """What there was when the primary's power went."""
+
+    message: str
+    clients: list[lab.Idler]
+
+
 @pytest.fixture(scope="module")
-def lost(group: str, other: str) -> Iterator[str]:
-    """The primary's power is cut; returns the message that it had acknowledged last."""
-    mail = lab.mail()
-    assert lab.send(group, [USER], mail.content)[0] == 250
-    lab.power(group, on=False)
-    yield mail.id
+def lost(group: str, other: str) -> Iterator[Lost]:
+    """The primary's power is cut; it had acknowledged a message, and has idle clients."""
+    with idle_clients(other) as clients:
+        mail = lab.mail()
+        assert lab.send(group, [USER], mail.content)[0] == 250
+        lab.power(group, on=False)
+        yield Lost(mail.id, clients)
     if not lab.answers(group):
         lab.power(group, on=True)
 
 
-def test_the_shadow_takes_over_by_itself(lost: str, other: str) -> None:
+def test_idle_clients_notice_within_a_second(lost: Lost, other: str) -> None:
+    noticed(lost.clients, other)
+
+
+def test_the_shadow_takes_over_by_itself(lost: Lost, other: str) -> None:
     lab.wait(f"{other} serves", lambda: serves(other), TAKEOVER)
     code, answer = lab.send(other, [USER], lab.mail().content)
     assert code == 250, answer
-    lab.wait("what was acknowledged is there", lambda: lab.copies(other, USER, lost))
+    lab.wait("what was acknowledged is there", lambda: lab.copies(other, USER, lost.message))
     change = lab.status(other)["last_switchover"]
     assert (change["to"], change["planned"]) == (other, False)
 
 
-def test_the_former_primary_comes_back_harmless(lost: str, group: str, other: str) -> None:
+def test_the_former_primary_comes_back_harmless(lost: Lost, group: str, other: str) -> None:
     lab.power(group, on=True)
     lab.wait("the group is protected", lambda: lab.status(other)["protected"], 90)
     assert serves(other)
@@ -132,11 +219,15 @@ def test_the_former_primary_comes_back_harmless(lost: str, group: str, other: st
     (own,) = [row for row in report["nodes"] if row["node"] == group]
     assert (own["role"], own["state"]) == ("shadow", "ready")
     assert lab.host(group).run("systemctl is-active postfix").rc != 0
-    assert len(lab.copies(group, USER, lost)) == len(lab.copies(other, USER, lost)) == 1
+    assert [len(lab.copies(node, USER, lost.message)) for node in lab.NODES] == [1, 1]
+    assert (has(group), has(other)) == ([], list(ADDRESSES))
 
 
 def test_a_switchover_takes_it_back(group: str, other: str) -> None:
-    result = lab.run(group, "umbractl switchover %s", group)
-    assert f"The primary moved from {other} to {group}" in result
+    with idle_clients(group) as clients:
+        result = lab.run(group, "umbractl switchover %s", group)
+        assert f"The primary moved from {other} to {group}" in result
+        noticed(clients, group)
+    assert has(other) == []
     lab.wait("it serves", lambda: serves(group), 10)
     lab.wait("the group is protected", lambda: lab.status(group)["protected"], 30)

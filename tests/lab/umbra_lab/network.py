@@ -1,6 +1,8 @@
 """Network namespaces, links and routes. Nothing is ever made in the machine's own namespace.
 
 host eth0 -- br0 of its site's router -- wan0 (tun) -- relay process -- wan0 of another router
+
+The LAN is a bridge of its own, br1 in the outside router's namespace, with no address there.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .paths import NETNS_ROOT, Lab
-from .plan import CONTROL, SITES, Member, Site
+from .plan import CONTROL, LAN, OUTSIDE, SITES, Member, Site
 from .shell import run
 
 READY = "network-ready"
@@ -40,6 +42,8 @@ def create(lab: Lab) -> None:
     for site in SITES:
         run(["ip", "netns", "add", lab.netns(site)])
         _router(lab, site)
+    bridge = "link add br1 type bridge forward_delay 0 mcast_snooping 0"
+    _ip(lab.netns(OUTSIDE), [bridge, "link set br1 addrgenmode none up"])
     attach(lab, CONTROL)
     (lab.dir / READY).touch()
 
@@ -66,13 +70,26 @@ def attach(lab: Lab, member: Member) -> None:
             f"route add ::/0 via {site.router_v6}",
         ],
     )
+    if member.lan is not None:
+        switch = lab.netns(OUTSIDE)
+        _ip(own, [f"link add eth1 type veth peer name lan-{member.name} netns {switch}"])
+        _ip(switch, [f"link set lan-{member.name} addrgenmode none master br1 up"])
+        _ip(
+            own,
+            [
+                "link set eth1 up",
+                f"addr add {LAN.v4[member.lan]}/{LAN.v4.prefixlen} dev eth1",
+                f"addr add {LAN.v6[member.lan]}/{LAN.v6.prefixlen} dev eth1 nodad",
+            ],
+        )
 
 
 def unlink(lab: Lab, member: Member) -> None:
-    """Remove the link between a member and its router: from now on not one packet passes."""
-    if (NETNS_ROOT / lab.netns(member.site)).exists():
-        link = ["ip", "-n", lab.netns(member.site), "link", "delete", f"to-{member.name}"]
-        run(link, check=False)  # fails if there is none
+    """Remove the links of a member: from now on not one packet passes."""
+    for site, link in ((member.site, f"to-{member.name}"), (OUTSIDE, f"lan-{member.name}")):
+        if (NETNS_ROOT / lab.netns(site)).exists():
+            # Fails if there is none.
+            run(["ip", "-n", lab.netns(site), "link", "delete", link], check=False)
 
 
 def discard(name: str) -> None:

@@ -35,7 +35,7 @@ class Site:
 class Member:
     """Something with an address in a site: a host, or the controller's namespace.
 
-    `release` is the Debian release that a host runs.
+    `release` is the Debian release that a host runs, `lan` its number in the LAN, if it is there.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Member:
     v4: IPv4Address
     v6: IPv6Address
     release: str = "trixie"
+    lan: int | None = None
 
     @property
     def fqdn(self) -> str:
@@ -56,20 +57,23 @@ def _site(name: str, v4: str, v6: str) -> Site:
 
 ALPHA = _site("alpha", "192.0.2.0/24", "2001:db8:a::/64")
 BETA = _site("beta", "198.51.100.0/24", "2001:db8:b::/64")
-GAMMA = _site("gamma", "203.0.113.0/25", "2001:db8:c::/64")
+GAMMA = _site("gamma", "203.0.113.0/26", "2001:db8:c::/64")
 OUTSIDE = _site("outside", "203.0.113.128/25", "2001:db8:d::/64")
 SITES = (ALPHA, BETA, GAMMA, OUTSIDE)
+# One subnet of the mail hosts and the client, on a second interface of each and without a router:
+# what moves within a subnet moves here.
+LAN = _site("lan", "203.0.113.64/26", "2001:db8:e::/64")
 
 
-def _member(name: str, site: Site, v4: str, v6: str) -> Member:
-    return Member(name, site, IPv4Address(v4), IPv6Address(v6))
+def _member(name: str, site: Site, v4: str, v6: str, lan: int | None = None) -> Member:
+    return Member(name, site, IPv4Address(v4), IPv6Address(v6), lan=lan)
 
 
 HOSTS = (
-    _member("mail-a", ALPHA, "192.0.2.10", "2001:db8:a::10"),
-    _member("mail-b", BETA, "198.51.100.10", "2001:db8:b::10"),
+    _member("mail-a", ALPHA, "192.0.2.10", "2001:db8:a::10", lan=6),
+    _member("mail-b", BETA, "198.51.100.10", "2001:db8:b::10", lan=7),
     _member("witness", GAMMA, "203.0.113.10", "2001:db8:c::10"),
-    _member("client", OUTSIDE, "203.0.113.140", "2001:db8:d::140"),
+    _member("client", OUTSIDE, "203.0.113.140", "2001:db8:d::140", lan=8),
 )
 # Hosts that are made only when `up --hosts` names them: what this collection's are compared with.
 EXTRA_HOSTS = (

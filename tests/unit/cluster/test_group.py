@@ -9,27 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.unit.cluster.support import CONFIG
 
 from umbra.cluster import machine
 from umbra.cluster.group import Group
 from umbra.cluster.machine import NotNow
 from umbra.cluster.state import Change, Durable, Mode, Phase, Role
 from umbra.cluster.static import StateFile
-from umbra.config import Config, Endpoint, Fence, Peer
+from umbra.config import Fence, Peer
 from umbra.node.client import NodeHelper
 from umbra.peer.exchange import PeerError
 from umbra.transport.ports import NotPrimary
 
 AT = "2026-01-01T00:00:00.000Z"
-CONFIG = Config(
-    group="mail",
-    node="a",
-    site="alpha",
-    role="primary",
-    link=Endpoint("127.0.0.1", 1),
-    api=Endpoint("127.0.0.1", 2),
-    peers=(Peer("b", "beta", "127.0.0.2"),),
-)
 
 
 class Disk(StateFile):

@@ -6,14 +6,19 @@ import asyncio
 import json
 import threading
 import time
+from collections.abc import Iterable
+from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from umbra.node import helper
+from umbra.node.addresses import ServiceAddresses
 from umbra.node.client import NodeHelper
 from umbra.node.helper import Helper, HelperError
+from umbra.node.packets import Connection
 
 Ran = list[tuple[tuple[str, ...], str | None]]
 
@@ -42,7 +47,8 @@ async def ask(request: object, spool: Path = Path("/nonexistent")) -> dict[str, 
 
 
 async def test_ports_are_opened_in_one_transaction(ran: Ran) -> None:
-    assert await ask({"do": "ports-open", "ports": [25, 993], "hold": 10}) == {"ok": True}
+    opened = await ask({"do": "ports-open", "ports": [25, 993], "hold": 10})
+    assert opened == {"ok": True, "new": [], "problems": []}
     [(argv, batch)] = ran
     assert argv == ("nft", "-f", "-")
     assert batch is not None
@@ -75,6 +81,10 @@ async def test_ports_are_opened_in_one_transaction(ran: Ran) -> None:
         {"do": "stonith", "node": "-f"},
         {"do": "stonith", "node": ""},
         {"do": "stonith"},
+        {"do": "tickle", "connections": [["192.0.2.20", 993, "192.0.2.140", 50000]]},  # whose?
+        {"do": "tickle", "connections": [[]]},
+        {"do": "tickle", "connections": "all"},
+        {"do": "tickle", "connections": [[]] * 2001},
         {"do": "__init__"},
         {"do": "answer"},
         {"do": 7},
@@ -96,11 +106,90 @@ def boottime() -> float:
 async def test_a_lease_ends_when_it_should_however_late_it_comes(ran: Ran) -> None:
     request = {"do": "ports-open", "ports": [25], "until": boottime() + 1.5}
     await asyncio.sleep(0.3)
-    assert await ask(request) == {"ok": True}
+    assert (await ask(request))["ok"]
     [(_, batch)] = ran
     assert batch is not None
     left = int(batch.split("timeout ")[1].split("ms")[0])
     assert 1000 < left <= 1200
+
+
+class Addresses(ServiceAddresses):
+    """Notes what is asked of it among what else the helper does."""
+
+    def __init__(self, ran: Ran, wrong: str = "") -> None:
+        super().__init__(())
+        self._ran = ran
+        self._wrong = wrong
+
+    def __contains__(self, address: object) -> bool:
+        return str(address) == "192.0.2.20"
+
+    def hold(self, seconds: float) -> tuple[list[str], list[str]]:
+        self._ran.append((("hold", f"{seconds:.1f}"), None))
+        return ["192.0.2.20"], ["no carrier"]
+
+    def release(self) -> None:
+        self._ran.append((("release",), None))
+        if self._wrong:
+            raise OSError(self._wrong)
+
+    def tickle(self, connections: Iterable[Connection]) -> None:
+        self._ran += [(("tickle", str(item.remote)), None) for item in connections]
+
+
+async def test_the_addresses_come_after_the_ports_and_go_before_them(ran: Ran) -> None:
+    host = Helper(addresses=Addresses(ran))
+    at = boottime() + 1.5
+    for request in ({"hold": 10}, {"until": at}):
+        answer = await host.answer(
+            json.dumps({"do": "ports-open", "ports": [25], **request}).encode()
+        )
+        assert answer == {"ok": True, "new": ["192.0.2.20"], "problems": ["no carrier"]}
+    assert (await host.answer(b'{"do": "ports-close"}'))["ok"]
+    assert [argv[:2] for argv, _ in ran] == [
+        ("nft", "-f"), ("hold", "10.0"), ("nft", "-f"), ("hold", "1.5"),
+        ("release",), ("nft", "flush"),
+    ]  # fmt: skip
+
+
+async def test_ports_close_although_an_address_cannot_be_given_up(ran: Ran) -> None:
+    answer = await Helper(addresses=Addresses(ran, "it stays")).answer(b'{"do": "ports-close"}')
+    assert answer == {"ok": False, "error": "it stays"}
+    assert ran[-1][0][:2] == ("nft", "flush")
+
+
+async def test_a_lease_that_ended_while_nft_worked_brings_no_address(
+    ran: Ran, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def slow(*argv: str, stdin: str | None = None, silent: int = 0) -> str:
+        await asyncio.sleep(0.3)
+        return ""
+
+    monkeypatch.setattr(helper, "run", slow)
+    request = {"do": "ports-open", "ports": [25], "until": boottime() + 0.2}
+    answer = await Helper(addresses=Addresses(ran)).answer(json.dumps(request).encode())
+    assert "the right to open the ports ends" in answer["error"]
+    assert ran == []
+
+
+async def test_clients_are_told_in_bounded_pieces(ran: Ran, tmp_path: Path) -> None:
+    socket = tmp_path / "helper.sock"
+    host = Helper(addresses=Addresses(ran))
+    server = await asyncio.start_unix_server(host.serve, socket, limit=helper.MAX_REQUEST)
+    clients = [
+        Connection(ip_address("192.0.2.20"), 993, ip_address("192.0.2.140"), port)
+        for port in range(10000, 14500)
+    ]
+    opened: list[tuple[list[str], list[str]]] = []
+    async with server:
+        client = NodeHelper(socket)
+        client.on_opened = lambda new, problems: opened.append((list(new), list(problems)))
+        await client.tickle(clients)
+        assert len(ran) == len(clients)
+        await client.ports_open([25], 10)
+        assert opened == [(["192.0.2.20"], ["no carrier"])]
+        with pytest.raises(HelperError, match="only clients of a service address"):
+            await client.tickle([replace(clients[0], local=ip_address("192.0.2.21"))])
 
 
 async def test_postfix_is_stopped_when_nobody_renews_the_lease(ran: Ran) -> None:

@@ -19,7 +19,7 @@ from umbra.transport import discard as module
 from umbra.transport import ids
 from umbra.transport.discard import Copies, Discarder, LocalHolder, PeerHolder, Reconciled
 from umbra.transport.service import ShadowService
-from umbra.transport.store import ShadowStore, State
+from umbra.transport.store import ShadowStore, State, StoreFull
 
 
 class Queue:
@@ -323,3 +323,15 @@ def test_judging_is_absence_twice_in_a_row(listings: list[set[str]]) -> None:
         alive -= expected
         before = present
     assert set(copies.known()) == alive
+
+
+async def test_a_full_disk_of_the_shadow_is_told_as_such(
+    shadow: ShadowStore, link: FakeLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(*_: object, **__: object) -> None:
+        raise StoreFull("no room")
+
+    monkeypatch.setattr(shadow, "discard", full)
+    with pytest.raises(PeerError) as caught:
+        await link.request("shadow-discard", {"shadow_ids": [ids.new()]}, timeout=5)
+    assert caught.value.code == "store-full"

@@ -417,6 +417,9 @@ def _print_status(report: dict[str, Any]) -> None:
     for check in report["checks"]:
         if not check["passed"]:
             console.print(Text(f"check {check['name']}: {check['message']}"))
+    for address in report["service_addresses"]:
+        places = [n["node"] for n in report["nodes"] if address in n["service_addresses"]]
+        console.print(Text(f"service address {address}: {' and '.join(places) or 'nowhere'}"))
     change = report["last_switchover"]
     if change:
         outage = f", outage {change['outage_s']:.3f} s" if change["outage_s"] is not None else ""

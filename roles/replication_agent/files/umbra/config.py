@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from enum import StrEnum
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -157,6 +157,13 @@ class Fence:
 
 
 @dataclass(frozen=True)
+class Service:
+    """The service addresses, which the primary has and nobody else."""
+
+    addresses: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Coordinator:
     """Who decides which node is primary; all but ``kind`` is for ``etcd`` only.
 
@@ -209,6 +216,7 @@ class Config:
     mailbox: Mailbox = Mailbox()
     heartbeat: Heartbeat = Heartbeat()
     fence: Fence = Fence()
+    service: Service = Service()
     coordinator: Coordinator = Coordinator()
     stonith: Stonith = Stonith()
 
@@ -245,6 +253,7 @@ def parse(raw: object) -> Config:
     mailbox = reader.section("mailbox", top.get("mailbox", {}), Mailbox)
     heartbeat = reader.section("heartbeat", top.get("heartbeat", {}), Heartbeat)
     fence = reader.section("fence", top.get("fence", {}), Fence)
+    service = reader.section("service", top.get("service", {}), Service)
     coordinator = reader.section("coordinator", top.get("coordinator", {}), Coordinator)
     stonith = reader.section("stonith", top.get("stonith", {}), Stonith)
     if reader.findings:
@@ -256,11 +265,12 @@ def parse(raw: object) -> Config:
     assert mailbox is not None
     assert heartbeat is not None
     assert fence is not None
+    assert service is not None
     assert coordinator is not None
     known = tuple(peer for peer in peers if peer)
     config = Config(**names, link=link, api=api, peers=known, transport=transport,
                     mailbox=mailbox, heartbeat=heartbeat, fence=fence,
-                    coordinator=coordinator, stonith=stonith)  # fmt: skip
+                    service=service, coordinator=coordinator, stonith=stonith)  # fmt: skip
     findings = list(_contradictions(config))
     if findings:
         raise ConfigError(findings)
@@ -292,8 +302,41 @@ def _contradictions(config: Config) -> list[str]:
             f"fence.hold is {config.fence.hold:g} s; "
             "under 2 s a busy agent would close its own ports."
         )
+    findings += _service(config.service, addresses)
     findings += _voters(config.coordinator)
     return findings
+
+
+def _service(service: Service, taken: list[str]) -> list[str]:
+    found = []
+    nodes = {ip_address(text) for text in taken}
+    seen = set()
+    for text in service.addresses:
+        try:
+            address = ip_address(text)
+        except ValueError:
+            found.append(
+                f"service.addresses has {text!r}; write an IP address without a prefix length,"
+                " for example 192.0.2.20."
+            )
+            continue
+        if address in seen:
+            found.append(f"service.addresses has {address} twice.")
+        if address in nodes:
+            found.append(f"service.addresses has {address}, which is a node's own.")
+        if not _usable(address):
+            found.append(f"service.addresses has {address}, which no client can reach.")
+        seen.add(address)
+    return found
+
+
+def _usable(address: IPv4Address | IPv6Address) -> bool:
+    return not (
+        address.is_multicast
+        or address.is_loopback
+        or address.is_link_local
+        or address.is_unspecified
+    )
 
 
 def _voters(coordinator: Coordinator) -> list[str]:

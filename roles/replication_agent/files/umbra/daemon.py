@@ -17,8 +17,9 @@ import signal
 import sys
 import time
 from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, closing
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from umbra.cluster.handover import Handover
 from umbra.cluster.machine import NotNow
 from umbra.cluster.protocol import PROFILES, profile_findings
 from umbra.cluster.quorum import QuorumGroup
+from umbra.cluster.service_address import ServiceAddress
 from umbra.cluster.static import StateError, StateFile
 from umbra.cluster.switchover import Refused, Switchover
 from umbra.config import Config, ConfigError, CoordinatorKind, load
@@ -43,7 +45,9 @@ from umbra.mailbox.document import DocumentError
 from umbra.mailbox.doveadm import DoveadmError
 from umbra.mailbox.part import Mailboxes
 from umbra.mailbox.seeding import LEAST_RATE
+from umbra.node.addresses import plan
 from umbra.node.client import NodeHelper
+from umbra.node.netlink import Netlink
 from umbra.peer import frames
 from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import Identity, PeerIdentity
@@ -129,6 +133,7 @@ class Agent:
             self._switchover = Switchover(config, group, *parts)
         group.catch_up = self._catch_up
         group.on_opening = self._messages.resubmit
+        self._service = ServiceAddress(config, group, helper)
         self._mailboxes.being_delivered = self._messages.being_delivered
         self._composer = Composer(
             config,
@@ -138,10 +143,12 @@ class Agent:
             self._mailboxes.lag,
             self._notes,
             self._messages.alone,
+            self._service.describe,
         )
         handlers: dict[str, Handler] = {
             **self._messages.handlers(),
             **self._mailboxes.handlers(),
+            **self._service.handlers(),
             "status": heartbeat.answer(group, self._composer.node_status),
             "switchover": self._handle_switchover,
             "failover": self._handle_failover,
@@ -194,6 +201,7 @@ class Agent:
                     tasks.create_task(group.run()),
                     tasks.create_task(self._messages.run()),
                     tasks.create_task(self._mailboxes.run()),
+                    tasks.create_task(self._service.run()),
                     tasks.create_task(self._watchdog()),
                     *(
                         tasks.create_task(
@@ -237,7 +245,7 @@ class Agent:
         await self._mailboxes.catch_up(peer, all_there)
 
     def _notes(self) -> Any:
-        return [*self._messages.checks(), *self._mailboxes.checks()]
+        return [*self._messages.checks(), *self._mailboxes.checks(), *self._service.checks()]
 
     # -- operations of the API
 
@@ -433,6 +441,17 @@ class Agent:
         return await self._switchover.open_by_force()
 
 
+def _check_host(config: Config) -> int:
+    """Say what this host lacks for the configuration."""
+    if not config.service.addresses:
+        return 0
+    with closing(Netlink()) as kernel:
+        found = plan(kernel.entries(), map(ip_address, config.service.addresses))
+    for problem in found.problems:
+        print(f"{problem[0].upper()}{problem[1:]}.", file=sys.stderr)
+    return 1 if found.problems else 0
+
+
 def main() -> int:
     """Entry point of ``umbra-agent``."""
     parser = argparse.ArgumentParser(
@@ -440,8 +459,9 @@ def main() -> int:
     )
     parser.add_argument("--config", type=Path, default=Paths.config)
     parser.add_argument(
-        "--check-config", type=Path, metavar="FILE", help="say what is wrong with FILE and end"
-    )
+        "--check-config", type=Path, metavar="FILE",
+        help="say what is wrong with FILE on this host, and end",
+    )  # fmt: skip
     parser.add_argument(
         "--check-profile", choices=sorted(PROFILES), metavar="PROFILE",
         help="say why PROFILE does not fit the round trip, and end",
@@ -461,7 +481,7 @@ def main() -> int:
             print(finding, file=sys.stderr)
         return 1
     if options.check_config:
-        return 0
+        return _check_host(config)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # The format needs none of this, and each message in transit has its line.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False

@@ -92,6 +92,80 @@ def test_a_coordinator_is_the_same_on_all_hosts(world: World) -> None:
     assert world.only().startswith("replication_agent_coordinator is etcd and static;")
 
 
+SERVICE = "replication_agent_service_addresses"
+
+
+@pytest.fixture
+def one_site(world: World) -> World:
+    """A pair in one subnet, with a service address of each family."""
+    world.set("umbra_site", "alpha", "mail-b")
+    world.set("ansible_host", "192.0.2.11", "mail-b")
+    world.set("umbra_sites", {"alpha": ["192.0.2.0/24", "2001:db8:a::/64"]})
+    world.set("umbra_sites", {"gamma": ["203.0.113.0/25"]}, "witness")
+    world.set(SERVICE, ["192.0.2.20", "2001:db8:a::20"], "mail-a", "mail-b")
+    return world
+
+
+def test_service_addresses_of_a_site(one_site: World) -> None:
+    assert one_site.findings() == []
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        ("192.0.2.20/24", "write an IP address without a prefix length, for example 192.0.2.20."),
+        ("mail.example.org", "write an IP address without a prefix length"),
+        ("192.0.2.300", "write an IP address without a prefix length"),
+    ],
+)
+def test_a_service_address_is_an_address(one_site: World, item: str, words: str) -> None:
+    one_site.set(SERVICE, [item], "mail-a", "mail-b")
+    found = one_site.findings()
+    assert len(found) == 2
+    assert words in found[0]
+
+
+def test_service_addresses_are_a_list(one_site: World) -> None:
+    one_site.set(SERVICE, "192.0.2.20", "mail-a", "mail-b")
+    assert one_site.findings()[0].endswith("is 192.0.2.20; write a list of addresses.")
+
+
+@pytest.mark.parametrize(
+    ("addresses", "words"),
+    [
+        (["2001:db8:a::20", "2001:db8:a:0::20"], "has 2001:db8:a::20 twice; leave it there once."),
+        (["192.0.2.11"], "192.0.2.11 is that of mail-b; choose one that no host has."),
+        (["203.0.113.140"], "203.0.113.140 is that of client; choose one that no host has."),
+        (["10.86.0.20"], "lies in the overlay 10.86.0.0/24, where no client is;"),
+        (["203.0.113.20"], "lies at site gamma, which is not that of mail-a and mail-b;"),
+    ],
+)
+def test_a_service_address_that_cannot_be(
+    one_site: World, addresses: list[str], words: str
+) -> None:
+    one_site.set(SERVICE, addresses, "mail-a", "mail-b")
+    assert words in one_site.findings()[0]
+
+
+def test_a_service_address_has_somewhere_to_go(one_site: World) -> None:
+    one_site.set(SERVICE, [], "mail-b")
+    assert [text.split(";")[0] for text in one_site.findings()] == [
+        f"Only mail-a has the service address {address}, so it cannot move"
+        for address in ("192.0.2.20", "2001:db8:a::20")
+    ]
+
+
+def test_two_groups_do_not_share_a_service_address(one_site: World) -> None:
+    one_site.groups["umbra_nodes"] += ["mail-c", "mail-d"]
+    for name, model, number in (("mail-c", "mail-a", 12), ("mail-d", "mail-b", 13)):
+        host = {"umbra_group": "other", "ansible_host": f"192.0.2.{number}"}
+        one_site.hostvars[name] = {**one_site.hostvars[model], **host, SERVICE: ["192.0.2.20"]}
+    assert one_site.only() == (
+        "Redundancy groups mail and other have the same service address 192.0.2.20;"
+        " give each its own."
+    )
+
+
 def test_a_pair_without_witness_and_client(world: World) -> None:
     world.groups = {"umbra_nodes": ["mail-a", "mail-b"], "umbra_witness": []}
     assert world.findings() == []

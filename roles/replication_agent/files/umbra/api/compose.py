@@ -24,6 +24,7 @@ class Composer:
     :param lag: returns {peer: (changes, seconds)} of what peers lack.
     :param notes: returns findings of the parts that do not make the group degraded.
     :param alone: returns how many messages no other node has.
+    :param service: returns what the node says of the service addresses.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Composer:
         lag: Callable[[], Mapping[str, Lag]],
         notes: Callable[[], Sequence[Check]],
         alone: Callable[[], int] = lambda: 0,
+        service: Callable[[], Mapping[str, Any]] = dict,
     ) -> None:
         self._config = config
         self._group = group
@@ -43,6 +45,7 @@ class Composer:
         self._lag = lag
         self._notes = notes
         self._alone = alone
+        self._service = service
         self._boot_id = BOOT_ID.read_text(encoding="ascii").strip()
 
     def node_status(self) -> dict[str, Any]:
@@ -70,6 +73,7 @@ class Composer:
             "clock": time.time(),
             "alone_messages": self._alone(),
             **self._group.describe(),
+            **self._service(),
         }
 
     def report(self) -> GroupReport:
@@ -105,6 +109,7 @@ class Composer:
             coordinator=str(own["coordinator"]),
             paused=bool(own.get("paused", False)),
             protected_set=tuple(own.get("protected_set", ())),
+            service_addresses=self._config.service.addresses,
         )
 
     def _reachable(self, name: str) -> bool:
@@ -134,6 +139,10 @@ class Composer:
             reasons=tuple(status.get("reasons", ())),
             cause=str(status.get("cause", "")),
             policy=str(status.get("policy", "")),
+            # What one had that does not answer now, nobody knows.
+            service_addresses=tuple(status.get("service_addresses", ()))
+            if self._reachable(name)
+            else (),
         )
 
     def _checks(self, statuses: Mapping[str, Mapping[str, Any]]) -> Sequence[Check]:

@@ -74,3 +74,13 @@ class ReportCollector(Collector):
             messages.add_metric(key, node.shadow_messages)
             size.add_metric(key, node.shadow_bytes)
         yield from (primary, reachable, changes, seconds, messages, size)
+        if report.service_addresses:
+            place = GaugeMetricFamily(
+                "umbra_service_address",
+                "1 when the node has the service address",
+                labels=["node", "address"],
+            )
+            for node in report.nodes:
+                for address in report.service_addresses:
+                    place.add_metric([node.node, address], float(address in node.service_addresses))
+            yield place

@@ -19,6 +19,7 @@ class NodeReport:
     :param shadow_messages: messages in transit that this node holds for others.
     :param cause: why it is in its state; only with a coordinator, like ``policy``.
     :param policy: whether it takes over by itself.
+    :param service_addresses: which of the group's service addresses it has now.
     """
 
     node: str
@@ -34,6 +35,7 @@ class NodeReport:
     reasons: tuple[str, ...] = ()
     cause: str = ""
     policy: str = ""
+    service_addresses: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class GroupReport:
     :param coordinator: who decides which node is primary: ``static`` (a person) or ``etcd``.
     :param paused: automatic failover is off by an operator's wish.
     :param protected_set: the shadows that have all that was acknowledged, by the coordinator.
+    :param service_addresses: the addresses that the primary has, and nobody else.
     """
 
     group: str
@@ -70,6 +73,7 @@ class GroupReport:
     coordinator: str = "static"
     paused: bool = False
     protected_set: tuple[str, ...] = ()
+    service_addresses: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the body of ``GET /status``."""

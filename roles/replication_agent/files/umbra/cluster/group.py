@@ -45,6 +45,7 @@ PRIMARY_OPERATIONS = frozenset(
         "scripts",
         "mailboxes",
         "merged",
+        "clients",
         "handover-prepare",
         "handover",
     }
@@ -92,6 +93,10 @@ class Work:
         return True
 
 
+async def _nothing(peer: str) -> None:
+    pass
+
+
 class Group:
     """The node in its redundancy group.
 
@@ -99,8 +104,9 @@ class Group:
     second argument at a moment when nothing is missing there; ``on_lost`` (peer, reason) and
     ``on_demotion``, called when a peer is no longer waited for and when this node stops to serve;
     ``on_opening``, called when this node serves again after a start or a handover that came to
-    nothing (a promotion has its own order of steps); ``limits``, which says why the mirror may not
-    become protected, by the operator's wish.
+    nothing (a promotion has its own order of steps); ``before_close``, called with the next
+    primary's name before this one closes for a planned change; ``limits``, which says why the
+    mirror may not become protected, by the operator's wish.
     """
 
     def __init__(self, config: Config, states: StateFile, helper: NodeHelper) -> None:
@@ -114,6 +120,7 @@ class Group:
         self.on_crash: Callable[[str], None] = lambda server: None
         self.limits: Callable[[], Sequence[str]] = lambda: ()
         self.on_opening: Callable[[], None] = lambda: None
+        self.before_close: Callable[[str], Awaitable[None]] = _nothing
         self._lock = asyncio.Lock()
         self._changed = asyncio.Event()
         self._moved = asyncio.Condition()

@@ -248,6 +248,7 @@ class Switchover:
         if not await group.messages.idle(MESSAGES_TIMEOUT):
             raise Refused(f"a message was still coming in after {MESSAGES_TIMEOUT:g} s; try again.")
         steps.done("drain")
+        await group.before_close(to)
         await asyncio.gather(
             self._helper.ports_close(), self._helper.kick(), self._helper.postfix_stop()
         )
@@ -386,10 +387,9 @@ class Switchover:
 
     async def _open(self) -> None:
         # The tending loop opens the ports as well; doing it here keeps its pause out of the outage.
-        await asyncio.gather(
-            self._helper.postfix_start(),
-            self._helper.ports_open(self._config.fence.ports, self._config.fence.hold),
-        )
+        # First Postfix: the service address, which comes with the ports, leads to what runs.
+        await self._helper.postfix_start()
+        await self._helper.ports_open(self._config.fence.ports, self._config.fence.hold)
         self._messages.resubmit()
 
     # -- the operator's word

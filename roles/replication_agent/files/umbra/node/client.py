@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from umbra.node.helper import MAX_REQUEST, STONITH_TIMEOUT, HelperError
+from umbra.node.helper import MAX_REQUEST, MAX_TICKLES, STONITH_TIMEOUT, HelperError
+from umbra.node.packets import Connection
 
 
 class NodeHelper:
@@ -16,12 +17,15 @@ class NodeHelper:
 
     Requests do not wait for each other.
 
-    Every method raises HelperError with one sentence if the effect did not happen.
+    Every method raises HelperError with one sentence if the effect did not happen. Its maker may
+    set ``on_opened``, called after each opening of the ports with the service addresses that are
+    new on this host, and what is wrong with any.
     """
 
     def __init__(self, socket: Path, timeout: float = 25.0) -> None:
         self._socket = socket
         self._timeout = timeout
+        self.on_opened: Callable[[Sequence[str], Sequence[str]], None] = lambda new, problems: None
 
     async def _ask(self, do: str, *, seconds: float = 0.0, **values: Any) -> dict[str, Any]:
         limit = seconds or self._timeout
@@ -46,24 +50,34 @@ class NodeHelper:
         return dict(answer)
 
     async def ports_open(self, ports: Sequence[int], hold: float) -> None:
-        """Open the service ports for ``hold`` seconds from now."""
-        await self._ask("ports-open", ports=list(ports), hold=hold)
+        """Open the service ports, and have the service addresses, for ``hold`` seconds from now."""
+        await self._open(ports, hold=hold)
 
     async def ports_open_until(
         self, ports: Sequence[int], until: float, postfix_until: float
     ) -> None:
-        """Open the service ports until ``until`` on CLOCK_BOOTTIME, however late this arrives.
+        """The same until ``until`` on CLOCK_BOOTTIME, however late this arrives.
 
         Postfix is stopped at ``postfix_until`` unless this is asked again before.
         """
-        await self._ask("ports-open", ports=list(ports), until=until, postfix_until=postfix_until)
+        await self._open(ports, until=until, postfix_until=postfix_until)
+
+    async def _open(self, ports: Sequence[int], **values: float) -> None:
+        answer = await self._ask("ports-open", ports=list(ports), **values)
+        self.on_opened(answer["new"], answer["problems"])
+
+    async def tickle(self, connections: Sequence[Connection]) -> None:
+        """Make clients of the service address's former owner notice that they are cut off."""
+        for at in range(0, len(connections), MAX_TICKLES):
+            rows = [connection.to_json() for connection in connections[at : at + MAX_TICKLES]]
+            await self._ask("tickle", connections=rows)
 
     async def prove(self) -> None:
         """Return when the disks of mail and queue have taken a write."""
         await self._ask("prove")
 
     async def ports_close(self) -> None:
-        """Close the service ports, for established connections too."""
+        """Have no service address, and close the ports, for established connections too."""
         await self._ask("ports-close")
 
     async def postfix_start(self) -> None:

@@ -4,7 +4,8 @@ It listens on a unix socket that only the agent's group can open, and reads one 
 ``{"do": NAME, ...}``. Each
 answer is ``{"ok": true, ...}`` or ``{"ok": false, "error": SENTENCE}``. No argument ever becomes a
 path, a program or an option: queue ids
-and numbers are checked by pattern. It keeps nothing that must last, so it may die at any point: the
+and numbers are checked by pattern. Which service addresses there are, its command line says, not
+its client. It keeps nothing that must last, so it may die at any point: the
 agent's next request finds it restarted, and arms its timer again.
 """
 
@@ -21,9 +22,12 @@ import re
 import stat
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
+from umbra.node.addresses import ServiceAddresses
+from umbra.node.packets import Connection
 from umbra.systemd import notify
 
 log = logging.getLogger("umbra.helper")
@@ -37,6 +41,7 @@ QUEUES = ("maildrop", "incoming", "active", "deferred", "hold", "corrupt")
 MAX_REQUEST = 1024 * 1024
 COMMAND_TIMEOUT = 20.0
 MAX_KEYS = 2000
+MAX_TICKLES = 2000
 PROOF = ".umbra-proof"
 _ERROR = re.compile(rb"\b(error|fatal|panic)\b")
 
@@ -102,9 +107,13 @@ class Helper:
     """The fixed list of effects. Each public ``do_`` method is one request."""
 
     def __init__(
-        self, spool: Path = Path("/var/spool/postfix"), mail: Path = Path("/var/vmail")
+        self,
+        spool: Path = Path("/var/spool/postfix"),
+        mail: Path = Path("/var/vmail"),
+        addresses: ServiceAddresses | None = None,
     ) -> None:
         self._spool = spool
+        self._addresses = addresses or ServiceAddresses(())
         self._proofs = (spool / PROOF, mail / PROOF)
         self._proving: asyncio.Future[None] | None = None
         self._dead_man: asyncio.TimerHandle | None = None
@@ -115,7 +124,9 @@ class Helper:
 
         For ``hold`` seconds from now, or until ``until`` on CLOCK_BOOTTIME: a request that was held
         up opens for as much less. With ``postfix_until`` Postfix is stopped then, unless there is
-        another request before.
+        another request before. Then the host has the service addresses, for as long: they never
+        lead to a closed port. The answer has those that are ``new`` here, and ``problems`` with
+        them.
         """
         hold = _left(request["until"]) if "until" in request else request.get("hold")
         if "until" not in request and not (isinstance(hold, (int, float)) and 1 <= hold <= 3600):
@@ -138,7 +149,10 @@ class Helper:
             left = _left(request["postfix_until"])
             loop = asyncio.get_running_loop()
             self._dead_man = loop.call_later(left, self._begin_silence)
-        return {}
+        if "until" in request:
+            hold = _left(request["until"])  # less than before, if nft has taken long
+        new, problems = self._addresses.hold(hold)
+        return {"new": new, "problems": problems}
 
     def _disarm(self) -> None:
         if self._dead_man is not None:
@@ -158,8 +172,23 @@ class Helper:
             await run("systemctl", "stop", "postfix.service")
 
     async def do_ports_close(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Close the service ports now, for new and established connections."""
-        await run("nft", "flush", "set", "inet", "umbra_fence", "open_ports")
+        """Have no service address, then close the ports now, for established connections too."""
+        # Who comes to an address that is nowhere tries again, and meets the next owner.
+        try:
+            self._addresses.release()
+        finally:
+            await run("nft", "flush", "set", "inet", "umbra_fence", "open_ports")
+        return {}
+
+    async def do_tickle(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Make clients of a former owner of the addresses notice that they are cut off."""
+        rows = request.get("connections")
+        if not isinstance(rows, list) or len(rows) > MAX_TICKLES:
+            raise HelperError(f"connections must be a list of at most {MAX_TICKLES}")
+        connections = [Connection.from_json(row) for row in rows]
+        if not all(connection.local in self._addresses for connection in connections):
+            raise HelperError("only clients of a service address are told")
+        self._addresses.tickle(connections)
         return {}
 
     async def do_prove(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -342,11 +371,11 @@ def _queue_ids(request: dict[str, Any]) -> Sequence[str]:
     return ids
 
 
-async def serve(socket: Path, group: str) -> None:
+async def serve(helper: Helper, socket: Path, group: str) -> None:
     """Listen until cancelled."""
     with contextlib.suppress(FileNotFoundError):
         socket.unlink()
-    server = await asyncio.start_unix_server(Helper().serve, socket, limit=MAX_REQUEST)
+    server = await asyncio.start_unix_server(helper.serve, socket, limit=MAX_REQUEST)
     os.chown(socket, 0, grp.getgrnam(group).gr_gid)
     socket.chmod(0o660)
     notify("READY=1")
@@ -361,8 +390,13 @@ def main() -> None:
     )
     parser.add_argument("--socket", type=Path, default=Path("/run/umbra-helper/helper.sock"))
     parser.add_argument("--group", default="umbra")
+    parser.add_argument(
+        "--address", type=ip_address, action="append", default=[], metavar="ADDRESS",
+        help="a service address, which the primary has",
+    )  # fmt: skip
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     os.umask(0o117)
+    helper = Helper(addresses=ServiceAddresses(options.address))
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(serve(options.socket, options.group))
+        asyncio.run(serve(helper, options.socket, options.group))

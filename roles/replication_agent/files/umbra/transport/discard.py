@@ -312,7 +312,7 @@ class Discarder:
                     "%d copies at %s wait for their discard: %s", len(ripe) - start, name, error
                 )
                 return
-            self._doubt |= any(queue_id not in copies.sure() for queue_id, _ in batch)
+            self._doubt |= not copies.sure().issuperset(queue_id for queue_id, _ in batch)
             copies.remove(queue_id for queue_id, _ in batch)
 
     async def reconcile(self, holder: str) -> Reconciled:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from umbra.peer.exchange import Exchange, PeerError
@@ -22,6 +23,17 @@ MAX_DISCARD = 2000
 
 MAX_STORES = 200
 """Messages that come in at once; with more, this node calls itself overloaded."""
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Tell the peer what the store cannot do."""
+    try:
+        yield
+    except StoreFull as error:
+        raise PeerError("store-full", str(error)) from None
+    except StoreError as error:
+        raise PeerError("store-failed", str(error)) from None
 
 
 class ShadowService:
@@ -61,20 +73,18 @@ class ShadowService:
             raise PeerError("store-full", "the shadow queue has its full size")
         self.running += 1
         try:
-            async with asyncio.timeout(RECEIVE_TIMEOUT):
-                shadow_id = await self._receive(peer.node, epoch, args, exchange)
+            with _told():
+                async with asyncio.timeout(RECEIVE_TIMEOUT):
+                    shadow_id = await self._receive(peer.node, epoch, args, exchange)
         except EnvelopeError as error:
             raise PeerError("protocol", str(error)) from None
-        except StoreFull as error:
-            raise PeerError("store-full", str(error)) from None
-        except StoreError as error:
-            raise PeerError("store-failed", str(error)) from None
         finally:
             self.running -= 1
         if self._epoch() != epoch:
             # This node was promoted while the disk worked: the resubmission may have missed the
             # message, so it must not be acknowledged under the old epoch.
-            await self._store.discard([shadow_id], origin=peer.node, delivered=False)
+            with _told():
+                await self._store.discard([shadow_id], origin=peer.node, delivered=False)
             raise PeerError("stale-epoch", f"epoch {epoch} ended while the message was stored")
         return {}
 
@@ -107,9 +117,11 @@ class ShadowService:
     ) -> dict[str, Any]:
         """``shadow-list``: what is held for the asking node, as JSON lines."""
         count = 0
-        async for copies in self._store.copies(peer.node):
-            count += len(copies)
-            await exchange.send(wire.listing([(copy.shadow_id, copy.queue_id) for copy in copies]))
+        with _told():
+            async for copies in self._store.copies(peer.node):
+                count += len(copies)
+                found = [(copy.shadow_id, copy.queue_id) for copy in copies]
+                await exchange.send(wire.listing(found))
         await exchange.end()
         return {"count": count}
 
@@ -129,7 +141,8 @@ class ShadowService:
         ):
             raise PeerError("protocol", f"shadow_ids must be a list of at most {MAX_DISCARD} ids")
         delivered = args.get("delivered", True) is not False
-        gone = await self._store.discard(shadow_ids, origin=peer.node, delivered=delivered)
+        with _told():
+            gone = await self._store.discard(shadow_ids, origin=peer.node, delivered=delivered)
         for meta in gone:
             metrics.DISCARDED.inc()
             track(
