@@ -26,6 +26,7 @@ from umbra.config import (
     Coordinator,
     CoordinatorKind,
     Endpoint,
+    HandoverRules,
     Heartbeat,
     Peer,
     Profile,
@@ -153,6 +154,8 @@ class Host(NodeHelper):
         self.hook_fails = False
         self.crashed = False
         self.restarts = 0
+        self.free = {"/var/vmail": 2**30}
+        self.clients_reach = True
 
     @property
     def open(self) -> bool:
@@ -168,7 +171,13 @@ class Host(NodeHelper):
 
     async def postfix_start(self) -> None:
         await asyncio.sleep(0.1)
-        self.postfix = True
+        self.postfix, self.crashed = True, False
+
+    async def crash_postfix(self) -> None:
+        """Its master is killed; the agent has started it again when this returns."""
+        self.postfix, self.crashed = False, True
+        while not self.postfix:
+            await asyncio.sleep(0.05)
 
     async def postfix_stop(self) -> None:
         self.postfix = False
@@ -181,6 +190,9 @@ class Host(NodeHelper):
 
     async def dovecot_restarts(self) -> int:
         return self.restarts
+
+    async def reach(self, addresses: Sequence[str]) -> bool:
+        return self.clients_reach
 
     async def stonith(self, node: str) -> str:
         self.shot.append(node)
@@ -302,7 +314,9 @@ class Link:
 class Node:
     """One mail host with its agent."""
 
-    def __init__(self, field: Field, name: str, path: Path, settings: Coordinator) -> None:
+    def __init__(
+        self, field: Field, name: str, path: Path, settings: Coordinator, rules: HandoverRules
+    ) -> None:
         self.field, self.name = field, name
         self.up = False
         self.host = Host()
@@ -312,7 +326,7 @@ class Node:
             role="primary" if name == "a" else "shadow",
             link=Endpoint("127.0.0.1", 1), api=Endpoint("127.0.0.1", 2),
             peers=tuple(Peer(n, SITES[n], "127.0.0.2") for n in others),
-            heartbeat=Heartbeat(0.5, 2.0), coordinator=settings,
+            heartbeat=Heartbeat(0.5, 2.0), coordinator=settings, handover=rules,
         )  # fmt: skip
         self.path = path / f"{name}.json"
         self._task: asyncio.Task[None] | None = None
@@ -330,6 +344,7 @@ class Node:
                 raise OSError("connection refused")
 
         group.work._greet = greet
+        group.fitness.free = lambda: self.host.free
         links = {p.name: Link(self.field, self.name, p.name) for p in self.config.peers}
         group.links = cast(dict[str, PeerLink], links)
         group.control = cast(dict[str, PeerLink], links)
@@ -395,7 +410,14 @@ class Node:
 class Field:
     """All of it. Watches that never two serve."""
 
-    def __init__(self, path: Path, names: str = "ab", **settings: Any) -> None:
+    def __init__(
+        self,
+        path: Path,
+        names: str = "ab",
+        *,
+        rules: HandoverRules = HandoverRules(),
+        **settings: Any,
+    ) -> None:
         self.names = names
         self.register = Register()
         self.cut: set[tuple[str, str]] = set()
@@ -403,7 +425,7 @@ class Field:
         coordinator = Coordinator(
             CoordinatorKind.ETCD, Profile.DEFAULT, endpoints=("x",) * 3, **settings
         )
-        self.nodes = {name: Node(self, name, path, coordinator) for name in names}
+        self.nodes = {name: Node(self, name, path, coordinator, rules) for name in names}
         self.a, self.b = self.nodes["a"], self.nodes["b"]
         self.longest_gap = 0.0
         self._last = clock()

@@ -186,6 +186,7 @@ class Host(NodeHelper):
         super().__init__(Path("/nonexistent"))
         self.running = False
         self.starts = 0
+        self.crashed = False
         self.opened = asyncio.Event()
 
     async def ports_open(self, ports: Sequence[int], hold: float) -> None:
@@ -197,6 +198,9 @@ class Host(NodeHelper):
 
     async def postfix_running(self) -> bool:
         return self.running
+
+    async def postfix_failed(self) -> bool:
+        return self.crashed
 
 
 async def test_a_primary_starts_a_postfix_that_was_killed_and_no_other(disk: Disk) -> None:

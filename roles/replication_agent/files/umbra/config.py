@@ -7,7 +7,7 @@ go.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, fields
 from enum import StrEnum
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -20,6 +20,7 @@ from umbra.cluster.protocol import Policy
 from umbra.transport.selection import ShadowPreference, counting
 
 Section = TypeVar("Section")
+MAX_PROBES = 8  # umbra-helper takes no more at once
 
 
 class ConfigError(Exception):
@@ -171,11 +172,6 @@ class Coordinator:
     :param policy: whether this node may take over by itself.
     :param preference: 0 takes over first.
     :param limit: automatic changes within an hour; after so many a person decides.
-    :param handover: whether an ailing primary gives its role away by itself.
-    :param handover_crashes: so many crashes of Postfix or Dovecot make it ailing; 0 for none.
-    :param handover_window: in so many seconds.
-    :param handover_free: less free space, in MiB, makes it ailing; 0 does not look.
-    :param client_probes: addresses on the clients' side; when none answers, it is ailing.
     """
 
     kind: CoordinatorKind = CoordinatorKind.STATIC
@@ -183,12 +179,25 @@ class Coordinator:
     policy: Policy = Policy.AUTOMATIC
     preference: int = 0
     limit: int = 3
-    handover: HandoverPolicy = HandoverPolicy.AUTOMATIC
-    handover_crashes: int = 2
-    handover_window: float = 600.0
-    handover_free: int = 32
-    client_probes: tuple[str, ...] = ()
     endpoints: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class HandoverRules:
+    """When a node is ailing, and what it does then if it is primary.
+
+    :param policy: with a coordinator, whether it gives its role away by itself.
+    :param crashes: so many crashes of Postfix, or of Dovecot, make it ailing; 0 counts none.
+    :param window: in so many seconds.
+    :param free: less free space on a disk, in MiB, makes it ailing; 0 does not look.
+    :param client_probes: addresses on the clients' side; when none answers, it is ailing.
+    """
+
+    policy: HandoverPolicy = HandoverPolicy.AUTOMATIC
+    crashes: int = 2
+    window: float = 600.0
+    free: int = 32
+    client_probes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -218,6 +227,7 @@ class Config:
     fence: Fence = Fence()
     service: Service = Service()
     coordinator: Coordinator = Coordinator()
+    handover: HandoverRules = HandoverRules()
     stonith: Stonith = Stonith()
 
 
@@ -255,10 +265,12 @@ def parse(raw: object) -> Config:
     fence = reader.section("fence", top.get("fence", {}), Fence)
     service = reader.section("service", top.get("service", {}), Service)
     coordinator = reader.section("coordinator", top.get("coordinator", {}), Coordinator)
+    handover = reader.section("handover", top.get("handover", {}), HandoverRules)
     stonith = reader.section("stonith", top.get("stonith", {}), Stonith)
     if reader.findings:
         raise ConfigError(reader.findings)
     assert stonith is not None
+    assert handover is not None
     assert link is not None
     assert api is not None
     assert transport is not None
@@ -270,7 +282,8 @@ def parse(raw: object) -> Config:
     known = tuple(peer for peer in peers if peer)
     config = Config(**names, link=link, api=api, peers=known, transport=transport,
                     mailbox=mailbox, heartbeat=heartbeat, fence=fence,
-                    service=service, coordinator=coordinator, stonith=stonith)  # fmt: skip
+                    service=service, coordinator=coordinator, handover=handover,
+                    stonith=stonith)  # fmt: skip
     findings = list(_contradictions(config))
     if findings:
         raise ConfigError(findings)
@@ -304,6 +317,7 @@ def _contradictions(config: Config) -> list[str]:
         )
     findings += _service(config.service, addresses)
     findings += _voters(config.coordinator)
+    findings += _probes(config.handover, {*addresses, *config.service.addresses})
     return findings
 
 
@@ -330,6 +344,30 @@ def _service(service: Service, taken: list[str]) -> list[str]:
     return found
 
 
+def _probes(rules: HandoverRules, own: Collection[str]) -> list[str]:
+    found = []
+    if len(rules.client_probes) > MAX_PROBES:
+        found.append(f"handover.client_probes has over {MAX_PROBES} addresses; a few are enough.")
+    mine = {ip_address(text) for text in own if _is_address(text)}
+    for text in rules.client_probes:
+        if not _is_address(text):
+            found.append(f"handover.client_probes has {text!r}; it must be an IP address.")
+        elif ip_address(text) in mine or not _usable(ip_address(text)):
+            found.append(
+                f"handover.client_probes has {text}, which says nothing of the clients' side; name"
+                " a router or a server there."
+            )
+    return found
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _usable(address: IPv4Address | IPv6Address) -> bool:
     return not (
         address.is_multicast
@@ -349,11 +387,6 @@ def _voters(coordinator: Coordinator) -> list[str]:
             f"coordinator.endpoints names {count} voters; coordinator.kind etcd needs an odd number"
             " of them, three at least: name a host in umbra_witness, or set static."
         )
-    for item in coordinator.client_probes:
-        try:
-            ip_address(item)
-        except ValueError:
-            found.append(f"coordinator.client_probes has {item!r}; it must be an IP address.")
     if coordinator.limit < 1:
         found.append("coordinator.limit is 0; coordinator.policy blocked forbids every takeover.")
     found += [
@@ -492,7 +525,7 @@ class _Reader:
             return 0
         if label.endswith(("port", "ports")) and not 0 < value < 65536:
             self.findings.append(f"{label} is {value}; a port is from 1 to 65535.")
-        over = ("timeout", "interval", "fence.hold")
+        over = ("timeout", "interval", "fence.hold", "handover.window")
         if label.endswith(over) and value == 0:
             self.findings.append(f"{label} must be over 0 seconds.")
         return value

@@ -22,6 +22,7 @@ from typing import Any
 
 from umbra.api.report import Check
 from umbra.cluster import machine
+from umbra.cluster.fitness import Fitness
 from umbra.cluster.machine import Event, NotNow
 from umbra.cluster.state import Mode, Phase, Role, State
 from umbra.cluster.static import StateFile, first
@@ -97,6 +98,10 @@ async def _nothing(peer: str) -> None:
     pass
 
 
+async def _nothing_else(ailments: Sequence[str]) -> None:
+    pass
+
+
 class Group:
     """The node in its redundancy group.
 
@@ -105,8 +110,9 @@ class Group:
     ``on_demotion``, called when a peer is no longer waited for and when this node stops to serve;
     ``on_opening``, called when this node serves again after a start or a handover that came to
     nothing (a promotion has its own order of steps); ``before_close``, called with the next
-    primary's name before this one closes for a planned change; ``limits``, which says why the
-    mirror may not become protected, by the operator's wish.
+    primary's name before this one closes for a planned change; ``on_ailing``, called again and
+    again while another node should be primary rather than this one, with the reasons; ``limits``,
+    which says why the mirror may not become protected, by the operator's wish.
     """
 
     def __init__(self, config: Config, states: StateFile, helper: NodeHelper) -> None:
@@ -117,7 +123,8 @@ class Group:
         self.catch_up: CatchUp | None = None
         self.on_lost: Callable[[str, str], None] = lambda peer, reason: None
         self.on_demotion: Callable[[], None] = lambda: None
-        self.on_crash: Callable[[str], None] = lambda server: None
+        self.fitness = Fitness(config.handover, helper)
+        self.on_ailing: Callable[[Sequence[str]], Awaitable[None]] = _nothing_else
         self.limits: Callable[[], Sequence[str]] = lambda: ()
         self.on_opening: Callable[[], None] = lambda: None
         self.before_close: Callable[[str], Awaitable[None]] = _nothing
@@ -314,12 +321,14 @@ class Group:
         return {"coordinator": "static"}
 
     def checks(self) -> Sequence[Check]:
-        """Return the findings of the coordinator."""
-        return ()
+        """Return the findings of the coordinator, and whether this host should be primary."""
+        return (self.fitness.check(),)
 
     async def run(self) -> None:
         """Do what the coordinator needs all the time; runs until cancelled."""
-        await self.tend()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.tend())
+            tasks.create_task(self.fitness.run(self.on_ailing), name="fitness")
 
     async def leaves(self, phase: Phase, seconds: float) -> bool:
         """Wait until this node is no longer in ``phase``; False if it still is after so long."""
@@ -425,13 +434,14 @@ class Group:
     async def _keep_postfix(self) -> None:
         """Have Postfix run; systemd does not start it again when its master was killed."""
         running = self._was_serving and await self._helper.postfix_running()
+        # One that an administrator stops, or restarts, has not failed.
+        failed = self._was_serving and not running and await self._helper.postfix_failed()
         # Looked at once more: a drain that has begun meanwhile stops Postfix, and it must stay so.
         if not running and self.state.phase is Phase.PRIMARY:
             if self._was_serving:
                 log.error("Postfix does not run on the primary; it is started again")
-                # One that an administrator stops, or restarts, has not failed.
-                if await self._helper.postfix_failed():
-                    self.on_crash("Postfix")
+            if failed:
+                self.fitness.crashed("Postfix")
             await self._helper.postfix_start()
 
     async def _shut(self) -> None:

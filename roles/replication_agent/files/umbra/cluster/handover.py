@@ -17,6 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from umbra.cluster import ailing
 from umbra.cluster import protocol as p
 from umbra.cluster.driver import OPEN_PHASES
 from umbra.cluster.group import now
@@ -31,7 +32,7 @@ from umbra.cluster.switchover import (
     Steps,
     Switchover,
 )
-from umbra.config import Config, StonithUse
+from umbra.config import Config, HandoverPolicy, StonithUse
 from umbra.node.client import NodeHelper
 from umbra.node.helper import HelperError
 from umbra.peer.exchange import Exchange, PeerError
@@ -41,6 +42,8 @@ from umbra.peer.server import Handler
 log = logging.getLogger(__name__)
 
 VOLUNTEER_TIMEOUT = 20.0
+# Giving the role away has failed: so many seconds until the next time.
+VOLUNTEER_PAUSE = 60.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class Handover(Switchover):
         self._given: _Given | None = None
         self._by_word = False
         self._automatic = False
+        self._hindered = ("", "")
+        self._not_before = 0.0
         group.on_ailing = self.volunteer
         group.on_promotion = self._promoted
 
@@ -77,18 +82,67 @@ class Handover(Switchover):
 
     # -- the primary's end
 
-    async def volunteer(self, to: str, reason: str) -> None:
-        """Give the role to ``to``, since this node is ailing. If it fails, nothing has changed."""
-        if self._running.locked():
-            return  # a person's switchover
-        log.warning("%s is to be primary: %s", to, reason)
+    async def volunteer(self, ailments: Sequence[str]) -> None:
+        """Give the role away, since this node is ailing; if that cannot be, nothing has changed."""
+        group = self._quorum
+        # A person's switchover goes before.
+        if not group.is_primary() or self._running.locked() or time.monotonic() < self._not_before:
+            return
+        to = ailing.successor(self._candidates(), self._config.site)
+        hindrance = self._hinders(to)
+        reason = "; ".join(ailments)
+        if hindrance or to is None:
+            if (hindrance, reason) != self._hindered:
+                self._hindered = hindrance, reason
+                log.warning(
+                    "%s stays primary (%s), although %s", group.state.node, hindrance, reason
+                )
+            return
+        log.warning("%s is to be primary: %s", to.node, reason)
         self._automatic = True
         try:
-            await self.run(to, dry_run=False, timeout_s=VOLUNTEER_TIMEOUT)
+            await self.run(to.node, dry_run=False, timeout_s=VOLUNTEER_TIMEOUT)
         except Refused as error:
-            log.error("the role was not given to %s: %s", to, error)
+            self._put_off(to.node, str(error))
+        except Exception as error:
+            log.exception("the handover failed")
+            self._put_off(to.node, repr(error))
         finally:
             self._automatic = False
+
+    def _put_off(self, to: str, why: str) -> None:
+        self._not_before = time.monotonic() + VOLUNTEER_PAUSE
+        log.error("the role was not given to %s, tried again in %g s: %s", to, VOLUNTEER_PAUSE, why)
+
+    def _hinders(self, to: ailing.Candidate | None) -> str:
+        """Return why this ailing primary stays what it is, or nothing."""
+        quorum = self._quorum
+        if self._config.handover.policy is HandoverPolicy.ALARM:
+            return "replication_agent_handover_policy is alarm"
+        known = quorum.driver.state.known
+        restraint = p.restraint(quorum.driver.config, known, time.time()) if known else None
+        if restraint is not None:
+            return restraint
+        return "" if to else "no shadow is protected, well and allowed to take over by itself"
+
+    def _candidates(self) -> list[ailing.Candidate]:
+        """Return the shadows, as they last said of themselves."""
+        found = []
+        for peer in self._config.peers:
+            said = self._group.statuses.get(peer.name, {})
+            view = self._group.state.peers.get(peer.name)
+            try:
+                policy, preference = p.Policy(said["policy"]), int(said["preference"])
+            except (KeyError, TypeError, ValueError):
+                continue
+            found.append(
+                ailing.Candidate(
+                    peer.name, peer.site,
+                    whole=view is not None and view.reachable and view.complete,
+                    ailing=bool(said.get("ailments")), policy=policy, preference=preference,
+                )
+            )  # fmt: skip
+        return found
 
     async def _change(self, to: str, steps: Steps) -> Change:
         group, quorum = self._group, self._quorum

@@ -643,11 +643,13 @@ def step(
     NotNow if a person's wish cannot be granted; then nothing has changed.
     """
     effects: list[Effect] = []
-    state = _take(config, state, event, now, effects)
+    state = _take(config, state, event, now, wall, effects)
     return _settle(config, state, now, wall, effects), effects
 
 
-def _take(config: Config, state: State, event: Event, now: float, effects: list[Effect]) -> State:
+def _take(
+    config: Config, state: State, event: Event, now: float, wall: float, effects: list[Effect]
+) -> State:
     match event:
         case Tick():
             return state
@@ -683,8 +685,8 @@ def _take(config: Config, state: State, event: Event, now: float, effects: list[
             if state.durable.acted and not _holds(state):
                 return _persist(state, replace(state.durable, acted=0), effects)
             return state
-        case Switch(to, automatic):
-            return replace(_switch(config, state, to, now), switch_automatic=automatic)
+        case Switch():
+            return _switch(config, state, event, now, wall)
         case Drained():
             return replace(state, drained=state.switching is not None)
         case Pause(on):
@@ -785,16 +787,20 @@ def _names(record: Record) -> set[str]:
     return {member.node for member in record.protected}
 
 
-def _switch(config: Config, state: State, to: str, now: float) -> State:
-    known = state.known
+def _switch(config: Config, state: State, event: Switch, now: float, wall: float) -> State:
+    known, to = state.known, event.to
     if known is None or not may_act(config, state, now):
         raise NotNow(f"{state.node} is {state.phase}, not an open primary")
     if to not in _names(known):
         raise NotNow(f"{to} is not protected, so it may lack something")
     if state.pending:
         raise NotNow("another change of the group's key is under way; try again")
+    if event.automatic and (reason := restraint(config, known, wall)) is not None:
+        raise NotNow(reason)
     until = now + config.timing.silence
-    return replace(state, switching=to, drained=False, switch_until=until)
+    return replace(
+        state, switching=to, switch_automatic=event.automatic, drained=False, switch_until=until
+    )
 
 
 def unforceable(state: State) -> str | None:

@@ -13,9 +13,7 @@ the protocol's state, which the driver keeps, and the host is kept in step with 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
 import secrets
 import statistics
 import time
@@ -24,7 +22,6 @@ from dataclasses import replace
 from typing import Any
 
 from umbra.api.report import Check
-from umbra.cluster import ailing
 from umbra.cluster import protocol as p
 from umbra.cluster.driver import OPEN_PHASES, Coordinator, Driver
 from umbra.cluster.etcd import boottime
@@ -33,10 +30,9 @@ from umbra.cluster.machine import Event, NotNow
 from umbra.cluster.state import Change, Durable, Mode, PeerView, Phase, Role, State
 from umbra.cluster.static import StateFile
 from umbra.cluster.work import DOVECOT, POSTFIX, Server, Work
-from umbra.config import Config, HandoverPolicy
+from umbra.config import Config
 from umbra.node.client import NodeHelper
 from umbra.node.helper import HelperError
-from umbra.node.reach import any_answers
 from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import PeerIdentity
 from umbra.peer.link import PeerLink
@@ -52,10 +48,6 @@ RETRY_PAUSE = 0.5
 TEND_PAUSE, IDLE_PAUSE = 1.0, 3.0
 VOTERS_PAUSE = 1.0
 LEAST_SAMPLES = 10
-FITNESS_PAUSE = 1.0
-# A handover that was refused is tried again after so long (seconds).
-VOLUNTEER_PAUSE = 60.0
-FILE_SYSTEMS = ("/var/vmail", "/var/spool/postfix")
 # What a peer says it is when it can be brought into the protected set.
 BEHIND = (p.Phase.SYNCING, p.Phase.READY, p.Phase.REJOINING)
 # What only a primary asks for, of one that is not.
@@ -108,13 +100,6 @@ class QuorumGroup(Group):
         self._opening_lock = asyncio.Lock()
         self._lease_due = asyncio.Event()
         self._booted = clock()
-        self.on_ailing: Callable[[str, str], Awaitable[None]] = _stay
-        self.on_crash = self._crashed
-        self._history = ailing.History()
-        self._crashes: list[str] = []
-        self._dovecot_restarts: int | None = None
-        self._volunteering: asyncio.Task[None] | None = None
-        self._volunteer_at = float("-inf")
         super().__init__(config, states, helper)
         self._tend_pause = TEND_PAUSE
         timing = self.driver.config.timing
@@ -239,7 +224,7 @@ class QuorumGroup(Group):
             "holder": known.holder if known else None,
             "protected_set": sorted(m.node for m in known.protected) if known else [],
             "shut": self._shut_done,
-            "ailments": self.ailments(),
+            "ailments": self.fitness.doubts(),
         }
 
     def checks(self) -> Sequence[Check]:
@@ -258,7 +243,7 @@ class QuorumGroup(Group):
         silent = self._silent_voters
         return [
             self._round_trip(),
-            self._fitness(),
+            self.fitness.check(),
             Check(
                 "voters", not silent, len(silent), 0,
                 f"Not healthy: {', '.join(silent)}." if silent else "All voters are healthy.",
@@ -287,97 +272,6 @@ class QuorumGroup(Group):
         return Check(
             "round trip", not findings, round(worst, 4), bound, " ".join([text, *findings])
         )
-
-    # -- whether another node would do better
-
-    @property
-    def _rules(self) -> ailing.Rules:
-        settings = self._config.coordinator
-        return ailing.Rules(
-            settings.handover_crashes, settings.handover_window, settings.handover_free * 2**20
-        )
-
-    def ailments(self) -> list[str]:
-        """Return why another node should be primary rather than this one."""
-        return ailing.ailments(self._rules, self._history, self._clock())
-
-    def _fitness(self) -> Check:
-        found = self.ailments()
-        text = "; ".join(found) if found else "Nothing speaks against this node as primary"
-        return Check("fit to be primary", not found, len(found), 0, f"{text}.")
-
-    def _crashed(self, server: str) -> None:
-        self._crashes.append(server)
-
-    async def _watch_fitness(self) -> None:
-        """Look after the host, and give the role away when another node would do better."""
-        while True:
-            seen = await self._observed()
-            self._history = ailing.observe(self._rules, self._history, seen, self._clock())
-            self._consider()
-            await asyncio.sleep(FITNESS_PAUSE)
-
-    async def _observed(self) -> ailing.Observed:
-        serves = self.is_primary() and not self.switching
-        if serves:
-            try:
-                count = await self._helper.dovecot_restarts()
-                if self._dovecot_restarts is not None and count > self._dovecot_restarts:
-                    self._crashes += ["Dovecot"] * (count - self._dovecot_restarts)
-                self._dovecot_restarts = count
-            except HelperError as error:
-                log.warning("%s", error)
-        crashed, self._crashes = tuple(self._crashes), []
-        settings = self._config.coordinator
-        return ailing.Observed(
-            crashed if serves else (),
-            await asyncio.to_thread(_free) if settings.handover_free else {},
-            await any_answers(settings.client_probes, FITNESS_PAUSE),
-        )
-
-    def _consider(self) -> None:
-        found, known, at = self.ailments(), self.driver.state.known, self._clock()
-        busy = self._volunteering is not None and not self._volunteering.done()
-        if not found or known is None or busy or self.switching or at < self._volunteer_at:
-            return
-        if not self.is_primary() or self.state.phase is not Phase.PRIMARY:
-            return
-        self._volunteer_at = at + VOLUNTEER_PAUSE
-        reason = "; ".join(found)
-        hindrance = p.restraint(self.driver.config, known, time.time())
-        if self._config.coordinator.handover is HandoverPolicy.ALARM:
-            hindrance = "replication_agent_handover_policy is alarm"
-        to = ailing.successor(self._candidates(), self._config.site)
-        if hindrance is None and to is None:
-            hindrance = "no shadow is protected, well and allowed to take over"
-        if hindrance is not None or to is None:
-            log.warning("%s should not be primary: %s; but %s", self.state.node, reason, hindrance)
-            return
-        self._volunteering = asyncio.create_task(
-            self._volunteer(to.node, reason), name="voluntary handover"
-        )
-
-    async def _volunteer(self, to: str, reason: str) -> None:
-        await self.on_ailing(to, reason)
-
-    def _candidates(self) -> list[ailing.Candidate]:
-        found = []
-        for peer in self._config.peers:
-            said, view = self.statuses.get(peer.name, {}), self.state.peers.get(peer.name)
-            try:
-                policy = p.Policy(said.get("policy", ""))
-            except ValueError:
-                continue
-            preference = said.get("preference")
-            found.append(
-                ailing.Candidate(
-                    peer.name, peer.site,
-                    whole=view is not None and view.reachable and view.complete,
-                    ailing=bool(said.get("ailments")), policy=policy,
-                    preference=preference if isinstance(preference, int) else 0,
-                )
-            )  # fmt: skip
-        return found
 
     # -- steps of the protocol
 
@@ -832,12 +726,11 @@ class QuorumGroup(Group):
                 tasks.create_task(self._lease(), name="lease of the ports")
                 tasks.create_task(self.work.run(), name="proof of work")
                 tasks.create_task(self._watch_voters(), name="voters")
-                tasks.create_task(self._watch_fitness(), name="fitness")
+                tasks.create_task(self.fitness.run(self.on_ailing), name="fitness")
         finally:
-            running = [task for task in (self._opening, self._volunteering) if task is not None]
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+            if self._opening is not None:
+                self._opening.cancel()
+                await asyncio.gather(self._opening, return_exceptions=True)
 
     def _servers(self) -> Sequence[Server]:
         """Return who has to greet. Postfix is stopped by ourselves while this node is closed."""
@@ -964,20 +857,6 @@ class QuorumGroup(Group):
         await super()._enforce()
         if phase is Phase.SHADOW and self.state.phase is Phase.SHADOW and self._queue_held:
             self._shut_done = True
-
-
-def _free() -> dict[str, int]:
-    """Return the bytes that are free, by file system; what is not there is not full."""
-    found = {}
-    for path in FILE_SYSTEMS:
-        with contextlib.suppress(OSError):
-            stats = os.statvfs(path)
-            found[path] = stats.f_bavail * stats.f_frsize
-    return found
-
-
-async def _stay(to: str, reason: str) -> None:
-    """Nobody has said how to hand over."""
 
 
 async def _nobody(epoch: int, former: str | None) -> Collection[str]:

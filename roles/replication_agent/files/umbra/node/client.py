@@ -100,6 +100,10 @@ class NodeHelper:
         """Tell how often systemd has started Dovecot again since somebody started it."""
         return int((await self._ask("dovecot-restarts"))["restarts"])
 
+    async def reach(self, addresses: Sequence[str]) -> bool:
+        """Tell whether any of the addresses answers an ICMP echo within a second."""
+        return bool((await self._ask("reach", addresses=list(addresses)))["answers"])
+
     async def queue(self) -> Mapping[str, str]:
         """Return all queue files, {queue id: queue}."""
         return dict((await self._ask("queue-list"))["queue"])

@@ -3,8 +3,8 @@
 It listens on a unix socket that only the agent's group can open, and reads one JSON object a line:
 ``{"do": NAME, ...}``. Each
 answer is ``{"ok": true, ...}`` or ``{"ok": false, "error": SENTENCE}``. No argument ever becomes a
-path, a program or an option: queue ids
-and numbers are checked by pattern. Which service addresses there are, its command line says, not
+path, a program or an option: queue ids, addresses
+and numbers are checked. Which service addresses there are, its command line says, not
 its client. It keeps nothing that must last, so it may die at any point: the
 agent's next request finds it restarted, and arms its timer again.
 """
@@ -42,6 +42,8 @@ MAX_REQUEST = 1024 * 1024
 COMMAND_TIMEOUT = 20.0
 MAX_KEYS = 2000
 MAX_TICKLES = 2000
+MAX_PROBES = 8
+NO_ANSWER = re.compile(r"\(1\)|unreachable|No route|Cannot assign")
 PROOF = ".umbra-proof"
 _ERROR = re.compile(rb"\b(error|fatal|panic)\b")
 
@@ -235,6 +237,18 @@ class Helper:
         shown = await run("systemctl", "show", "-p", "NRestarts", "--value", "dovecot.service")
         return {"restarts": int(shown.strip() or 0)}
 
+    async def do_reach(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Tell whether any of ``addresses`` answers an ICMP echo within a second.
+
+        HelperError if none does and one could not be asked.
+        """
+        addresses = _addresses(request)
+        found = await asyncio.gather(*(_echo(item) for item in addresses), return_exceptions=True)
+        errors = [item for item in found if isinstance(item, BaseException)]
+        if errors and True not in found:
+            raise errors[0]
+        return {"answers": True in found}
+
     async def do_queue_list(self, request: dict[str, Any]) -> dict[str, Any]:
         """Return all queue files as {queue id: queue}."""
         return {"queue": await asyncio.to_thread(queue_files, self._spool)}
@@ -362,6 +376,28 @@ def _write(files: Sequence[Path]) -> None:
             os.fdatasync(number)
         finally:
             os.close(number)
+
+
+async def _echo(address: str) -> bool:
+    """Send one ICMP echo; False if nothing comes back within a second, or no way leads there."""
+    try:
+        await run("env", "LC_ALL=C", "ping", "-n", "-q", "-c", "1", "-W", "1", address, timeout=5)
+    except HelperError as error:
+        # 1: no answer; anything else can be an error of its own.
+        if NO_ANSWER.search(str(error)):
+            return False
+        raise
+    return True
+
+
+def _addresses(request: dict[str, Any]) -> list[str]:
+    texts = request.get("addresses")
+    if not isinstance(texts, list) or not 0 < len(texts) <= MAX_PROBES:
+        raise HelperError(f"addresses must be a list of at most {MAX_PROBES}")
+    # A scope after % could be any text.
+    if not all(isinstance(text, str) and "%" not in text for text in texts):
+        raise HelperError("addresses must be IP addresses")
+    return [str(ip_address(text)) for text in texts]
 
 
 def _queue_ids(request: dict[str, Any]) -> Sequence[str]:
