@@ -56,6 +56,17 @@ def test_a_hook_that_switches_nodes_off_is_run_when_it_is_said() -> None:
         config.parse({**GOOD, "stonith": {"use": "sometimes"}})
 
 
+def test_when_a_node_is_ailing_is_said_in_the_inventory() -> None:
+    rules = config.parse(GOOD).handover
+    assert (rules.policy, rules.crashes, rules.window, rules.free, rules.client_probes) == (
+        "automatic", 2, 600.0, 32, (),
+    )  # fmt: skip
+    said = {"policy": "alarm", "crashes": 0, "free": 0, "client_probes": ["192.0.2.1"]}
+    rules = config.parse({**GOOD, "handover": said}).handover
+    assert (rules.policy, rules.crashes, rules.window) == ("alarm", 0, 600.0)
+    assert rules.client_probes == ("192.0.2.1",)
+
+
 def test_service_addresses_are_none_unless_they_are_said() -> None:
     assert config.parse(GOOD).service.addresses == ()
     said = ["192.0.2.20", "2001:db8:a::20"]
@@ -137,6 +148,12 @@ def test_the_safety_net_can_be_switched_off() -> None:
             "only 0 of the peers can count under local_only at site alpha",
         ),
         (("transport", "shadow_preference"), "near", "it must be prefer_remote or remote_only or"),
+        (("handover",), {"policy": "never"}, "it must be automatic or alarm."),
+        (("handover",), {"window": 0}, "handover.window must be over 0 seconds."),
+        (("handover",), {"client_probes": ["router"]}, "'router'; it must be an IP address."),
+        (("handover",), {"client_probes": ["10.86.0.2"]}, "says nothing of the clients' side"),
+        (("handover",), {"client_probes": ["127.0.0.1"]}, "says nothing of the clients' side"),
+        (("handover",), {"client_probes": ["192.0.2.1"] * 9}, "has over 8 addresses"),
         (("transport", "safety_net_hold"), -1, "must be a number from 0, not -1."),
         (("transport", "safety_net_max_size"), 1.5, "must be a whole number from 0, not 1.5."),
         (("heartbeat",), {"interval": 2, "timeout": 1}, "it must be over heartbeat.interval, 2 s."),

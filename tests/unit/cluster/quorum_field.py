@@ -173,11 +173,8 @@ class Host(NodeHelper):
         await asyncio.sleep(0.1)
         self.postfix, self.crashed = True, False
 
-    async def crash_postfix(self) -> None:
-        """Its master is killed; the agent has started it again when this returns."""
+    def kill_postfix(self) -> None:
         self.postfix, self.crashed = False, True
-        while not self.postfix:
-            await asyncio.sleep(0.05)
 
     async def postfix_stop(self) -> None:
         self.postfix = False
@@ -415,7 +412,7 @@ class Field:
         path: Path,
         names: str = "ab",
         *,
-        rules: HandoverRules = HandoverRules(),
+        rules: HandoverRules | None = None,
         **settings: Any,
     ) -> None:
         self.names = names
@@ -425,7 +422,9 @@ class Field:
         coordinator = Coordinator(
             CoordinatorKind.ETCD, Profile.DEFAULT, endpoints=("x",) * 3, **settings
         )
-        self.nodes = {name: Node(self, name, path, coordinator, rules) for name in names}
+        self.nodes = {
+            name: Node(self, name, path, coordinator, rules or HandoverRules()) for name in names
+        }
         self.a, self.b = self.nodes["a"], self.nodes["b"]
         self.longest_gap = 0.0
         self._last = clock()

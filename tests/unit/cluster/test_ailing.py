@@ -68,6 +68,13 @@ def test_what_stands_for_five_seconds_is_a_reason(ill: Observed, reason: str) ->
     assert after((0, ill), (9, ill), (10, FINE)) == []
 
 
+def test_without_a_settling_time_it_counts_at_once() -> None:
+    """So a shadow that has only just seen the same is not the better primary."""
+    rules = replace(RULES, settle=0)
+    assert after((0, replace(FINE, clients=False)), rules=rules)
+    assert not after((0, replace(FINE, clients=False)), (1, FINE), rules=rules)
+
+
 def test_what_nobody_can_tell_is_no_reason() -> None:
     blind = replace(FINE, clients=None)
     assert after((0, blind), (100, blind)) == []

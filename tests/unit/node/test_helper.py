@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
 import time
 from collections.abc import Iterable
@@ -81,6 +82,13 @@ async def test_ports_are_opened_in_one_transaction(ran: Ran) -> None:
         {"do": "stonith", "node": "-f"},
         {"do": "stonith", "node": ""},
         {"do": "stonith"},
+        {"do": "reach"},
+        {"do": "reach", "addresses": []},
+        {"do": "reach", "addresses": ["192.0.2.1"] * 9},
+        {"do": "reach", "addresses": ["-f"]},
+        {"do": "reach", "addresses": ["mail.example.org"]},
+        {"do": "reach", "addresses": ["fe80::1%eth0 -f"]},
+        {"do": "reach", "addresses": [1]},
         {"do": "tickle", "connections": [["192.0.2.20", 993, "192.0.2.140", 50000]]},  # whose?
         {"do": "tickle", "connections": [[]]},
         {"do": "tickle", "connections": "all"},
@@ -310,6 +318,85 @@ async def test_client_and_helper_talk(tmp_path: Path) -> None:
 async def test_a_missing_helper_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(HelperError, match=r"is umbra-helper\.service running"):
         await NodeHelper(tmp_path / "none.sock").ports_close()
+
+
+@pytest.mark.parametrize(("fails", "failed"), [(False, True), (True, False)])
+async def test_a_crashed_postfix_is_told_from_one_that_was_stopped(
+    monkeypatch: pytest.MonkeyPatch, fails: bool, failed: bool
+) -> None:
+    async def run(*argv: str, **_: object) -> str:
+        assert argv == ("systemctl", "is-failed", "--quiet", "postfix.service")
+        if fails:
+            raise HelperError("systemctl is-failed --quiet failed (3): ")
+        return ""
+
+    monkeypatch.setattr(helper, "run", run)
+    assert await ask({"do": "postfix-failed"}) == {"ok": True, "failed": failed}
+
+
+@pytest.mark.parametrize(("shown", "restarts"), [("0\n", 0), ("17\n", 17), ("\n", 0)])
+async def test_systemd_counts_dovecot_s_restarts(
+    monkeypatch: pytest.MonkeyPatch, shown: str, restarts: int
+) -> None:
+    async def run(*argv: str, **_: object) -> str:
+        assert argv == ("systemctl", "show", "-p", "NRestarts", "--value", "dovecot.service")
+        return shown
+
+    monkeypatch.setattr(helper, "run", run)
+    assert await ask({"do": "dovecot-restarts"}) == {"ok": True, "restarts": restarts}
+
+
+async def test_this_host_answers_an_echo_and_no_address_that_cannot_be() -> None:
+    """With the real ping; 240.0.0.0/4 is nobody's."""
+    assert await ask({"do": "reach", "addresses": ["127.0.0.1"]}) == {"ok": True, "answers": True}
+    began = time.monotonic()
+    assert await ask({"do": "reach", "addresses": ["240.0.0.1"]}) == {"ok": True, "answers": False}
+    both = await ask({"do": "reach", "addresses": ["240.0.0.1", "127.0.0.1"]})
+    assert both["answers"] is True
+    assert time.monotonic() - began < 5
+
+
+@pytest.fixture
+def ping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A `ping` whose last argument is the script that it runs."""
+    program = tmp_path / "ping"
+    program.write_text('#!/bin/sh\neval "$(cat "${0%/*}/${7}")"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("script", "answers"),
+    [
+        ("exit 0", True),
+        ("echo '1 packets transmitted, 0 received'; exit 1", False),
+        ("echo 'ping: connect: Network is unreachable' >&2; exit 2", False),
+        ("echo 'ping: socket: Operation not permitted' >&2; exit 2", None),
+        ("exit 127", None),
+    ],
+)
+async def test_no_answer_is_told_from_no_question(
+    ping: Path, script: str, answers: bool | None
+) -> None:
+    (ping / "192.0.2.1").write_text(script)
+    answer = await ask({"do": "reach", "addresses": ["192.0.2.1"]})
+    assert answer.get("answers") is answers
+    assert answer["ok"] is (answers is not None)
+    if answers is None:
+        assert "ping" in answer["error"]
+    (ping / "192.0.2.2").write_text("exit 0")
+    answer = await ask({"do": "reach", "addresses": ["192.0.2.1", "192.0.2.2"]})
+    assert answer == {"ok": True, "answers": True}
+
+
+async def test_a_ping_that_hangs_is_ended(ping: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(helper, "ECHO_TIMEOUT", 0.2)
+    (ping / "192.0.2.1").write_text("exec sleep 60")
+    began = time.monotonic()
+    answer = await ask({"do": "reach", "addresses": ["192.0.2.1"]})
+    assert "did not finish in 0.2 s" in answer["error"]
+    assert time.monotonic() - began < 5
 
 
 @pytest.fixture

@@ -43,6 +43,7 @@ COMMAND_TIMEOUT = 20.0
 MAX_KEYS = 2000
 MAX_TICKLES = 2000
 MAX_PROBES = 8
+ECHO_TIMEOUT = 5.0  # ping's own is 1 s
 NO_ANSWER = re.compile(r"\(1\)|unreachable|No route|Cannot assign")
 PROOF = ".umbra-proof"
 _ERROR = re.compile(rb"\b(error|fatal|panic)\b")
@@ -381,7 +382,19 @@ def _write(files: Sequence[Path]) -> None:
 async def _echo(address: str) -> bool:
     """Send one ICMP echo; False if nothing comes back within a second, or no way leads there."""
     try:
-        await run("env", "LC_ALL=C", "ping", "-n", "-q", "-c", "1", "-W", "1", address, timeout=5)
+        await run(
+            "env",
+            "LC_ALL=C",
+            "ping",
+            "-n",
+            "-q",
+            "-c",
+            "1",
+            "-W",
+            "1",
+            address,
+            timeout=ECHO_TIMEOUT,
+        )
     except HelperError as error:
         # 1: no answer; anything else can be an error of its own.
         if NO_ANSWER.search(str(error)):

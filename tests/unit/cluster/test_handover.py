@@ -1,0 +1,346 @@
+"""A primary that works, but worse than a shadow would, gives its role away, or says why not.
+
+The nodes are those of ``quorum_field``: all but network, disk and host is the agent's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from tests.unit.cluster.quorum_field import D, Field, Host, Node, clock, play
+
+from umbra.api.report import Check
+from umbra.cluster import handover
+from umbra.cluster import protocol as p
+from umbra.cluster.ailing import Rules
+from umbra.cluster.fitness import PAUSE
+from umbra.cluster.switchover import Refused
+from umbra.config import HandoverPolicy, HandoverRules
+from umbra.node.helper import HelperError
+from umbra.peer.exchange import PeerError
+
+SOON = Rules(0, 0, 0).settle + 2 * PAUSE + 2
+"""Until an ailment counts, has been looked at, and the role is another's."""
+
+PROBES = HandoverRules(client_probes=("192.0.2.1",))
+
+Play = Callable[..., None]
+
+
+@pytest.fixture
+def group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Play:
+    def start(scenario: Callable[[Field], Awaitable[None]], **settings: object) -> None:
+        play(monkeypatch, tmp_path, scenario, **settings)  # type: ignore[arg-type]
+
+    return start
+
+
+async def crash_postfix(field: Field, host: Host) -> None:
+    host.kill_postfix()
+    await field.until(lambda: host.postfix, 3, "Postfix started again")
+
+
+def fill(node: Node) -> None:
+    node.host.free = {"/var/vmail": 2**20}
+
+
+def fit(node: Node) -> Check:
+    return next(c for c in node.group.checks() if c.name == "fit to be primary")
+
+
+async def stays(field: Field, seconds: float = 30.0) -> None:
+    """The primary is the same, under the same epoch, and serves throughout."""
+    epoch = field.register.record.epoch
+    await asyncio.sleep(seconds)
+    assert field.a.serves
+    assert field.register.record.epoch == epoch
+    assert field.longest_gap < 0.2
+
+
+def test_the_second_crash_of_postfix_moves_the_primary(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        await crash_postfix(field, field.a.host)
+        await stays(field)
+        assert fit(field.a).passed
+        await crash_postfix(field, field.a.host)
+        await field.until(lambda: field.b.serves, SOON)
+        await field.protected(field.b)
+        # A switchover, not a failover: b was told what is left, and a has all that b has.
+        assert [origin for origin, _ in field.b.parts.taken] == ["a"]
+        change = field.b.group.state.durable.last_change
+        assert change is not None
+        assert (change.old, change.new, change.planned) == ("a", "b", True)
+        assert field.longest_gap < 1.0
+        assert len(field.register.record.automatic) == 1
+        assert fit(field.a).message == "Postfix has crashed 2 times within 600 s."
+
+    group(scenario)
+
+
+def test_dovecot_s_restarts_by_systemd_count_and_a_person_s_do_not(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        host = field.a.host
+        for restarts in (1, 0, 0):  # it crashes, a person restarts it, nothing happens
+            host.restarts = restarts
+            await stays(field, 2 * PAUSE)
+        host.restarts = 1
+        await field.until(lambda: field.b.serves, SOON)
+
+    group(scenario)
+
+
+def test_what_happened_while_a_node_was_shadow_does_not_drive_it_from_its_new_role(
+    group: Play,
+) -> None:
+    async def scenario(field: Field) -> None:
+        field.b.host.restarts = 1
+        await asyncio.sleep(2 * PAUSE)
+        await field.a.power_cut()
+        await field.until(lambda: field.b.serves, 2 * D)
+        field.a.start()
+        await field.protected(field.b)
+        await asyncio.sleep(30)
+        assert field.b.serves
+
+    group(scenario)
+
+
+def test_a_postfix_that_a_person_restarts_has_not_crashed(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        for _ in range(4):
+            field.a.host.postfix = False
+            await field.until(lambda: field.a.host.postfix, 3)
+            await asyncio.sleep(2)  # it greets again
+        await stays(field)
+
+    group(scenario)
+
+
+def test_under_alarm_only_the_operator_is_told(
+    group: Play, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(field: Field) -> None:
+        fill(field.a)
+        await stays(field, 120)
+        check = fit(field.a)
+        assert (check.passed, check.message) == (False, "the disk of /var/vmail is full.")
+        assert fit(field.b).passed
+
+    group(scenario, rules=HandoverRules(HandoverPolicy.ALARM))
+    stay = [r.message for r in caplog.records if "stays primary" in r.message]
+    assert stay == [
+        "a stays primary (replication_agent_handover_policy is alarm), although"
+        " the disk of /var/vmail is full"
+    ]
+
+
+def test_a_full_disk_moves_the_primary_and_there_is_no_way_back_while_it_is_full(
+    group: Play,
+) -> None:
+    async def scenario(field: Field) -> None:
+        fill(field.a)
+        await field.until(lambda: field.b.serves, SOON)
+        await field.protected(field.b)
+        fill(field.b)
+        await asyncio.sleep(120)
+        assert field.b.serves
+        assert field.register.record.epoch == 2
+        field.a.host.free = {"/var/vmail": 2**30}
+        await field.until(lambda: field.a.serves, SOON)
+
+    group(scenario)
+
+
+def test_disks_that_are_full_on_both_nodes_move_nothing(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        fill(field.a)
+        fill(field.b)
+        await stays(field, 120)
+        assert not fit(field.a).passed
+        assert not fit(field.b).passed
+
+    group(scenario)
+
+
+def test_clients_that_do_not_reach_the_primary_find_another(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        field.a.host.clients_reach = False
+        await asyncio.sleep(3)
+        field.a.host.clients_reach = True
+        await stays(field)
+        field.a.host.clients_reach = False
+        await field.until(lambda: field.b.serves, SOON)
+
+    group(scenario, rules=PROBES)
+
+
+@pytest.mark.parametrize("later", [0.0, 1.0, 1.9])
+def test_a_clients_network_that_is_down_for_both_moves_nothing(group: Play, later: float) -> None:
+    """Also if the shadow notices it last: what has just begun there counts at once."""
+
+    async def scenario(field: Field) -> None:
+        await asyncio.sleep(later)  # the looks of the two are not in step
+        field.a.host.clients_reach = field.b.host.clients_reach = False
+        await stays(field, 120)
+        field.a.host.clients_reach = field.b.host.clients_reach = True
+        await asyncio.sleep(2 * PAUSE)
+        assert fit(field.a).passed
+
+    group(scenario, rules=PROBES)
+
+
+def test_who_cannot_ask_knows_nothing_and_says_so(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        async def reach(addresses: object) -> bool:
+            raise HelperError("ping: socket: Operation not permitted")
+
+        field.a.host.reach = reach  # type: ignore[method-assign]
+        await stays(field)
+        assert fit(field.a).message == "ping: socket: Operation not permitted."
+        assert not fit(field.a).passed
+
+    group(scenario, rules=PROBES)
+
+
+def test_nothing_is_done_while_no_shadow_is_protected(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        await field.b.power_cut()
+        await field.until(lambda: field.register.record.mode is p.Mode.ALONE, D)
+        fill(field.a)
+        await asyncio.sleep(60)
+        assert field.a.serves
+        field.b.start()
+        await field.until(lambda: field.b.serves, 60)
+        assert field.register.record.epoch == 2
+
+    group(scenario)
+
+
+def test_while_paused_nothing_is_done_and_after_that_it_is(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        await field.a.group.pause(True)
+        fill(field.a)
+        await stays(field, 60)
+        with pytest.raises(p.NotNow, match="paused"):  # also if it were asked for all the same
+            await field.a.group.driver.take(p.Switch("b", automatic=True))
+        await field.a.group.pause(False)
+        await field.until(lambda: field.b.serves, SOON)
+
+    group(scenario)
+
+
+def test_the_limit_of_automatic_changes_counts_handovers_and_failovers_alike(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        fill(field.a)
+        await field.until(lambda: field.b.serves, SOON)
+        await field.protected(field.b)
+        field.a.host.free = {"/var/vmail": 2**30}
+        fill(field.b)
+        await asyncio.sleep(60)
+        assert field.b.serves
+        # A person is not held to it.
+        await field.b.handover.run("a", dry_run=False, timeout_s=10)
+        await field.protected(field.a)
+        assert len(field.register.record.automatic) == 1
+
+    group(scenario, limit=1)
+
+
+def test_a_refused_handover_leaves_the_primary_and_is_tried_again_after_the_pause(
+    group: Play,
+) -> None:
+    async def scenario(field: Field) -> None:
+        asked: list[float] = []
+        real = field.b.handlers["handover-prepare"]
+
+        async def refuses(*_: object) -> dict[str, object]:
+            asked.append(clock())
+            raise PeerError("failed", "postfix check: fatal: no")
+
+        field.b.handlers["handover-prepare"] = refuses
+        fill(field.a)
+        await field.until(lambda: len(asked) == 2, 2 * handover.VOLUNTEER_PAUSE)
+        assert asked[1] - asked[0] >= handover.VOLUNTEER_PAUSE
+        await stays(field, 10)
+        field.b.handlers["handover-prepare"] = real
+        await field.until(lambda: field.b.serves, handover.VOLUNTEER_PAUSE + SOON)
+
+    group(scenario)
+
+
+def test_a_handover_that_fails_half_way_is_taken_back(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        real = field.b.handlers["handover"]
+
+        async def breaks(*_: object) -> dict[str, object]:
+            raise PeerError("failed", "its disk refuses")
+
+        field.b.handlers["handover"] = breaks
+        fill(field.a)
+        await field.until(lambda: not field.a.host.open, SOON)
+        await field.until(lambda: field.a.serves, D)
+        assert field.a.host.postfix
+        assert field.register.record.epoch == 1
+        field.b.handlers["handover"] = real
+        await field.until(lambda: field.b.serves, handover.VOLUNTEER_PAUSE + SOON)
+
+    group(scenario)
+
+
+def test_a_person_s_switchover_goes_before(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        real = field.b.handlers["handover-prepare"]
+
+        async def slow(peer: object, args: object, exchange: object) -> dict[str, object]:
+            await asyncio.sleep(15)
+            return await real(peer, args, exchange)  # type: ignore[arg-type]
+
+        field.b.handlers["handover-prepare"] = slow
+        moving = asyncio.create_task(field.a.handover.run("b", dry_run=False, timeout_s=20))
+        await asyncio.sleep(0.1)
+        fill(field.a)
+        result = await moving
+        assert result["to"] == "b"
+        await field.protected(field.b)
+        assert not field.register.record.automatic  # it was the person's
+
+    group(scenario)
+
+
+def test_a_person_is_refused_while_the_role_is_given_away(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        fill(field.a)
+        await field.until(lambda: field.a.group.switching, SOON)
+        with pytest.raises(Refused, match="running already"):
+            await field.a.handover.run("b", dry_run=False, timeout_s=10)
+        await field.until(lambda: field.b.serves, D)
+
+    group(scenario)
+
+
+def test_the_better_of_two_shadows_gets_the_role(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        await field.until(lambda: len(field.register.record.protected) == 2, 30)
+        fill(field.b)
+        fill(field.a)
+        await field.until(lambda: field.nodes["c"].serves, SOON)
+
+    group(scenario, names="abc")
+
+
+def test_an_agent_that_ends_in_the_middle_leaves_no_task(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        fill(field.a)
+        await field.until(lambda: field.a.group.switching, SOON)
+        before = time.monotonic()
+        await field.a.crash()
+        assert time.monotonic() - before < 1
+        names = {task.get_name() for task in asyncio.all_tasks()}
+        assert sum("fitness" in name for name in names) == 1  # that of b
+        await field.until(lambda: field.b.serves, 3 * D)
+
+    group(scenario)
