@@ -25,6 +25,7 @@ GROUPS = (NODES, WITNESS, OUTSIDE)
 ROLES = ("primary", "shadow")
 COORDINATOR = "replication_agent_coordinator"
 SERVICE = "replication_agent_service_addresses"
+PROBES = "replication_agent_client_probes"
 
 # Read by more than one role, so no single role's argument specs have them.
 SHARED_VARIABLES = frozenset({"umbra_group", "umbra_site", "umbra_role", "umbra_sites"})
@@ -334,6 +335,36 @@ def _service_place_findings(inventory: Inventory, text: str, hosts: list[str]) -
             )
 
 
+def _probe_findings(inventory: Inventory) -> Iterator[str]:
+    """Judge whom a node asks to know whether its clients reach it: no node of the group itself."""
+    ours = {
+        canonical(inventory.value(host, name)): host
+        for host in inventory.nodes
+        for name in ("ansible_host", "vpn_endpoint")
+        if inventory.value(host, name)
+    }
+    for host in inventory.nodes:
+        value = inventory.value(host, PROBES) or []
+        if not isinstance(value, (list, tuple)):
+            yield f"{host}: {PROBES} is {value!s}; write a list of addresses."
+            continue
+        overlay = str(inventory.value(host, "vpn_overlay_subnet"))
+        service = inventory.value(host, SERVICE)
+        moving = {canonical(item) for item in service} if isinstance(service, list) else set()
+        for item in value:
+            text = canonical(item)
+            if not is_address(item):
+                yield (
+                    f"{host}: {PROBES} has {item!s}; write an IP address, for example 192.0.2.1."
+                )
+            elif text in ours or text in moving or is_in(text, overlay):
+                what = f"is that of {ours[text]}" if text in ours else "is the group's own"
+                yield (
+                    f"{host}: {PROBES} has {text}, which {what}; name a router or a server on the"
+                    " clients' side."
+                )
+
+
 def option_names(spec: Mapping[str, Any]) -> set[str]:
     """Return the variables that a role's meta/argument_specs.yml defines."""
     entries = spec.get("argument_specs") or {}
@@ -378,5 +409,6 @@ def inventory_findings(
         *_host_address_findings(inventory),
         *_overlay_findings(inventory),
         *_service_findings(inventory),
+        *_probe_findings(inventory),
         *_variable_findings(inventory, specs, set(allowed)),
     ]

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from tests.faults.field import NODES, WITNESS, Field, FieldError, wait
 
@@ -110,6 +111,25 @@ def storm(unit: str, side: Side, times: int) -> Action:
     return act
 
 
+def restarted(unit: str, side: Side) -> Action:
+    """Restart a unit, as an administrator does; what it keeps in memory is gone."""
+
+    def act(field: Field, chance: random.Random) -> None:
+        field.run(side(field), "systemctl restart $1", unit)
+        field.wait_protected(60)
+
+    return act
+
+
+def paused(seconds: float) -> Action:
+    """Let what was done come to its end."""
+
+    def act(field: Field, chance: random.Random) -> None:
+        time.sleep(seconds)
+
+    return act
+
+
 def power_cut(side: Side) -> Action:
     """All of a host's processes at one instant; its link is dead first."""
 
@@ -174,6 +194,19 @@ def taken_over(field: Field, chance: random.Random) -> None:
         return status is not None and status["primary"] == field.shadow
 
     wait(done, 30, lambda: f"{field.shadow} has not taken over: {field.why()}")
+
+
+def handed_over(field: Field, chance: random.Random) -> None:
+    """Nobody does anything; the primary gives its role to the shadow, by itself and as planned."""
+
+    def change() -> dict[str, Any] | None:
+        status = field.status(field.shadow)
+        last = status["last_switchover"] if status else None
+        return last if last and last["to"] == field.shadow else None
+
+    made = wait(change, 30, lambda: f"{field.primary} has not given its role away: {field.why()}")
+    if made is None or not made["planned"]:
+        raise FieldError(f"{field.shadow} took over; {field.primary} has not handed over: {made}.")
 
 
 def voters(signal: str) -> Action:

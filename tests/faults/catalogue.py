@@ -158,6 +158,23 @@ WITNESS: tuple[Fault, ...] = (
     Fault(
         "voters frozen", (do.voters("STOP"),), (do.voters("CONT"),), stands=(5.0, 15.0), heals=30,
     ),
+    Fault(
+        # Far enough apart to have greeted in between: a handover, not a takeover.
+        "dovecot crashes again and again, primary",
+        (
+            do.killed(DOVECOT, "dovecot", primary), do.paused(4.0),
+            do.killed(DOVECOT, "dovecot", primary),
+        ),
+        (do.handed_over,),
+        heals=60, moves=True, after=(do.restarted(AGENT, shadow),),
+    ),
+    Fault(
+        # The small disk is made while its node is shadow: that restarts the agent.
+        "disk full, mail, primary with witness", (do.MAIL.filled(primary),),
+        (do.handed_over, do.MAIL.emptied(primary)),
+        heals=60, moves=True,
+        before=(do.MAIL.small(shadow), do.switched_over), after=(do.MAIL.large(shadow),),
+    ),
     Fault("switchover, with a witness", (do.switched_over,), moves=True),
 )  # fmt: skip
 """For a lab whose group has the coordinator etcd (``--witness``): nobody moves a hand."""

@@ -81,6 +81,7 @@ def make(ground: Field, fault: Fault, plan: Plan, run: str, evidence: Path) -> R
     try:
         _act(fault.before, ground, chance)
         ground.wait_protected(fault.heals if fault.before else 5)
+        before = ground.primary
         generator.start()
         time.sleep(plan.moment_s)
         fault_ns = time.monotonic_ns()

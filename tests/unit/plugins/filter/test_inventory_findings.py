@@ -166,6 +166,33 @@ def test_two_groups_do_not_share_a_service_address(one_site: World) -> None:
     )
 
 
+PROBES = "replication_agent_client_probes"
+
+
+def test_who_is_asked_whether_clients_are_reached(one_site: World) -> None:
+    # A client host, like a router, is on the right side.
+    one_site.set(PROBES, ["192.0.2.1", "2001:db8:a::1", "203.0.113.140"], "mail-a", "mail-b")
+    assert one_site.findings() == []
+
+
+@pytest.mark.parametrize(
+    ("probes", "words"),
+    [
+        ("192.0.2.1", "is 192.0.2.1; write a list of addresses."),
+        (["router"], "has router; write an IP address, for example 192.0.2.1."),
+        (["192.0.2.0/24"], "has 192.0.2.0/24; write an IP address"),
+        (["192.0.2.11"], "has 192.0.2.11, which is that of mail-b; name a router or a server"),
+        (["10.86.0.1"], "has 10.86.0.1, which is the group's own; name a router or a server"),
+        (["2001:db8:a:0::20"], "has 2001:db8:a::20, which is the group's own;"),
+    ],
+)
+def test_a_probe_says_something_of_the_clients_side(
+    one_site: World, probes: object, words: str
+) -> None:
+    one_site.set(PROBES, probes, "mail-a")
+    assert words in one_site.only()
+
+
 def test_a_pair_without_witness_and_client(world: World) -> None:
     world.groups = {"umbra_nodes": ["mail-a", "mail-b"], "umbra_witness": []}
     assert world.findings() == []
