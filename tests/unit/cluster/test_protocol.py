@@ -167,6 +167,29 @@ def test_no_renewal_without_work() -> None:
     assert p.Swap not in kinds(effects), "it leaves nobody behind either"
 
 
+def test_only_what_a_node_does_by_itself_is_held_back_and_counted() -> None:
+    def asked(record: p.Record, *, automatic: bool, wall: float) -> p.Record:
+        state = replace(primary(100.0), known=record)
+        state, _ = p.step(A, state, p.Switch("b", automatic), 100.1, wall)
+        state, effects = p.step(A, state, p.Drained(), 100.1, wall)
+        first = next(effect.record for effect in effects if isinstance(effect, p.Swap))
+        # Asked again, because nobody answered, it is the same record at whatever time of day.
+        again = p.step(A, state, p.Tick(), 100.2 + TIMING.call, wall + 1)[1]
+        assert [e.record for e in again if isinstance(e, p.Swap)] == [first]
+        return first
+
+    full = replace(RECORD, automatic=(1.0,) * A.max_changes)
+    paused = replace(RECORD, paused=True)
+    assert asked(RECORD, automatic=True, wall=50.0).automatic == (50.0,)
+    assert asked(RECORD, automatic=False, wall=50.0).automatic == ()
+    for record, why in ((full, "within an hour"), (paused, "paused")):
+        with pytest.raises(p.NotNow, match=why):
+            asked(record, automatic=True, wall=50.0)
+        assert asked(record, automatic=False, wall=50.0).automatic == record.automatic
+    later = asked(full, automatic=True, wall=p.HOUR + 50)
+    assert later.automatic == (1.0,) * (A.max_changes - 1) + (p.HOUR + 50,)
+
+
 def test_wishes_that_cannot_be_granted_change_nothing() -> None:
     with pytest.raises(p.NotNow, match="not protected"):
         take(A, primary(), p.Switch("c"), now=100.1)
