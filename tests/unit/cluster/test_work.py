@@ -64,6 +64,23 @@ async def test_a_server_that_is_away_proves_nothing_unless_it_is_stopped_on_purp
     assert await watch(host, 0.2) == 0
 
 
+async def test_it_ends_when_it_is_told_to_in_the_moment_in_which_a_server_refuses() -> None:
+    """A task group of Python 3.11 and 3.12 forgets that it was cancelled if a part of it fails."""
+    host = Host()
+    host.refuses = True
+    real = host.greet
+    task = asyncio.create_task(host.work.run())
+
+    async def greet(port: int, expected: bytes, goodbye: bytes) -> None:
+        task.cancel()
+        await real(port, expected, goodbye)
+
+    host.work._greet = greet
+    async with asyncio.timeout(2):
+        await asyncio.gather(task, return_exceptions=True)
+    assert task.cancelled()
+
+
 @pytest.mark.parametrize("says", [b"220 mail ESMTP\r\n", b"554 no\r\n", b""])
 async def test_only_a_greeting_is_one(says: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -82,19 +82,20 @@ class Work:
 
     async def _prove(self, servers: Sequence[Server]) -> None:
         began = self._clock()
+        greetings = [self._greet(*server) for server in servers]
         try:
-            async with asyncio.timeout(self._timeout), asyncio.TaskGroup() as tasks:
-                tasks.create_task(_whole(self._disks()))
-                for server in servers:
-                    tasks.create_task(_whole(self._greet(*server)))
+            async with asyncio.timeout(self._timeout):
+                # Before Python 3.13 a task group forgets a cancellation if a part of it fails.
+                found = await asyncio.gather(self._disks(), *greetings, return_exceptions=True)
         except TimeoutError:
             self._failed(f"disks or servers did not answer within {self._timeout:g} s")
             return
-        except ExceptionGroup as errors:
-            found = [error for error in errors.exceptions if isinstance(error, OSError)]
-            if len(found) < len(errors.exceptions):
-                raise
-            self._failed("; ".join(str(error) for error in found))
+        errors = [error for error in found if error is not None]
+        for error in errors:
+            if not isinstance(error, OSError):
+                raise error
+        if errors:
+            self._failed("; ".join(str(error) for error in errors))
             return
         if self.error:
             log.info("this node can do its work")
@@ -105,7 +106,3 @@ class Work:
         if not self.error:
             log.warning("this node cannot prove that it can do its work: %s", reason)
         self.error = reason
-
-
-async def _whole(work: Awaitable[None]) -> None:
-    await work
