@@ -343,6 +343,16 @@ def _probe_findings(inventory: Inventory) -> Iterator[str]:
         for name in ("ansible_host", "vpn_endpoint")
         if inventory.value(host, name)
     }
+    asking: dict[str, list[str]] = {}
+    silent: dict[str, list[str]] = {}
+    for host in inventory.nodes:
+        group = str(inventory.value(host, "umbra_group"))
+        (asking if inventory.value(host, PROBES) else silent).setdefault(group, []).append(host)
+    for group in asking.keys() & silent.keys():
+        yield (
+            f"{_listed(silent[group])} has no {PROBES}, so the primary could move there although"
+            f" clients do not reach it; set them for each node of redundancy group {group}."
+        )
     for host in inventory.nodes:
         value = inventory.value(host, PROBES) or []
         if not isinstance(value, (list, tuple)):

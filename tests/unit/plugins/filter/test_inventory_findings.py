@@ -189,8 +189,17 @@ def test_who_is_asked_whether_clients_are_reached(one_site: World) -> None:
 def test_a_probe_says_something_of_the_clients_side(
     one_site: World, probes: object, words: str
 ) -> None:
+    one_site.set(PROBES, ["192.0.2.1"], "mail-b")
     one_site.set(PROBES, probes, "mail-a")
     assert words in one_site.only()
+
+
+def test_each_node_of_a_group_asks_on_its_clients_side(one_site: World) -> None:
+    one_site.set(PROBES, ["192.0.2.1"], "mail-a")
+    assert one_site.only() == (
+        "mail-b has no replication_agent_client_probes, so the primary could move there although"
+        " clients do not reach it; set them for each node of redundancy group mail."
+    )
 
 
 def test_a_pair_without_witness_and_client(world: World) -> None:
