@@ -348,10 +348,10 @@ def _probe_findings(inventory: Inventory) -> Iterator[str]:
     for host in inventory.nodes:
         group = str(inventory.value(host, "umbra_group"))
         (asking if inventory.value(host, PROBES) else silent).setdefault(group, []).append(host)
-    for group in asking.keys() & silent.keys():
+    for group in sorted(asking.keys() & silent.keys()):
         yield (
-            f"{_listed(silent[group])} has no {PROBES}, so the primary could move there although"
-            f" clients do not reach it; set them for each node of redundancy group {group}."
+            f"{PROBES} is not set on {_listed(silent[group])}, so the primary could move there"
+            f" although clients do not reach it; set it on each node of redundancy group {group}."
         )
     for host in inventory.nodes:
         value = inventory.value(host, PROBES) or []

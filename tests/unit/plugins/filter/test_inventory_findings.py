@@ -197,8 +197,8 @@ def test_a_probe_says_something_of_the_clients_side(
 def test_each_node_of_a_group_asks_on_its_clients_side(one_site: World) -> None:
     one_site.set(PROBES, ["192.0.2.1"], "mail-a")
     assert one_site.only() == (
-        "mail-b has no replication_agent_client_probes, so the primary could move there although"
-        " clients do not reach it; set them for each node of redundancy group mail."
+        "replication_agent_client_probes is not set on mail-b, so the primary could move there"
+        " although clients do not reach it; set it on each node of redundancy group mail."
     )
 
 
