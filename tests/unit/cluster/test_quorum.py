@@ -592,6 +592,7 @@ def test_a_group_that_runs_goes_on_over_restored_voters_until_a_person_speaks(gr
         assert field.a.group.epoch == epoch + 1
         assert field.register.record.paused
         assert all(c.passed for c in field.a.group.checks() if c.name == "coordinator")
+        assert field.a.group.state.durable.last_change is None, "the primary has not changed"
 
     group(scenario)
 

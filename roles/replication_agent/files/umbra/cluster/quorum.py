@@ -797,7 +797,7 @@ class QuorumGroup(Group):
         self._changed.set()
         await self._renew_lease()
         self.work.at_once()
-        if first and self._former is not None:
+        if first and self._former not in (None, self.state.node):
             outage = None
             if self._outage_from is not None:
                 outage = round(self._clock() - self._outage_from, 4)

@@ -19,7 +19,7 @@ import json
 import logging
 import os
 import re
-import stat
+import signal
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from ipaddress import ip_address
@@ -28,6 +28,7 @@ from typing import Any
 
 from umbra.node.addresses import ServiceAddresses
 from umbra.node.packets import Connection
+from umbra.node.queue import queue_files
 from umbra.systemd import notify
 
 log = logging.getLogger("umbra.helper")
@@ -35,9 +36,6 @@ log = logging.getLogger("umbra.helper")
 NODE = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,62}\Z")
 STONITH_TIMEOUT = 35.0  # its unit's own is 30 s at most
 QUEUE_ID = re.compile(r"[0-9A-Za-z]{5,30}\Z")
-# The order in which a message moves: a listing in this order cannot miss a file that moves on
-# meanwhile.
-QUEUES = ("maildrop", "incoming", "active", "deferred", "hold", "corrupt")
 MAX_REQUEST = 1024 * 1024
 COMMAND_TIMEOUT = 20.0
 MAX_KEYS = 2000
@@ -80,30 +78,6 @@ async def run(
         words = " ".join((err or out).decode(errors="replace").split())
         raise HelperError(f"{' '.join(argv[:3])} failed ({process.returncode}): {words}")
     return out.decode(errors="replace")
-
-
-def queue_files(spool: Path) -> dict[str, str]:
-    """Return the queue of each queue file, by queue id.
-
-    A file in ``incoming`` that Postfix has not committed (made executable) yet counts as
-    ``arriving``. A file that moves on
-    while we look is found in the later queue. OSError if a queue cannot be read.
-    """
-    found: dict[str, str] = {}
-    for queue in QUEUES:
-        pending = [spool / queue]
-        while pending:
-            with os.scandir(pending.pop()) as entries:
-                for entry in entries:
-                    if entry.is_dir(follow_symlinks=False):
-                        pending.append(Path(entry.path))
-                    elif queue != "incoming":
-                        found[entry.name] = queue
-                    else:
-                        with contextlib.suppress(FileNotFoundError):
-                            committed = entry.stat(follow_symlinks=False).st_mode & stat.S_IXUSR
-                            found[entry.name] = queue if committed else "arriving"
-    return found
 
 
 class Helper:
@@ -446,6 +420,8 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     os.umask(0o117)
+    # Somebody opens a file while umbra.node.queue has its lease: the kernel tells by a signal.
+    signal.signal(signal.SIGIO, signal.SIG_IGN)
     helper = Helper(addresses=ServiceAddresses(options.address))
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(serve(helper, options.socket, options.group))

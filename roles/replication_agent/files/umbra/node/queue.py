@@ -1,0 +1,72 @@
+"""What Postfix's queue holds, read from its directories (QSHAPE_README and postsuper(1))."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+from pathlib import Path
+
+# The order in which a message moves: a listing in this order cannot miss a file that moves on
+# meanwhile.
+QUEUES = ("maildrop", "incoming", "active", "deferred", "hold", "corrupt")
+ARRIVING = "arriving"
+
+
+def queue_files(spool: Path) -> dict[str, str]:
+    """Return the queue of each queue file, by queue id.
+
+    A file in ``incoming`` that Postfix has not committed (made executable) yet counts as
+    ``arriving``; one whose writer died before that is none: Postfix will never deliver it, and
+    removes it at some later start. A file that moves on while we look is found in the later queue.
+    OSError if a queue cannot be read.
+    """
+    found: dict[str, str] = {}
+    for queue in QUEUES:
+        pending = [spool / queue]
+        while pending:
+            with os.scandir(pending.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(Path(entry.path))
+                    elif queue != "incoming":
+                        found[entry.name] = queue
+                    elif place := _incoming(entry.path):
+                        found[entry.name] = place
+    return found
+
+
+def _incoming(path: str) -> str | None:
+    """Return where a file in ``incoming`` is; None if it has gone or nobody will finish it."""
+    try:
+        if os.stat(path, follow_symlinks=False).st_mode & stat.S_IXUSR:
+            return "incoming"
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        if _written(descriptor):
+            return ARRIVING
+        # Nobody writes any more; it may have been committed since we looked.
+        return "incoming" if os.fstat(descriptor).st_mode & stat.S_IXUSR else None
+    finally:
+        os.close(descriptor)
+
+
+def _written(descriptor: int) -> bool:
+    """Return whether somebody may still write to a file, as far as the kernel tells.
+
+    cleanup(8) has its file open for writing until it is committed, and the kernel grants no read
+    lease on such a file (fcntl(2), F_SETLEASE). Needs CAP_LEASE for a file of somebody else.
+    """
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EPERM, errno.EINVAL, errno.EOPNOTSUPP):
+            return True  # EAGAIN: a writer. Else there are no leases here, so nobody can tell.
+        raise
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return False
