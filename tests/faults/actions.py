@@ -298,7 +298,7 @@ def paused_failover(field: Field, chance: random.Random) -> None:
 
 def resumed_failover(field: Field, chance: random.Random) -> None:
     """And allows it again, on whichever node answers."""
-    field.run(field.shadow, "umbractl resume")
+    field.run(field.shadow, "umbractl unpause")
 
 
 def voters(signal: str, *sides: Side) -> Action:
@@ -463,5 +463,5 @@ def all_taken_back(field: Field) -> None:
         for disk in (STORE, MAIL, QUEUE):
             disk.restore(field, node)
         field.run(node, "systemctl start dovecot; postsuper -d ALL hold", check=False)
-    field.run(NODES[0], "umbractl resume", check=False)
+    field.run(NODES[0], "umbractl unpause", check=False)
     field.wait_protected(120)
