@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ DOVECOT = "dovecot.service"
 CONFIG = "/etc/umbra/agent.yml"
 SAVED_CONFIG = "/run/faults-agent.yml"
 FILLER = "faults-filler"
+DELAY_MS = "2"  # of the lab's line, one way
 
 # Kills each process of unit $1 that bears name $2. One that comes and goes is waited for: a trial
 # whose fault hit nothing would prove nothing.
@@ -65,6 +67,14 @@ systemctl start $*
 """
 
 
+# Whatever stands still goes on: the unit $1 and the coordinator's member.
+_CONTINUE = """
+for unit in $1 umbra-coordinator.service; do
+  systemctl kill --kill-whom=main -s CONT $unit
+done
+"""
+
+
 def primary(field: Field) -> str:
     """The primary as the trial began."""
     return field.primary
@@ -73,6 +83,17 @@ def primary(field: Field) -> str:
 def shadow(field: Field) -> str:
     """The shadow as the trial began."""
     return field.shadow
+
+
+def witness(field: Field) -> str:
+    """The host that only votes."""
+    return WITNESS
+
+
+def both_back(field: Field, chance: random.Random) -> None:
+    """Boot both nodes, in either order."""
+    for node in chance.sample(NODES, 2):
+        field.lab("power-on", node)
 
 
 def killed(unit: str, process: str, side: Side) -> Action:
@@ -166,6 +187,43 @@ def thawed(side: Side) -> Action:
     return act
 
 
+def cut_off(side: Side) -> Action:
+    """No packet between that host's site and the others'; clients reach it."""
+
+    def act(field: Field, chance: random.Random) -> None:
+        for other in {*NODES, WITNESS} - {side(field)}:
+            field.lab("wan", "cut", side(field), other)
+
+    return act
+
+
+def cut_one_way(side: Side) -> Action:
+    """No packet from that node to the other one; those back arrive."""
+
+    def act(field: Field, chance: random.Random) -> None:
+        (other,) = set(NODES) - {side(field)}
+        field.lab("wan", "cut", side(field), other, "--one-way")
+
+    return act
+
+
+def link_flaps(field: Field, chance: random.Random) -> None:
+    """The link between the nodes goes and comes, ten times."""
+    for _ in range(10):
+        wan_cut(field, chance)
+        time.sleep(chance.uniform(0.2, 1.5))
+        wan_healed(field, chance)
+        time.sleep(chance.uniform(0.2, 1.5))
+
+
+def all_ways_healed(field: Field, chance: random.Random) -> None:
+    """Packets everywhere."""
+    hosts = (*NODES, WITNESS)
+    for number, host in enumerate(hosts):
+        for other in hosts[number + 1 :]:
+            field.lab("wan", "heal", host, other)
+
+
 def wan_cut(field: Field, chance: random.Random) -> None:
     """No packet between the sites; clients reach both."""
     field.lab("wan", "cut", field.primary, field.shadow)
@@ -209,12 +267,65 @@ def handed_over(field: Field, chance: random.Random) -> None:
         raise FieldError(f"{field.shadow} took over; {field.primary} has not handed over: {made}.")
 
 
-def voters(signal: str) -> Action:
-    """A signal to every member of the coordinator."""
+def not_taken_over(seconds: float) -> Action:
+    """For so long the shadow does not take over: it must not, whatever it sees."""
 
     def act(field: Field, chance: random.Random) -> None:
-        for host in (*NODES, WITNESS):
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            status = field.status(field.shadow)
+            if status is not None and status["primary"] == field.shadow:
+                raise FieldError(f"{field.shadow} has taken over, which it must not.")
+            time.sleep(0.2)
+
+    return act
+
+
+def alone(field: Field, chance: random.Random) -> None:
+    """The primary goes on without its shadow, by the coordinator's word."""
+
+    def done() -> bool:
+        status = field.status(field.primary)
+        return status is not None and not status["protected"]
+
+    wait(done, 10, lambda: f"{field.primary} is not alone: {field.why()}")
+
+
+def paused_failover(field: Field, chance: random.Random) -> None:
+    """An operator forbids automatic failover."""
+    field.run(field.primary, "umbractl pause")
+
+
+def resumed_failover(field: Field, chance: random.Random) -> None:
+    """And allows it again, on whichever node answers."""
+    field.run(field.shadow, "umbractl unpause")
+
+
+def voters(signal: str, *sides: Side) -> Action:
+    """A signal to every member of the coordinator, or to those named."""
+
+    def act(field: Field, chance: random.Random) -> None:
+        for host in [side(field) for side in sides] or (*NODES, WITNESS):
             field.run(host, "systemctl kill -s $1 umbra-coordinator.service", signal)
+
+    return act
+
+
+def leader(side: Side) -> Action:
+    """Have that host's member lead the coordinator."""
+
+    def act(field: Field, chance: random.Random) -> None:
+        wanted = side(field)
+        for host in (*NODES, WITNESS):  # only the leader itself can give the lead away
+            said = field.run(host, "umbra-etcdctl endpoint status -w json")
+            status = json.loads(said)[0]["Status"]
+            if status["leader"] == status["header"]["member_id"]:
+                members = json.loads(field.run(host, "umbra-etcdctl member list -w json"))
+                [member] = [m["ID"] for m in members["members"] if m["name"] == wanted]
+                if member != status["leader"]:
+                    field.run(host, "umbra-etcdctl move-leader $1", f"{member:x}")
+                return
+        raise FieldError("no member leads the coordinator")
 
     return act
 
@@ -343,12 +454,14 @@ def held_queue_dropped(field: Field, chance: random.Random) -> None:
 def all_taken_back(field: Field) -> None:
     """Undo whatever a trial that broke off may have left; FieldError if that does not help."""
     field.lab("up")
-    field.lab("wan", "heal", *NODES)
-    field.lab("wan", "set", "--loss", "0", "--rate", "0", "--between", *NODES)
+    all_ways_healed(field, random.Random())
+    field.lab("wan", "set", "--loss", "0", "--rate", "0", "--delay", DELAY_MS, "--between", *NODES)
+    field.run(WITNESS, _CONTINUE, AGENT, check=False)
     for node in NODES:
-        field.run(node, "systemctl kill --kill-whom=main -s CONT $1", AGENT, check=False)
+        field.run(node, _CONTINUE, AGENT, check=False)
         put_back(field, node)
         for disk in (STORE, MAIL, QUEUE):
             disk.restore(field, node)
         field.run(node, "systemctl start dovecot; postsuper -d ALL hold", check=False)
+    field.run(NODES[0], "umbractl unpause", check=False)
     field.wait_protected(120)

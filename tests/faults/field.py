@@ -26,8 +26,8 @@ ADDRESSES: dict[str, str] = {
     name: host["ansible_host"] for name, host in _hosts["umbra_nodes"]["hosts"].items()
 }
 NODES = tuple(ADDRESSES)
-WITNESS = next(iter(_hosts["umbra_witness"]["hosts"]))
-CLIENT = next(iter(_hosts["umbra_outside"]["hosts"]))
+WITNESS: str = next(iter(_hosts["umbra_witness"]["hosts"]))
+CLIENT: str = next(iter(_hosts["umbra_outside"]["hosts"]))
 PASSWORD: str = _mail["lab_password"]
 MAILBOXES: tuple[str, ...] = tuple(item["address"] for item in _mail["mail_server_mailboxes"])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,13 +43,35 @@ class Result:
         return asdict(self)
 
 
+def turns(log: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Which nodes acknowledged messages, one after the other. Pure.
+
+    An acknowledgement fell somewhere between its message's start and end, so it comes after
+    another node's only if that message had ended before this one started.
+    """
+    found: list[str] = []
+    since = 0
+    acknowledged = [item for item in log if item.get("outcome") == accounting.OK]
+    for item in sorted(acknowledged, key=lambda item: int(item["end"])):
+        if not found or (item["node"] != found[-1] and item["start"] >= since):
+            found.append(str(item["node"]))
+            since = item["end"]
+    return found
+
+
 def judge(
     log: Sequence[Mapping[str, Any]],
     views: Mapping[str, Mapping[str, Any]],
     fault_ns: int,
     healed_ns: int,
+    *,
+    most_turns: int = 1,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Account for a trial's messages: figures, and what is not as it must be. Pure."""
+    """Account for a trial's messages: figures, and what is not as it must be. Pure.
+
+    :param most_turns: so many nodes may acknowledge one after the other; with more, one did while
+        another was primary.
+    """
     account = accounting.account(
         log, [], views, [], {"acknowledged": load.ENOUGH, "changes_acknowledged": 0}, "fault"
     )
@@ -58,6 +80,8 @@ def judge(
     last = max([item["end"] for item in log if item["type"] == "op"], default=healed_ns)
     if not any(end > healed_ns for end in ends):
         reasons.append("No message was taken after the group was protected again.")
+    if len(taken := turns(log)) > most_turns:
+        reasons.append(f"More than one node acknowledged at a time: {', then '.join(taken)}.")
     figures = {
         "refusal_s": accounting.outage_s(ends, fault_ns, max(healed_ns, fault_ns + 1), last),
         "acknowledged": account["acknowledged"],
@@ -95,7 +119,8 @@ def make(ground: Field, fault: Fault, plan: Plan, run: str, evidence: Path) -> R
         reasons = load.settle(ground, SETTLE_S)
         ground.wait_protected(fault.heals)
         views = load.read(ground, run)
-        figures, found = judge(log, views, fault_ns, healed_ns)
+        most_turns = 1 if fault.moves is False else 2
+        figures, found = judge(log, views, fault_ns, healed_ns, most_turns=most_turns)
         reasons += found
         if fault.moves is not None and (ground.primary != before) is not fault.moves:
             reasons.append(f"The primary was {before} and is {ground.primary}.")

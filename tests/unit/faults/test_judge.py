@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from tests.faults import load
-from tests.faults.trial import judge
+from tests.faults.trial import judge, turns
 
 SENT = {"head": "h", "body": "b", "size": 2}
 USER = "user01@example.org"
@@ -13,12 +13,14 @@ Log = list[dict[str, Any]]
 Views = dict[str, Any]
 
 
-def send(number: int, outcome: str = "ok", end: float | None = None) -> dict[str, Any]:
+def send(
+    number: int, outcome: str = "ok", end: float | None = None, node: str = "mail-a"
+) -> dict[str, Any]:
     at = int((number if end is None else end) * SECOND)
     return {
         "type": "op", "kind": "send", "id": f"r-{number}", "start": at - 1000, "end": at,
-        "outcome": outcome, "answer": "250 ok", "recipients": [USER], "content": "plain",
-        "sent": SENT,
+        "node": node, "outcome": outcome, "answer": "250 ok", "recipients": [USER],
+        "content": "plain", "sent": SENT,
     }  # fmt: skip
 
 
@@ -117,3 +119,24 @@ def test_too_little_load_proves_nothing(log: Log, views: Views) -> None:
 
 def test_a_load_that_broke_off_proves_nothing(log: Log, views: Views) -> None:
     assert verdict(log[:-1], views)[1] == ["The workload ended before it was told to."]
+
+
+def test_one_node_acknowledges_at_a_time(log: Log, views: Views) -> None:
+    for item in log[13:-1]:
+        item["node"] = "mail-b"
+    assert turns(log) == ["mail-a", "mail-b"]
+    assert verdict(log, views)[1] == [
+        "More than one node acknowledged at a time: mail-a, then mail-b."
+    ]
+    assert judge(log, views, 10 * SECOND, 20 * SECOND, most_turns=2)[1] == []
+    log[20]["node"] = "mail-a"
+    [reason] = judge(log, views, 10 * SECOND, 20 * SECOND, most_turns=2)[1]
+    assert reason.endswith("mail-a, then mail-b, then mail-a, then mail-b.")
+
+
+def test_an_answer_that_was_long_on_its_way_is_no_second_turn() -> None:
+    late = send(3, end=9.0)
+    late["start"] = 4 * SECOND
+    assert turns([send(1), send(2), late, *(send(n, node="mail-b") for n in (8, 10))]) == [
+        "mail-a", "mail-b",
+    ]  # fmt: skip
