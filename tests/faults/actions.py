@@ -16,6 +16,7 @@ Side = Callable[[Field], str]
 
 AGENT = "umbra-agent.service"
 HELPER = "umbra-helper.service"
+VOTER = "umbra-coordinator.service"
 POSTFIX = "postfix.service"
 DOVECOT = "dovecot.service"
 CONFIG = "/etc/umbra/agent.yml"
@@ -67,11 +68,10 @@ systemctl start $*
 """
 
 
-# Whatever stands still goes on: the unit $1 and the coordinator's member.
+# Whatever stands still goes on: the units named.
 _CONTINUE = """
-for unit in $1 umbra-coordinator.service; do
-  systemctl kill --kill-whom=main -s CONT $unit
-done
+for unit; do systemctl kill --kill-whom=main -s CONT $unit 2> /dev/null; done
+true
 """
 
 
@@ -115,6 +115,15 @@ def signalled(unit: str, signal: str, side: Side) -> Action:
 
     def act(field: Field, chance: random.Random) -> None:
         field.run(side(field), "systemctl kill --kill-whom=main -s $1 $2", signal, unit)
+
+    return act
+
+
+def continued(unit: str, side: Side) -> Action:
+    """SIGCONT to a unit's main process, unless the watchdog has had it killed meanwhile."""
+
+    def act(field: Field, chance: random.Random) -> None:
+        field.run(side(field), _CONTINUE, unit)
 
     return act
 
@@ -306,7 +315,7 @@ def voters(signal: str, *sides: Side) -> Action:
 
     def act(field: Field, chance: random.Random) -> None:
         for host in [side(field) for side in sides] or (*NODES, WITNESS):
-            field.run(host, "systemctl kill -s $1 umbra-coordinator.service", signal)
+            field.run(host, "systemctl kill -s $1 $2", signal, VOTER)
 
     return act
 
@@ -456,9 +465,9 @@ def all_taken_back(field: Field) -> None:
     field.lab("up")
     all_ways_healed(field, random.Random())
     field.lab("wan", "set", "--loss", "0", "--rate", "0", "--delay", DELAY_MS, "--between", *NODES)
-    field.run(WITNESS, _CONTINUE, AGENT, check=False)
+    field.run(WITNESS, _CONTINUE, VOTER)
     for node in NODES:
-        field.run(node, _CONTINUE, AGENT, check=False)
+        field.run(node, _CONTINUE, AGENT, VOTER)
         put_back(field, node)
         for disk in (STORE, MAIL, QUEUE):
             disk.restore(field, node)
