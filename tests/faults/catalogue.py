@@ -64,8 +64,8 @@ FAULTS: tuple[Fault, ...] = (
         for side in (primary, shadow)
     ),
     *(
-        # Longer than every time-out of the other side (5 s). The watchdog hears of the agent each 5 s
-        # and ends one that is silent for 10, so sometimes it comes first.
+        # Longer than every time-out of the other side (5 s). The watchdog hears of the agent each
+        # 5 s and ends one that is silent for 10, so sometimes it comes first.
         Fault(
             f"agent stopped, {side.__name__}",
             (do.signalled(AGENT, "STOP", side),),
