@@ -35,7 +35,7 @@ ENOUGH = 40
 """Acknowledged messages without which the load does not end: it goes on until mail flows again."""
 
 
-def settings(run: str, changes_per_s: float, max_s: float) -> dict[str, Any]:
+def settings(run: str, messages_per_s: float, changes_per_s: float, max_s: float) -> dict[str, Any]:
     """Settings of the client for one trial, as `failover_client.settings` reads them."""
     return {
         "run": run,
@@ -49,7 +49,7 @@ def settings(run: str, changes_per_s: float, max_s: float) -> dict[str, Any]:
         "server_name": "mail.example.org",
         "smtp_workers": WORKERS,
         "imap_workers": WORKERS if changes_per_s else 0,
-        "messages_per_s": MESSAGES_PER_S,
+        "messages_per_s": messages_per_s,
         "changes_per_s": changes_per_s or 1.0,
         "samples": "",
         "big_message_bytes": 0,
@@ -77,16 +77,23 @@ def install(field: Field) -> None:
 class Load:
     """Messages sent from outside, from ``start`` to ``stop``.
 
+    :param messages_per_s: so many in all.
     :param changes_per_s: IMAP changes beside them.
     :param max_s: it ends by itself after so many seconds.
     """
 
     def __init__(
-        self, field: Field, run: str, changes_per_s: float = 0.0, max_s: float = LONGEST_S
+        self,
+        field: Field,
+        run: str,
+        *,
+        messages_per_s: float = MESSAGES_PER_S,
+        changes_per_s: float = 0.0,
+        max_s: float = LONGEST_S,
     ) -> None:
         self._field = field
         self._run = run
-        self._settings = settings(run, changes_per_s, max_s)
+        self._settings = settings(run, messages_per_s, changes_per_s, max_s)
         self._directory = f"{DIRECTORY}/{run}"
         self._process: subprocess.Popen[str] | None = None
 
