@@ -7,6 +7,7 @@ import json
 import subprocess
 import tarfile
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -39,7 +40,7 @@ def settings(run: str, messages_per_s: float, changes_per_s: float, max_s: float
     """Settings of the client for one trial, as `failover_client.settings` reads them."""
     return {
         "run": run,
-        "targets": [{"node": node, "address": address} for node, address in ADDRESSES.items()],
+        "targets": [{"node": node, "address": address} for node, address in targets.items()],
         "users": [{"address": user, "password": PASSWORD} for user in USERS],
         "sender": "faults@example.com",
         "smtp_port": 25,
@@ -77,6 +78,7 @@ def install(field: Field) -> None:
 class Load:
     """Messages sent from outside, from ``start`` to ``stop``.
 
+    :param targets: whom clients try, by name; default: both nodes.
     :param messages_per_s: so many in all.
     :param changes_per_s: IMAP changes beside them.
     :param max_s: it ends by itself after so many seconds.
@@ -87,13 +89,14 @@ class Load:
         field: Field,
         run: str,
         *,
+        targets: Mapping[str, str] = ADDRESSES,
         messages_per_s: float = MESSAGES_PER_S,
         changes_per_s: float = 0.0,
         max_s: float = LONGEST_S,
     ) -> None:
         self._field = field
         self._run = run
-        self._settings = settings(run, messages_per_s, changes_per_s, max_s)
+        self._settings = settings(run, targets, messages_per_s, changes_per_s, max_s)
         self._directory = f"{DIRECTORY}/{run}"
         self._process: subprocess.Popen[str] | None = None
 

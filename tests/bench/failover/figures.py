@@ -26,7 +26,7 @@ BOUNDS = {
 }
 """Seconds, p50 and p99."""
 
-PARTS = ("noticed", "decided", "opened", "first message", "first change")
+PARTS = ("noticed", "decided", "first message", "first change")
 _STATE = re.compile(r"state: (\S+) \(")
 
 
@@ -62,15 +62,14 @@ def parts(
     for when, line in states:
         if when > began and (found := _STATE.search(line)):
             at.setdefault(found[1], when)
-    if not {"candidate", "promoting", "primary"} <= at.keys():
+    if not {"candidate", "primary"} <= at.keys():
         return {}
-    opened = at["primary"]
+    decided = at["primary"]
     steps = (
         at["candidate"] - began,
-        at["promoting"] - at["candidate"],
-        opened - at["promoting"],
-        message - opened,
-        change - opened,
+        decided - at["candidate"],
+        message - decided,
+        change - decided,
     )
     return {name: round(step, 3) for name, step in zip(PARTS, steps, strict=True)}
 
