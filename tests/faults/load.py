@@ -36,7 +36,13 @@ ENOUGH = 40
 """Acknowledged messages without which the load does not end: it goes on until mail flows again."""
 
 
-def settings(run: str, messages_per_s: float, changes_per_s: float, max_s: float) -> dict[str, Any]:
+def settings(
+    run: str,
+    targets: Mapping[str, str],
+    messages_per_s: float,
+    changes_per_s: float,
+    max_s: float,
+) -> dict[str, Any]:
     """Settings of the client for one trial, as `failover_client.settings` reads them."""
     return {
         "run": run,
