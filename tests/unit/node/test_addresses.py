@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import socket
 import struct
 from contextlib import closing
 from ipaddress import ip_address
@@ -324,3 +326,14 @@ def test_a_damaged_answer_ends() -> None:
 def test_the_real_kernel_lists_its_addresses() -> None:
     with closing(netlink.Netlink()) as kernel:
         assert entry(LO, "127.0.0.1/8") in kernel.entries()
+
+
+@pytest.mark.parametrize("channel", ["arp", "icmp"])
+def test_an_interface_that_goes_down_is_nothing_to_hear(channel: str) -> None:
+    class Down:
+        def recv(self, size: int) -> bytes:
+            raise OSError(errno.ENETDOWN, "Network is down")
+
+    speaker = addresses.Speaker(socket.if_nametoindex("lo"), lambda *_: pytest.fail("heard"))
+    setattr(speaker, f"_{channel}", Down())
+    getattr(speaker, f"_hear_{channel}")()

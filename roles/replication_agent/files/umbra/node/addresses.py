@@ -375,12 +375,12 @@ class Speaker:
 
     def _hear_arp(self) -> None:
         assert self._arp is not None
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError):  # nothing there, or the interface is down
             self._note(packets.arp_sender(self._arp.recv(128)))
 
     def _hear_icmp(self) -> None:
         assert self._icmp is not None
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError):
             self._note(packets.advertised(self._icmp.recv(512)))
 
     def _note(self, said: tuple[IPv4Address | IPv6Address, bytes] | None) -> None:
