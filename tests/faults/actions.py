@@ -324,15 +324,14 @@ def leader(side: Side) -> Action:
     """Have that host's member lead the coordinator."""
 
     def act(field: Field, chance: random.Random) -> None:
-        wanted = side(field)
-        for host in (*NODES, WITNESS):  # only the leader itself can give the lead away
-            said = field.run(host, "umbra-etcdctl endpoint status -w json")
-            status = json.loads(said)[0]["Status"]
-            if status["leader"] == status["header"]["member_id"]:
-                members = json.loads(field.run(host, "umbra-etcdctl member list -w json"))
-                [member] = [m["ID"] for m in members["members"] if m["name"] == wanted]
-                if member != status["leader"]:
-                    field.run(host, "umbra-etcdctl move-leader $1", f"{member:x}")
+        members = json.loads(field.run(WITNESS, "umbra-etcdctl member list -w json"))["members"]
+        [wanted] = [member["ID"] for member in members if member["name"] == side(field)]
+        for member in json.loads(field.run(WITNESS, "umbra-etcdctl endpoint status -w json")):
+            leads = member["Status"]["leader"]
+            if leads == member["Status"]["header"]["member_id"]:
+                if leads != wanted:  # only the leader itself can give the lead away
+                    command = "umbra-etcdctl --endpoints $1 move-leader $2"
+                    field.run(WITNESS, command, member["Endpoint"], f"{wanted:x}")
                 return
         raise FieldError("no member leads the coordinator")
 

@@ -228,7 +228,8 @@ WITNESS: tuple[Fault, ...] = (
     ),
     Fault(
         "voters frozen, then shadow power cut", (do.voters("STOP"), do.power_cut(shadow)),
-        (do.voters("CONT"), do.power_back(shadow)), stands=(5.0, 10.0), heals=60,
+        (do.voters("CONT", primary, witness), do.power_back(shadow)),
+        stands=(5.0, 10.0), heals=60,
     ),
     Fault(
         "voter frozen, primary", (do.voters("STOP", primary),), (do.voters("CONT", primary),),
