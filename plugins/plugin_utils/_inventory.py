@@ -274,14 +274,19 @@ def _overlay_overlaps(inventory: Inventory, subnet: Any) -> Iterator[str]:
                 )
 
 
-def _service_findings(inventory: Inventory) -> Iterator[str]:
-    """Judge the addresses that move with the primary."""
-    own = {
+def _owners(inventory: Inventory, hosts: Iterable[str]) -> dict[str, str]:
+    """Return whose each outside address is."""
+    return {
         canonical(inventory.value(host, name)): host
-        for host in inventory.hosts
+        for host in hosts
         for name in ("ansible_host", "vpn_endpoint")
         if inventory.value(host, name)
     }
+
+
+def _service_findings(inventory: Inventory) -> Iterator[str]:
+    """Judge the addresses that move with the primary."""
+    own = _owners(inventory, inventory.hosts)
     users: dict[str, list[str]] = {}
     for host in inventory.nodes:
         value = inventory.value(host, SERVICE) or []
@@ -337,12 +342,7 @@ def _service_place_findings(inventory: Inventory, text: str, hosts: list[str]) -
 
 def _probe_findings(inventory: Inventory) -> Iterator[str]:
     """Judge whom a node asks to know whether its clients reach it: no node of the group itself."""
-    ours = {
-        canonical(inventory.value(host, name)): host
-        for host in inventory.nodes
-        for name in ("ansible_host", "vpn_endpoint")
-        if inventory.value(host, name)
-    }
+    ours = _owners(inventory, inventory.nodes)
     asking: dict[str, list[str]] = {}
     silent: dict[str, list[str]] = {}
     for host in inventory.nodes:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.faults.field import NODES, WITNESS, Field, FieldError, wait
+from tests.lab.umbra_lab.links import Settings
 
 Action = Callable[[Field, random.Random], None]
 Side = Callable[[Field], str]
@@ -22,7 +23,7 @@ DOVECOT = "dovecot.service"
 CONFIG = "/etc/umbra/agent.yml"
 SAVED_CONFIG = "/run/faults-agent.yml"
 FILLER = "faults-filler"
-DELAY_MS = "2"  # of the lab's line, one way
+DELAY_MS = Settings().delay_ms  # of the lab's line, one way
 
 # Kills each process of unit $1 that bears name $2. One that comes and goes is waited for: a trial
 # whose fault hit nothing would prove nothing.
@@ -463,7 +464,9 @@ def all_taken_back(field: Field) -> None:
     """Undo whatever a trial that broke off may have left; FieldError if that does not help."""
     field.lab("up")
     all_ways_healed(field, random.Random())
-    field.lab("wan", "set", "--loss", "0", "--rate", "0", "--delay", DELAY_MS, "--between", *NODES)
+    field.lab(
+        "wan", "set", "--loss", "0", "--rate", "0", "--delay", str(DELAY_MS), "--between", *NODES
+    )
     field.run(WITNESS, _CONTINUE, VOTER)
     for node in NODES:
         field.run(node, _CONTINUE, AGENT, VOTER)

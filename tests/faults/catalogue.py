@@ -218,7 +218,8 @@ WITNESS: tuple[Fault, ...] = (
         stands=(8.0, 12.0), heals=60, moves=None, after=(do.held_queue_dropped,),
     ),
     Fault(
-        "line of 200 ms, with a witness", (do.wan_set(delay=100),), (do.wan_set(delay=2),),
+        "line of 200 ms, with a witness", (do.wan_set(delay=100),),
+        (do.wan_set(delay=do.DELAY_MS),),
         stands=(8.0, 12.0), heals=60, moves=None, after=(do.held_queue_dropped,),
     ),
     Fault("power cut, witness", (do.power_cut(witness),), (do.power_back(witness),), heals=60),

@@ -201,7 +201,7 @@ def measure(
             failed += [f"{profile}, {delay_ms:g} ms: {reason}" for reason in reasons]
             if reasons:
                 actions.all_taken_back(ground)
-        place.lab("wan", "set", "--delay", "2", "--between", *NODES, quiet=True)
+        place.lab("wan", "set", "--delay", str(actions.DELAY_MS), "--between", *NODES, quiet=True)
     return changes, failed
 
 

@@ -465,6 +465,10 @@ class Field:
         )  # fmt: skip
 
 
+Play = Callable[..., None]
+"""Plays a scenario; see ``play``."""
+
+
 def play(
     monkeypatch: pytest.MonkeyPatch,
     path: Path,

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 import pytest
-from tests.unit.cluster.quorum_field import D, Field, Host, Node, clock, play
+from tests.unit.cluster.quorum_field import D, Field, Host, Node, Play, clock
 
 from umbra.api.report import Check
 from umbra.cluster import handover
@@ -27,16 +25,6 @@ SOON = Rules(0, 0, 0).settle + 2 * PAUSE + 2
 """Until an ailment counts, has been looked at, and the role is another's."""
 
 PROBES = HandoverRules(client_probes=("192.0.2.1",))
-
-Play = Callable[..., None]
-
-
-@pytest.fixture
-def group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Play:
-    def start(scenario: Callable[[Field], Awaitable[None]], **settings: object) -> None:
-        play(monkeypatch, tmp_path, scenario, **settings)  # type: ignore[arg-type]
-
-    return start
 
 
 async def crash_postfix(field: Field, host: Host) -> None:

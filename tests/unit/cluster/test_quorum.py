@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.cluster.quorum_field import TIMING, D, Field, Node, play
+from tests.unit.cluster.quorum_field import TIMING, D, Field, Node, Play
 
 from umbra.api.report import Check
 from umbra.cluster import protocol as p
@@ -18,16 +17,6 @@ from umbra.config import Stonith, StonithUse
 from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import PeerIdentity
 from umbra.transport.ports import NotPrimary
-
-Play = Callable[..., None]
-
-
-@pytest.fixture
-def group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Play:
-    def start(scenario: Callable[[Field], Awaitable[None]], **settings: object) -> None:
-        play(monkeypatch, tmp_path, scenario, **settings)  # type: ignore[arg-type]
-
-    return start
 
 
 def test_a_new_group_opens_and_becomes_protected(group: Play) -> None:

@@ -326,14 +326,13 @@ def _service(service: Service, taken: list[str]) -> list[str]:
     nodes = {ip_address(text) for text in taken}
     seen = set()
     for text in service.addresses:
-        try:
-            address = ip_address(text)
-        except ValueError:
+        if not _is_address(text):
             found.append(
                 f"service.addresses has {text!r}; write an IP address without a prefix length,"
                 " for example 192.0.2.20."
             )
             continue
+        address = ip_address(text)
         if address in seen:
             found.append(f"service.addresses has {address} twice.")
         if address in nodes:

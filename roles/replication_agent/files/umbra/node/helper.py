@@ -193,19 +193,11 @@ class Helper:
 
     async def do_postfix_running(self, request: dict[str, Any]) -> dict[str, Any]:
         """Tell whether Postfix runs."""
-        try:
-            await run("systemctl", "is-active", "--quiet", "postfix.service")
-        except HelperError:
-            return {"running": False}
-        return {"running": True}
+        return {"running": await _postfix_is("active")}
 
     async def do_postfix_failed(self, request: dict[str, Any]) -> dict[str, Any]:
         """Tell whether Postfix has crashed, which a stop is not."""
-        try:
-            await run("systemctl", "is-failed", "--quiet", "postfix.service")
-        except HelperError:
-            return {"failed": False}
-        return {"failed": True}
+        return {"failed": await _postfix_is("failed")}
 
     async def do_dovecot_restarts(self, request: dict[str, Any]) -> dict[str, Any]:
         """Tell how often systemd has started Dovecot again since somebody started it."""
@@ -351,6 +343,14 @@ def _write(files: Sequence[Path]) -> None:
             os.fdatasync(number)
         finally:
             os.close(number)
+
+
+async def _postfix_is(state: str) -> bool:
+    try:
+        await run("systemctl", f"is-{state}", "--quiet", "postfix.service")
+    except HelperError:
+        return False
+    return True
 
 
 async def _echo(address: str) -> bool:
