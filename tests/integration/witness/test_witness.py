@@ -13,6 +13,12 @@ import pytest
 from tests.integration import lab
 
 USER = "user08@example.org"
+FLAGGED = "user07@example.org"
+# As the agent's own doveadm: nobody waits for the mirror.
+WITHOUT_NOTIFICATION = " ".join(
+    f"-o mail_plugins/{name}=no"
+    for name in ("push_notification_lua", "mail_lua", "push_notification", "notify")
+)
 VOTERS = (*lab.NODES, "witness")
 # Of the LAN in which mail hosts and client are; tests/lab/README.md.
 ADDRESSES = ("203.0.113.80", "2001:db8:e::80")
@@ -183,19 +189,60 @@ class Lost:
     """What there was when the primary's power went."""
 
     message: str
+    flagged: str
     clients: list[lab.Idler]
 
 
 @pytest.fixture(scope="module")
 def lost(group: str, other: str) -> Iterator[Lost]:
-    """The primary's power is cut; it had acknowledged a message, and has idle clients."""
+    """The primary's power is cut; it had acknowledged messages, and has idle clients."""
+    flagged = lab.mail()
+    assert lab.send(group, [FLAGGED], flagged.content)[0] == 250
+    lab.wait("it is stored", lambda: lab.copies(other, FLAGGED, flagged.id))
+    store(group, flagged.id, "+FLAGS", "Later")
+    # So that what nobody was told of can be made on the host before it comes back.
+    lab.run(group, "systemctl disable umbra-agent.service")
     with idle_clients(other) as clients:
         mail = lab.mail()
         assert lab.send(group, [USER], mail.content)[0] == 250
         lab.power(group, on=False)
-        yield Lost(mail.id, clients)
+        yield Lost(mail.id, flagged.id, clients)
     if not lab.answers(group):
         lab.power(group, on=True)
+    lab.run(group, "systemctl enable --now umbra-agent.service")
+
+
+def store(node: str, message: str, item: str, flag: str) -> None:
+    with lab.imap(node, FLAGGED) as session:
+        session.select()
+        uid = session.uid("SEARCH", "HEADER", "Message-ID", message)[1][0].decode()
+        assert session.uid("STORE", uid, item, flag)[0] == "OK"
+
+
+def flags(node: str, message: str) -> set[str]:
+    query = "doveadm -f tab fetch -u %s flags HEADER Message-ID %s"
+    rows = lab.run(node, query, FLAGGED, message).splitlines()[1:]
+    assert len(rows) == 1
+    return set(rows[0].split()) - {"\\Recent"}
+
+
+@pytest.fixture(scope="module")
+def untold(lost: Lost, group: str, other: str) -> str:
+    """The former primary is back, with changes that nobody was told of; returns such a message."""
+    store(other, lost.flagged, "-FLAGS", "Later")
+    store(other, lost.flagged, "+FLAGS", "\\Flagged")
+    lab.power(group, on=True)
+    lab.wait(f"{group} is up", lambda: lab.answers(group), 60)
+    doveadm = f"doveadm {WITHOUT_NOTIFICATION} %s -u {FLAGGED}"
+    mark = f"{doveadm.replace('%s', 'flags %s')} %s HEADER Message-ID %s"
+    # Many, so that its MODSEQ is the higher one.
+    for _ in range(5):
+        lab.run(group, mark, "remove", "Later", lost.flagged)
+        lab.run(group, mark, "add", "Later Untold", lost.flagged)
+    mail = lab.mail()
+    lab.run(group, f"printf %s | {doveadm}", mail.content.decode(), "save")
+    lab.run(group, "systemctl enable --now umbra-agent.service")
+    return mail.id
 
 
 def test_idle_clients_notice_within_a_second(lost: Lost, other: str) -> None:
@@ -211,8 +258,9 @@ def test_the_shadow_takes_over_by_itself(lost: Lost, other: str) -> None:
     assert (change["to"], change["planned"]) == (other, False)
 
 
-def test_the_former_primary_comes_back_harmless(lost: Lost, group: str, other: str) -> None:
-    lab.power(group, on=True)
+def test_the_former_primary_comes_back_harmless(
+    lost: Lost, untold: str, group: str, other: str
+) -> None:
     lab.wait("the group is protected", lambda: lab.status(other)["protected"], 90)
     assert serves(other)
     report = lab.status(group)
@@ -221,6 +269,16 @@ def test_the_former_primary_comes_back_harmless(lost: Lost, group: str, other: s
     assert lab.host(group).run("systemctl is-active postfix").rc != 0
     assert [len(lab.copies(node, USER, lost.message)) for node in lab.NODES] == [1, 1]
     assert (has(group), has(other)) == ([], list(ADDRESSES))
+
+
+def test_what_a_lost_primary_told_nobody_undoes_nothing(
+    lost: Lost, untold: str, group: str, other: str
+) -> None:
+    for node in lab.NODES:
+        assert flags(node, lost.flagged) == {"\\Flagged"}
+        assert len(lab.copies(node, FLAGGED, untold)) == 1
+    assert "1 equal" in lab.run(other, "umbractl verify %s", FLAGGED)
+    assert "flags of message" in lab.run(other, "umbractl merged")
 
 
 def test_a_switchover_takes_it_back(group: str, other: str) -> None:

@@ -190,6 +190,20 @@ def test_only_a_lost_right_leaves_mailboxes_to_be_merged() -> None:
     assert step(lost, machine.Merged()).durable.merged
 
 
+@pytest.mark.parametrize(
+    ("mode", "others", "unshared"),
+    [(Mode.PROTECTED, 1, False), (Mode.ALONE, 1, True), (Mode.PROTECTED, 2, True)],
+)
+def test_what_a_lost_primary_acknowledged_its_successor_has_unless_it_was_alone(
+    mode: Mode, others: int, unshared: bool
+) -> None:
+    a, b = protected_pair()
+    a = replace(a, durable=replace(a.durable, mode=mode), others=others)
+    higher = replace(b, durable=replace(b.durable, epoch=9, role=Role.PRIMARY), phase=Phase.PRIMARY)
+    lost = step(a, seen(higher))
+    assert (lost.durable.merged, lost.durable.unshared) == (False, unshared)
+
+
 def test_force_is_over_every_offer() -> None:
     a, _ = protected_pair()
     a = step(step(a, machine.Drain()), machine.GiveUp("b", AT))

@@ -204,7 +204,7 @@ def test_wishes_that_cannot_be_granted_change_nothing() -> None:
 def test_a_forced_node_opens_only_when_the_other_must_have_stopped() -> None:
     alone = p.Record("a", "a.0", 1, p.Mode.ALONE)
     state, effects = take(B, shadow(100.0, alone), p.Force(), now=100.1)
-    forced = p.Record("b", "b.0", 2, p.Mode.ALONE)
+    forced = p.Record("b", "b.0", 2, p.Mode.ALONE, forced=2)
     assert p.Swap(7, forced) in effects
     state, effects = take(B, state, p.Seen(100.1, 8, forced), now=100.2)
     assert state.phase is p.Phase.PROMOTING
@@ -255,14 +255,32 @@ NAMES = st.text("abcxyz.-", min_size=1, max_size=8)
     protected=st.dictionaries(NAMES, NAMES, max_size=3),
     paused=st.booleans(),
     automatic=st.lists(st.floats(0, 1e10), max_size=3),
+    forced=st.integers(0, 10**6),
 )
 def test_a_record_survives_its_json(
-    holder: str, epoch: int, protected: dict[str, str], paused: bool, automatic: list[float]
+    holder: str,
+    epoch: int,
+    protected: dict[str, str],
+    paused: bool,
+    automatic: list[float],
+    forced: int,
 ) -> None:
     members = frozenset(p.Member(*item) for item in protected.items())
     mode = p.Mode.PROTECTED if members else p.Mode.ALONE
-    record = p.Record(holder, "s", epoch, mode, members, paused, tuple(automatic))
+    record = p.Record(holder, "s", epoch, mode, members, paused, tuple(automatic), forced)
     assert p.Record.from_json(record.to_json()) == record
+
+
+def test_a_key_from_before_forced_promotions_were_noted_is_read() -> None:
+    value = RECORD.to_json()
+    del value["forced"]
+    assert p.Record.from_json(value) == RECORD
+
+
+def test_a_promotion_by_force_that_loses_nothing_is_not_noted() -> None:
+    _, effects = take(B, shadow(100.0), p.Force(), now=100.1)
+    (swap,) = [effect for effect in effects if isinstance(effect, p.Swap)]
+    assert (swap.record.holder, swap.record.forced) == ("b", 0)
 
 
 def test_a_record_that_contradicts_itself_is_refused() -> None:

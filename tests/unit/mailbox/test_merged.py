@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from umbra.mailbox.compare import Difference, Found
 from umbra.mailbox.doveadm import DoveadmError, Outcome, SyncResult
 from umbra.mailbox.merged import Record, RecordingCarrier, of_the_peer
@@ -20,6 +22,8 @@ class Peer:
         self.differences = differences
         self.done: list[tuple[str, bool]] = []
         self.error: Exception | None = None
+        self.unshared = True
+        self.settled: list[bool] = []
 
     async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
         self.done.append((user, merge))
@@ -30,6 +34,10 @@ class Peer:
 
     def cut(self) -> None:
         self.done.append(("cut", False))
+
+    async def settle(self, user: str, found: Found, *, ours: bool) -> None:
+        assert not self.done, "before the merge"
+        self.settled.append(ours)
 
     async def compare(self, user: str, peer: str, *, counts: Callable[[Difference], bool]) -> Found:
         if self.error is not None:
@@ -46,7 +54,8 @@ async def begin(record: Record) -> None:
 
 def carrier(peer: Peer, path: Path) -> tuple[RecordingCarrier, Record]:
     record = Record(path, "mail-a")
-    return RecordingCarrier(peer, "mail-a", record, peer, begin), record
+    made = RecordingCarrier(peer, "mail-a", record, peer, begin, peer, lambda: peer.unshared)
+    return made, record
 
 
 async def test_what_the_peer_brings_is_on_disk_before_it_is_merged(tmp_path: Path) -> None:
@@ -70,10 +79,25 @@ async def test_what_the_peer_brings_is_on_disk_before_it_is_merged(tmp_path: Pat
     assert peer.done == [("u1", True)]
 
 
+@pytest.mark.parametrize("unshared", [True, False])
+async def test_flags_of_the_peer_count_only_if_somebody_may_know_of_them(
+    tmp_path: Path, unshared: bool
+) -> None:
+    peer = Peer()
+    peer.unshared = unshared
+    made, _ = carrier(peer, tmp_path)
+    await made.sync("u1", "state")
+    assert peer.settled == []
+    peer.done.clear()
+    await made.sync("u1", "", merge=True)
+    assert peer.settled == [not unshared]
+
+
 async def test_nothing_is_noted_of_who_is_equal_and_of_no_merge(tmp_path: Path) -> None:
     peer = Peer(Difference("INBOX", "message 18", "guid", ""))
     made, record = carrier(peer, tmp_path)
     await made.sync("u1", "state")
+    peer.done.clear()
     assert record.read() is None
     await made.sync("u1", "", merge=True)
     read = record.read()

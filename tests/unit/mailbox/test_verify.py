@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from umbra.mailbox import verify as module
+from umbra.mailbox.compare import Found, Unlike
 from umbra.mailbox.describe import Description, Mailbox, Message
 from umbra.mailbox.doveadm import DoveadmError
 from umbra.mailbox.mirror import CatchUpFailed
@@ -45,12 +46,18 @@ class Mirror:
 
     def __init__(self, here: Node, there: Node, works: bool = True) -> None:
         self.here, self.there, self.works, self.asked = here, there, works, 0
+        self.settled = False
 
     async def resync(self, user: str) -> None:
         self.asked += 1
         if not self.works:
             raise CatchUpFailed("nothing is copied to mail-b now", {})
+        assert self.settled, "dsync may pass over what differs, or take the copy's flags"
         self.there.flags[user] = self.here.flags[user]
+
+    async def settle(self, user: str, found: Found, *, ours: bool) -> None:
+        assert found.unlike == {"INBOX": Unlike("g", "g", [1])}
+        self.settled = ours
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +68,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 async def verify(
     here: Node, there: Node, users: Iterable[str], *, repair: bool = False, works: bool = True
 ) -> dict[str, dict[str, Any]]:
-    verifier = Verifier(here, {"mail-b": there}, {"mail-b": Mirror(here, there, works)})
+    mirror = Mirror(here, there, works)
+    verifier = Verifier(here, {"mail-b": there}, {"mail-b": mirror}, {"mail-b": mirror})
     rows = [row async for row in verifier.run(users, bodies=False, repair=repair)]
     assert all(row["peer"] == "mail-b" for row in rows)
     return {row["user"]: row for row in rows}
@@ -72,7 +80,7 @@ async def test_equal_and_different() -> None:
     assert rows["a"]["outcome"] == "equal"
     assert rows["b"]["outcome"] == "different"
     assert rows["b"]["differences"] == [
-        {"mailbox": "INBOX", "what": "flags of message 1", "here": "y", "there": "z"}
+        {"mailbox": "INBOX", "what": "flags of message 1", "here": "y", "there": "z", "uid": 1}
     ]
 
 
@@ -143,7 +151,7 @@ async def test_one_that_fails_does_not_stop_the_others(error: Exception) -> None
 
 async def test_who_stops_listening_ends_it() -> None:
     here = Node(**{f"u{number}": "x" for number in range(50)})
-    verifier = Verifier(here, {"mail-b": here}, {})
+    verifier = Verifier(here, {"mail-b": here}, {}, {})
     rows = verifier.run(here.flags, bodies=False, repair=False)
     await anext(rows)
     await rows.aclose()
@@ -152,7 +160,8 @@ async def test_who_stops_listening_ends_it() -> None:
 
 async def test_who_differs_is_known_until_he_is_equal() -> None:
     here, there = Node(a="x", b="y"), Node(a="x", b="z")
-    verifier = Verifier(here, {"mail-b": there}, {"mail-b": Mirror(here, there)})
+    mirror = Mirror(here, there)
+    verifier = Verifier(here, {"mail-b": there}, {"mail-b": mirror}, {"mail-b": mirror})
     _ = [row async for row in verifier.run(["a", "b"], bodies=False, repair=False)]
     assert verifier.different == {"mail-b": {"b": 1}}
     _ = [row async for row in verifier.run(["b"], bodies=False, repair=True)]
@@ -161,7 +170,7 @@ async def test_who_differs_is_known_until_he_is_equal() -> None:
 
 async def test_rounds_compare_everybody_slowly() -> None:
     here, there = Node(a="x", b="y", c="z"), Node(a="x", b="!", c="!")
-    verifier = Verifier(here, {"mail-b": there}, {"mail-b": Mirror(here, there)})
+    verifier = Verifier(here, {"mail-b": there}, {"mail-b": Mirror(here, there)}, {})
 
     async def users() -> list[str]:
         return list(here.flags)
@@ -183,4 +192,4 @@ async def test_no_rounds_unless_wanted() -> None:
     async def users() -> list[str]:
         raise AssertionError
 
-    await Rounds(Verifier(Node(), {}, {}), users, lambda user: True, 0).run()
+    await Rounds(Verifier(Node(), {}, {}, {}), users, lambda user: True, 0).run()

@@ -69,6 +69,7 @@ class Composer:
             "reasons": self._group.reasons(),
             "last_change": change.to_json() if change else None,
             "merged": state.durable.merged,
+            "unshared": state.durable.unshared,
             "boot_id": self._boot_id,
             "clock": time.time(),
             "alone_messages": self._alone(),

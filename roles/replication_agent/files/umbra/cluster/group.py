@@ -45,6 +45,7 @@ PRIMARY_OPERATIONS = frozenset(
         "dsync",
         "scripts",
         "mailboxes",
+        "take-flags",
         "merged",
         "clients",
         "handover-prepare",
@@ -154,7 +155,9 @@ class Group:
         if durable.acted is not None:  # the group had the other coordinator before
             durable = replace(durable, acted=None)
         copies = self._config.mailbox.mirror_copies
-        known = State(self._config.node, durable, Phase.SHADOW, copies=copies)
+        known = State(
+            self._config.node, durable, Phase.SHADOW, copies=copies, others=len(self._config.peers)
+        )
         state = machine.step(known, machine.Started())
         if state.durable != durable:
             self._states.save(state.durable)

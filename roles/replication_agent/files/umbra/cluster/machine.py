@@ -196,7 +196,7 @@ def step(state: State, event: Event) -> State:
             measured = replace(state.durable.last_change, outage_s=outage_s)
             return replace(state, durable=replace(state.durable, last_change=measured))
         case Merged():
-            return replace(state, durable=replace(state.durable, merged=True))
+            return replace(state, durable=replace(state.durable, merged=True, unshared=True))
         case Reclaim():
             if state.phase is not Phase.HANDING_OVER:
                 raise NotNow(f"{state.node} is {state.phase}, not handing over")
@@ -218,7 +218,7 @@ def _started(state: State) -> State:
 
 
 def _peer_seen(state: State, seen: PeerSeen) -> State:
-    mine = state.durable.epoch
+    mine, mode = state.durable.epoch, state.durable.mode
     old = state.peers.get(seen.peer, PeerView())
     # Another store under the same name has nothing of what the former one had.
     same_store = old.storage_id in ("", seen.storage_id)
@@ -241,7 +241,7 @@ def _peer_seen(state: State, seen: PeerSeen) -> State:
             else f"{seen.peer} is no shadow",
         )
     if seen.epoch > mine:
-        return _superseded(state, seen)
+        return _superseded(state, seen, mode)
     if seen.epoch == mine and seen.role is Role.PRIMARY and state.durable.role is Role.PRIMARY:
         reason = (
             f"{seen.peer} is primary under the same epoch {mine}; a person must decide who stays"
@@ -257,7 +257,7 @@ def _peer_seen(state: State, seen: PeerSeen) -> State:
 def _outcome(state: State, seen: PeerSeen) -> State:
     """Tell what became of an offer by what its receiver says of itself."""
     if seen.role is Role.PRIMARY and seen.epoch >= state.durable.epoch:
-        return _superseded(state, seen)
+        return _superseded(state, seen, state.durable.mode)
     if seen.role is Role.SHADOW and seen.epoch > state.durable.offered:
         # Rule 4: it has durably seen the raised epoch, so it refuses the offer if that is still on
         # its way.
@@ -266,7 +266,8 @@ def _outcome(state: State, seen: PeerSeen) -> State:
     return state
 
 
-def _superseded(state: State, seen: PeerSeen) -> State:
+def _superseded(state: State, seen: PeerSeen, mode: Mode) -> State:
+    """End this node's right. ``mode``: in which it acknowledged last."""
     if state.serving and seen.role is Role.SHADOW and seen.phase is Phase.HANDING_OVER:
         # It offered us the right, we took it, and the answer was lost: it only asks for the
         # outcome. Say it under an epoch that it accepts.
@@ -276,9 +277,12 @@ def _superseded(state: State, seen: PeerSeen) -> State:
         return replace(state, durable=durable)
     # Rule 1. A right that was lost, not handed over, may have left changes that are only here.
     handed_over = state.durable.role is Role.SHADOW
+    # Whoever was promoted has what this node acknowledged, if all others had to have that.
+    shared = mode is Mode.PROTECTED and state.others <= state.copies
     durable = replace(
-        durable, role=Role.SHADOW, mode=Mode.PROTECTED, handing_to=None, merged=handed_over
-    )
+        durable, role=Role.SHADOW, mode=Mode.PROTECTED, handing_to=None, merged=handed_over,
+        unshared=not shared,
+    )  # fmt: skip
     return replace(_nobody_synchronous(state), durable=durable, phase=Phase.SHADOW)
 
 

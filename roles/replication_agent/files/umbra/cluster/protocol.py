@@ -83,6 +83,8 @@ class Record:
     :param paused: nobody takes over by itself. An overlay, so that a pause loses no mode.
     :param automatic: wall clock times of the last changes that no person asked for. A wall clock
         that jumps can delay or allow one change, never make two primaries.
+    :param forced: the epoch of the last holder whom a person promoted though it did not have
+        everything that was acknowledged, 0 for none.
     """
 
     holder: str
@@ -92,6 +94,7 @@ class Record:
     protected: frozenset[Member] = frozenset()
     paused: bool = False
     automatic: tuple[float, ...] = ()
+    forced: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the value as it stands in the key."""
@@ -103,6 +106,7 @@ class Record:
             "protected": dict(sorted(self.protected)),
             "paused": self.paused,
             "automatic": list(self.automatic),
+            "forced": self.forced,
         }
 
     @classmethod
@@ -116,6 +120,7 @@ class Record:
             protected=frozenset(Member(str(n), str(s)) for n, s in value["protected"].items()),
             paused=bool(value["paused"]),
             automatic=tuple(float(at) for at in value["automatic"]),
+            forced=int(value.get("forced", 0)),  # a key from before this was noted
         )
         if (record.mode is Mode.ALONE) is bool(record.protected):
             raise ValueError(f"mode {record.mode} with {len(record.protected)} protected shadows")
@@ -904,6 +909,7 @@ def _wish(config: Config, state: State, now: float, wall: float) -> Record | Non
         wish = replace(
             known, holder=state.node, storage=state.durable.storage, epoch=epoch,
             mode=Mode.ALONE, protected=frozenset(),
+            forced=known.forced if entitled(state, known) else epoch,
         )  # fmt: skip
     elif _takes_over(config, state, known, now) and hindrance(config, known, wall) is None:
         wish = replace(

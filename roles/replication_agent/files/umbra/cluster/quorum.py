@@ -346,6 +346,7 @@ class QuorumGroup(Group):
                 role=role,
                 mode=mode,
                 merged=self._is_merged(),
+                unshared=self._is_unshared(),
             ),
             phase=self._phase(),
             peers={
@@ -396,6 +397,13 @@ class QuorumGroup(Group):
         if state.durable.acted and state.known is not None and not _holds(state):
             return p.entitled(state, state.known)
         return self._durable.merged
+
+    def _is_unshared(self) -> bool:
+        """Whether this node may have acknowledged what its successors never had."""
+        state = self.driver.state
+        if not state.durable.acted or state.known is None:
+            return True
+        return state.durable.acted < state.known.forced
 
     def _show(self) -> None:
         self.state = self._projected(self.state.peers)
@@ -663,13 +671,15 @@ class QuorumGroup(Group):
             raise NotNow(f"{state.node} is {state.phase}: {state.cause}")
         # A pause outlives this, and so does the count of changes.
         last = state.known or vacancy.restored
+        epoch = max(state.durable.epoch, last.epoch if last else 0) + 1
         record = p.Record(
             state.node,
             state.durable.storage,
-            max(state.durable.epoch, last.epoch if last else 0) + 1,
+            epoch,
             p.Mode.ALONE,
             paused=last is not None and last.paused,
             automatic=last.automatic if last else (),
+            forced=epoch,
         )
         await self.driver.write(vacancy, record)
         silence = self.driver.config.timing.silence

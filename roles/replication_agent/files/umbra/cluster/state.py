@@ -71,6 +71,8 @@ class Durable:
         outcome.
     :param merged: this node's mailboxes hold nothing that the group's primary lacks. Not so for a
         node that is new, or that lost its role without handing it over.
+    :param unshared: what this node has and the primary lacks may have been acknowledged; without a
+        meaning where ``merged``.
     :param offered: the epoch that was offered to ``handing_to``.
     :param acted: only with a coordinator: the last epoch under which this node opened its services,
         0 once reconciled. None in a state of the static coordinator, whose epochs count by
@@ -87,6 +89,7 @@ class Durable:
     merged: bool = False
     last_change: Change | None = None
     acted: int | None = None
+    unshared: bool = True
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,7 @@ class State:
     """Everything that decisions are made of.
 
     :param copies: how many peers must be complete for the mode ``protected``.
+    :param others: how many peers the group has.
     """
 
     node: str
@@ -121,6 +125,7 @@ class State:
     alone_reason: str = ""
     held_reason: str = ""
     copies: int = 1
+    others: int = 1
 
     @property
     def serving(self) -> bool:

@@ -93,6 +93,7 @@ def _decode(raw: dict[str, Any]) -> Durable:
         handing_to=raw["handing_to"],
         offered=int(raw["offered"]),
         merged=bool(raw["merged"]),
+        unshared=bool(raw.get("unshared", True)),
         last_change=Change.from_json(change) if change else None,
         acted=None if (acted := raw.get("acted")) is None else int(acted),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from umbra.mailbox.describe import Description, Mailbox, Message
 
@@ -13,20 +13,38 @@ SHOWN = 50
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that is not the same on both nodes; "" stands for nothing there."""
+    """One thing that is not the same on both nodes; "" stands for nothing there.
+
+    :param uid: of the message that it is about, 0 for none.
+    """
 
     mailbox: str
     what: str
     here: str
     there: str
+    uid: int = 0
+
+
+@dataclass(frozen=True)
+class Unlike:
+    """A mailbox on both nodes whose messages differ.
+
+    :param here: its GUID on this node; ``there``, on the other.
+    :param flags: the UIDs of messages that both have, with other flags.
+    """
+
+    here: str
+    there: str
+    flags: list[int] = field(default_factory=list)
 
 
 class Found:
-    """Differences: how many there are, and the first of them."""
+    """Differences: how many, the first of them, and all mailboxes they are in, by name."""
 
     def __init__(self) -> None:
         self.count = 0
         self.shown: list[Difference] = []
+        self.unlike: dict[str, Unlike] = {}
 
     def add(self, difference: Difference) -> None:
         """Add one."""
@@ -86,16 +104,18 @@ async def of_messages(
     while mine is not None or theirs is not None:
         if theirs is None or (mine is not None and mine.uid < theirs.uid):
             assert mine is not None
-            yield Difference(mailbox, f"message {mine.uid}", mine.guid, "")
+            yield Difference(mailbox, f"message {mine.uid}", mine.guid, "", mine.uid)
             mine = await anext(here, None)
         elif mine is None or theirs.uid < mine.uid:
-            yield Difference(mailbox, f"message {theirs.uid}", "", theirs.guid)
+            yield Difference(mailbox, f"message {theirs.uid}", "", theirs.guid, theirs.uid)
             theirs = await anext(there, None)
         else:
-            for what in ("guid", "flags", "size", "received", "body"):
+            # Two messages under one UID have nothing in common that would have to be the same.
+            same = mine.guid == theirs.guid
+            for what in ("flags", "size", "received", "body") if same else ("guid",):
                 pair = getattr(mine, what), getattr(theirs, what)
                 if pair[0] != pair[1]:
-                    yield Difference(mailbox, f"{what} of message {mine.uid}", *pair)
+                    yield Difference(mailbox, f"{what} of message {mine.uid}", *pair, mine.uid)
             mine, theirs = await anext(here, None), await anext(there, None)
 
 

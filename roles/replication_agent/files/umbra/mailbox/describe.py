@@ -271,12 +271,20 @@ def _rows(fields: list[str], width: int) -> list[list[str]]:
 def _message(values: Any) -> Message:
     try:
         uid, guid, flags, size, received, *body = values
-        # \Recent is not of the message but of who selects the mailbox next; the order of keywords
-        # is that of their first use on this node.
-        kept = " ".join(sorted(flag for flag in str(flags).split(" ") if flag != "\\Recent"))
-        return Message(int(uid), str(guid), kept, str(size), str(received), *map(str, body))
+        return Message(
+            int(uid), str(guid), lasting(str(flags)), str(size), str(received), *map(str, body)
+        )
     except (TypeError, ValueError):
         raise DoveadmError(f"not a message: {values!r}"[:200]) from None
+
+
+def lasting(flags: str) -> str:
+    r"""Return flags in an order that is the same on all nodes.
+
+    That of keywords in Dovecot is that of their first use on a node. Without \Recent, which is not
+    of the message but of who selects the mailbox next.
+    """
+    return " ".join(sorted(flag for flag in flags.split() if flag != "\\Recent"))
 
 
 def _values(message: Message) -> list[Any]:

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 from umbra.mailbox.compare import Difference, Found
 from umbra.mailbox.doveadm import DoveadmError, Outcome, SyncResult
 from umbra.mailbox.mirror import Carrier
+from umbra.mailbox.verify import Settler
 from umbra.peer.exchange import PeerError
 
 log = logging.getLogger(__name__)
@@ -108,6 +109,9 @@ class RecordingCarrier:
     """A carrier that writes down how a user differs before it merges.
 
     :param begin: called with each merge of a user, before it.
+    :param settler: prepares the merge of what differs.
+    :param unshared: whether the peer may have told somebody of a change that this node lacks. If
+        not, the flags of its messages do not count.
     """
 
     def __init__(
@@ -117,12 +121,16 @@ class RecordingCarrier:
         record: Record,
         comparer: Comparer,
         begin: Callable[[Record], Awaitable[None]],
+        settler: Settler,
+        unshared: Callable[[], bool],
     ) -> None:
         self._carrier = carrier
         self._peer = peer
         self._record = record
         self._comparer = comparer
         self._begin = begin
+        self._settler = settler
+        self._unshared = unshared
 
     async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
         """See ``Carrier.sync``. A merge that cannot be written down is not made."""
@@ -136,6 +144,7 @@ class RecordingCarrier:
                         "merge with %s: %s differs in %d places: %s", self._peer, user,
                         found.count, "; ".join(f"{d.mailbox} {d.what}" for d in found.shown[:5]),
                     )  # fmt: skip
+                await self._settler.settle(user, found, ours=not self._unshared())
             except PeerError as error:
                 return SyncResult.of(error)
             except (DoveadmError, OSError) as error:

@@ -17,7 +17,7 @@ from umbra.api.report import Check
 from umbra.cluster.group import Group, now
 from umbra.cluster.state import Phase as GroupPhase
 from umbra.config import Config, MirrorMode
-from umbra.mailbox import copies
+from umbra.mailbox import copies, flags
 from umbra.mailbox.carrier import DsyncCarrier, DsyncHandler
 from umbra.mailbox.describe import DescribeHandler, Dovecot, Peer
 from umbra.mailbox.doveadm import Doveadm, DoveadmError
@@ -111,6 +111,7 @@ class Mailboxes:
         face = _Face(group)
         dovecot = Dovecot(self._doveadm)
         messages = copies.Dovecot(self._doveadm)
+        flagged = flags.Dovecot(self._doveadm)
         self.being_delivered: Callable[[str, str], bool] = lambda user, shadow_id: False
         self._parents = {
             name: ParentsCarrier(GoneCarrier(carrier, link, dovecot))
@@ -122,14 +123,19 @@ class Mailboxes:
         }
         self._peers: dict[str, PeerMirror] = {}
         self._mergers: dict[str, copies.CopiesCarrier] = {}
+        settlers = {name: flags.Settler(link, flagged) for name, link in group.links.items()}
         self._verifier = Verifier(
-            dovecot, {name: Peer(link) for name, link in group.links.items()}, self._peers
+            dovecot,
+            {name: Peer(link) for name, link in group.links.items()},
+            self._peers,
+            settlers,
         )
         self._merged = {name: Record(paths.state / "mirror", name) for name in group.links}
         for name, carrier in self._scripts.items():
             recording = RecordingCarrier(
-                carrier, name, self._merged[name], self._verifier, self._begin_merge
-            )
+                carrier, name, self._merged[name], self._verifier, self._begin_merge,
+                settlers[name], functools.partial(self._unshared, name),
+            )  # fmt: skip
             # Second copies go first, so that they are not told as merged.
             whole = self._mergers[name] = copies.CopiesCarrier(
                 recording, group.links[name], messages,
@@ -158,6 +164,7 @@ class Mailboxes:
         self._gone_handler = GoneHandler(self._no_copy, dovecot)
         self._describe_handler = DescribeHandler(dovecot)
         self._copies_handler = copies.CopiesHandler(self._closed_to_removal, messages)
+        self._flags_handler = flags.FlagsHandler(group.is_primary, flagged)
         self._losing: set[asyncio.Task[None]] = set()
         group.on_lost = self._lost
         group.on_demotion = self._mirror.stop
@@ -200,7 +207,11 @@ class Mailboxes:
             "describe": self._describe_handler,
             "unmirrored": self._copies_handler.unmirrored,
             "remove-copies": self._copies_handler.remove,
+            "take-flags": self._flags_handler,
         }
+
+    def _unshared(self, peer: str) -> bool:
+        return bool(self._group.statuses.get(peer, {}).get("unshared", True))
 
     def _closed_to_removal(self) -> str:
         if self._group.is_primary():

@@ -15,7 +15,14 @@ from dataclasses import asdict
 from typing import Any, Protocol
 
 from umbra.mailbox import metrics
-from umbra.mailbox.compare import Difference, Found, of_descriptions, of_messages, to_look_into
+from umbra.mailbox.compare import (
+    Difference,
+    Found,
+    Unlike,
+    of_descriptions,
+    of_messages,
+    to_look_into,
+)
 from umbra.mailbox.describe import Description, Message
 from umbra.mailbox.doveadm import DoveadmError
 from umbra.mailbox.mirror import CatchUpFailed
@@ -54,15 +61,27 @@ class Mender(Protocol):
         """Make the peer's copy of ``user`` what it is here; CatchUpFailed."""
 
 
+class Settler(Protocol):
+    """Makes mailboxes that differ ready for a sync with one peer."""
+
+    async def settle(self, user: str, found: Found, *, ours: bool) -> None:
+        """Let the sync look into them, and with ``ours`` have this node's flags count."""
+
+
 class Verifier:
     """Compares this node's mailboxes with each peer's."""
 
     def __init__(
-        self, here: Here, peers: Mapping[str, Side], menders: Mapping[str, Mender]
+        self,
+        here: Here,
+        peers: Mapping[str, Side],
+        menders: Mapping[str, Mender],
+        settlers: Mapping[str, Settler],
     ) -> None:
         self._here = here
         self._peers = peers
         self._menders = menders
+        self._settlers = settlers
         self.different: dict[str, dict[str, int]] = {name: {} for name in peers}
         """By peer, the users who differed when they were last compared, and in how many places."""
 
@@ -98,6 +117,7 @@ class Verifier:
             for _ in range(REPAIRS if repair else 0):
                 if outcome != "different":
                     break
+                await self._settlers[peer].settle(user, found, ours=True)
                 await self._menders[peer].resync(user)
                 again, left = await self._settled(user, peer, bodies=bodies)
                 if again == "equal":
@@ -169,11 +189,14 @@ class Verifier:
         for difference in filter(counts, of_descriptions(mine, theirs)):
             found.add(difference)
         for name, my_box, their_box in to_look_into(mine, theirs):
+            unlike = found.unlike[name] = Unlike(my_box.guid, their_box.guid)
             async with (
                 aclosing(self._here.messages(user, my_box.guid, bodies=bodies)) as left,
                 aclosing(there.messages(user, their_box.guid, bodies=bodies)) as right,
             ):
                 async for difference in of_messages(name, left, right):
+                    if difference.what.startswith("flags"):
+                        unlike.flags.append(difference.uid)
                     if counts(difference):
                         found.add(difference)
         return found

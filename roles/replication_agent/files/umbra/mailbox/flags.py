@@ -1,0 +1,183 @@
+"""Mailboxes that differ on two nodes: made ready for the sync that is to mend them.
+
+dsync settles a conflict of flags by the message's MODSEQ, which each node counts by itself: a
+change that a lost primary had made last and answered nobody undid one that its successor had
+acknowledged. And it passes over a mailbox whose counters (highest MODSEQ, UIDNEXT, number of
+messages) are the same on both nodes, whatever is in it (2.4.1; both found by the failover
+benchmark). So of what a comparison has found
+
+* each mailbox gets a highest MODSEQ here that is over the peer's,
+* and where the peer's flags are not to count, it takes this node's.
+
+The MODSEQ first, then the flags are read: a change that is made here meanwhile is either among them
+or has the higher MODSEQ. Dying anywhere: the next merge compares again.
+
+``take-flags {user, mailbox, rows}``: sets the flags of messages, rows ``[uid, flags]``, in the
+mailbox of this GUID; answers with its highest MODSEQ afterwards. A primary refuses it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from umbra.mailbox.carrier import Exchange, valid_user
+from umbra.mailbox.compare import Found, Unlike
+from umbra.mailbox.describe import is_guid, lasting
+from umbra.mailbox.doveadm import Doveadm, DoveadmError
+from umbra.peer.exchange import PeerError
+from umbra.peer.identity import PeerIdentity
+
+log = logging.getLogger(__name__)
+
+TIMEOUT = 60.0
+BATCH = 50
+"""Messages in one request, which must fit a frame."""
+LONGEST = 1000
+"""Characters of one message's flags."""
+AHEAD = 1000
+"""By so much the highest MODSEQ here is put over the peer's, which grows as it takes flags."""
+ROUNDS = 3
+
+
+class Link(Protocol):
+    """The part of ``PeerLink`` that is used here."""
+
+    async def request(self, op: str, args: Mapping[str, Any], *, timeout: float) -> dict[str, Any]:
+        """Run an exchange without data."""
+
+
+class Dovecot:
+    """Flags and MODSEQs of one user's mailboxes. DoveadmError if Dovecot does not answer."""
+
+    def __init__(self, doveadm: Doveadm) -> None:
+        self._doveadm = doveadm
+
+    async def modseqs(self, user: str) -> dict[str, tuple[str, int]]:
+        """Return name and highest MODSEQ of each mailbox, by its GUID."""
+        fields = await self._run(user, "mailbox status", "guid highestmodseq", "*")
+        rows = zip(fields[::3], fields[1::3], fields[2::3], strict=True)
+        # The columns come in Dovecot's own order.
+        return {guid: (name, int(modseq)) for name, modseq, guid in rows}
+
+    async def lift(self, user: str, name: str, modseq: int) -> None:
+        """Let all further changes of the mailbox have a MODSEQ over ``modseq``."""
+        await self._run(user, "mailbox update", "--min-highest-modseq", str(modseq), name)
+
+    async def flags(self, user: str, mailbox: str, uids: Sequence[int]) -> dict[int, str]:
+        """Return the flags of those of the messages that there are."""
+        where = ("mailbox-guid", mailbox, "uid", _joined(uids))
+        fields = await self._run(user, "fetch", "uid flags", *where)
+        rows = zip(fields[::2], fields[1::2], strict=True)
+        return {int(uid): lasting(flags) for uid, flags in rows}
+
+    async def set_flags(self, user: str, mailbox: str, uids: Sequence[int], flags: str) -> None:
+        """Let messages have exactly these flags."""
+        where = ("mailbox-guid", mailbox, "uid", _joined(uids))
+        await self._run(user, "flags replace", "--", flags, *where)
+
+    async def _run(self, user: str, command: str, *arguments: str) -> list[str]:
+        reply = await self._doveadm.run(user, command, "-u", user, *arguments)
+        if reply.code:
+            raise DoveadmError(f"doveadm {command} of {user} ended with {reply.code}")
+        return reply.fields
+
+
+class Settler:
+    """Makes mailboxes that differ ready for a sync with one peer."""
+
+    def __init__(self, link: Link, dovecot: Dovecot) -> None:
+        self._link = link
+        self._dovecot = dovecot
+
+    async def settle(self, user: str, found: Found, *, ours: bool) -> None:
+        """See the module. DoveadmError or PeerError.
+
+        :param ours: the peer's flags do not count: nobody was told of them, or it is a copy.
+        """
+        for name, unlike in found.unlike.items():
+            uids = unlike.flags if ours else []
+            args = {"user": user, "mailbox": unlike.there, "rows": []}
+            theirs = await self._request(args)
+            await self._dovecot.lift(user, name, theirs + AHEAD)
+            for start in range(0, len(uids), BATCH):
+                batch = uids[start : start + BATCH]
+                theirs = await self._give(user, name, unlike, batch, theirs)
+            if uids:
+                log.warning("the flags of %d messages in %s of %s are this node's on both nodes",
+                            len(uids), name, user)  # fmt: skip
+
+    async def _give(
+        self, user: str, name: str, unlike: Unlike, uids: Sequence[int], theirs: int
+    ) -> int:
+        for _ in range(ROUNDS):
+            mine = theirs + AHEAD
+            await self._dovecot.lift(user, name, mine)
+            flags = await self._dovecot.flags(user, unlike.here, uids)
+            rows = [[uid, text] for uid, text in flags.items()]
+            theirs = await self._request({"user": user, "mailbox": unlike.there, "rows": rows})
+            if theirs < mine:
+                return theirs
+        raise DoveadmError(f"the MODSEQ of {name} of {user} runs away at the peer: {theirs}")
+
+    async def _request(self, args: Mapping[str, Any]) -> int:
+        answer = await self._link.request("take-flags", args, timeout=TIMEOUT)
+        modseq = answer.get("modseq")
+        if not isinstance(modseq, int):
+            raise PeerError("protocol", f"not a MODSEQ: {modseq!r}"[:200])
+        return modseq
+
+
+class FlagsHandler:
+    """The handler of the operation ``take-flags``."""
+
+    def __init__(self, is_primary: Callable[[], bool], dovecot: Dovecot) -> None:
+        self._is_primary = is_primary
+        self._dovecot = dovecot
+
+    async def __call__(
+        self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+    ) -> dict[str, Any]:
+        """Set the flags that differ from what was sent."""
+        if self._is_primary():
+            raise PeerError("refused", "this node is primary; it takes no changes from others")
+        user, mailbox = args.get("user"), args.get("mailbox")
+        if not isinstance(user, str) or not valid_user(user) or not is_guid(mailbox):
+            raise PeerError("refused", "no such user or mailbox")
+        wanted = _read(args.get("rows"))
+        try:
+            if wanted:
+                await self._take(user, str(mailbox), wanted)
+            return {"modseq": (await self._dovecot.modseqs(user)).get(str(mailbox), ("", 0))[1]}
+        except (DoveadmError, ValueError) as error:
+            raise PeerError("dovecot", str(error)) from None
+
+    async def _take(self, user: str, mailbox: str, wanted: Mapping[int, str]) -> None:
+        mine = await self._dovecot.flags(user, mailbox, list(wanted))
+        by_flags: dict[str, list[int]] = {}
+        for uid, flags in wanted.items():
+            if mine.get(uid, flags) != flags:
+                by_flags.setdefault(flags, []).append(uid)
+        for flags, uids in by_flags.items():
+            await self._dovecot.set_flags(user, mailbox, uids, flags)
+
+
+def _read(rows: Any) -> dict[int, str]:
+    """Read what came over the link. PeerError ``protocol`` if it makes no sense."""
+    wanted = {}
+    if not isinstance(rows, list) or len(rows) > BATCH:
+        raise PeerError("protocol", "not a list of flags")
+    for row in rows:
+        match row:
+            case [int(uid), str(flags)] if (
+                uid > 0 and len(flags) <= LONGEST and flags.isprintable()
+            ):
+                wanted[uid] = lasting(flags)
+            case _:
+                raise PeerError("protocol", f"not a message's flags: {row!r}"[:200])
+    return wanted
+
+
+def _joined(uids: Sequence[int]) -> str:
+    return ",".join(map(str, uids))

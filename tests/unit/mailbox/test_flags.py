@@ -1,0 +1,208 @@
+"""Whose flags count when two nodes' mailboxes are brought together, and how dsync is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import pytest
+
+from umbra.mailbox import flags as module
+from umbra.mailbox.carrier import Exchange
+from umbra.mailbox.compare import Found, Unlike
+from umbra.mailbox.doveadm import Doveadm, DoveadmError, Reply
+from umbra.mailbox.flags import Dovecot, FlagsHandler, Settler
+from umbra.peer.exchange import PeerError
+from umbra.peer.identity import PeerIdentity
+
+USER = "a@example.org"
+BOX = "f093ba029cd0026b7e490000d09efc50"
+PEER = PeerIdentity("mail-b", "s")
+EXCHANGE = cast(Exchange, None)
+
+
+class Node:
+    """One mailbox: flags and MODSEQ of each message, and the mailbox's highest MODSEQ."""
+
+    def __init__(self, highest: int, **messages: str) -> None:
+        self.highest = highest
+        self.messages = {int(name[1:]): (flags, highest) for name, flags in messages.items()}
+        self.on_read: Callable[[], None] = lambda: None
+        self.cost = 1
+
+    def change(self, uid: int, flags: str) -> None:
+        self.highest += self.cost
+        self.messages[uid] = flags, self.highest
+
+    async def modseqs(self, user: str) -> dict[str, tuple[str, int]]:
+        return {BOX: ("INBOX", self.highest)}
+
+    async def lift(self, user: str, name: str, modseq: int) -> None:
+        assert name == "INBOX"
+        self.highest = max(self.highest, modseq)
+
+    async def flags(self, user: str, mailbox: str, uids: Sequence[int]) -> dict[int, str]:
+        assert mailbox == BOX
+        found = {uid: self.messages[uid][0] for uid in uids if uid in self.messages}
+        self.on_read()
+        return found
+
+    async def set_flags(self, user: str, mailbox: str, uids: Sequence[int], flags: str) -> None:
+        for uid in uids:
+            self.change(uid, flags)
+
+
+class Pair:
+    """This node and the peer; ``merge`` is dsync's rule for flags and for what it passes over."""
+
+    def __init__(self, here: Node, there: Node) -> None:
+        self.here, self.there = here, there
+        self.requests: list[int] = []
+        self.handler = FlagsHandler(lambda: False, cast(Dovecot, there))
+        self.settler = Settler(self, cast(Dovecot, here))
+
+    async def request(self, op: str, args: Mapping[str, Any], *, timeout: float) -> dict[str, Any]:
+        assert op == "take-flags"
+        self.requests.append(len(args["rows"]))
+        return await self.handler(PEER, args, EXCHANGE)
+
+    async def settle(self, *, ours: bool) -> None:
+        found = Found()
+        found.unlike["INBOX"] = Unlike(
+            BOX,
+            BOX,
+            [
+                uid
+                for uid in self.here.messages.keys() & self.there.messages.keys()
+                if self.here.messages[uid][0] != self.there.messages[uid][0]
+            ],
+        )
+        await self.settler.settle(USER, found, ours=ours)
+
+    def merge(self) -> dict[int, str]:
+        if self.here.highest == self.there.highest:
+            return {}
+        both = {}
+        for uid, mine in self.here.messages.items():
+            theirs = self.there.messages.get(uid, mine)
+            both[uid] = theirs if theirs[1] > mine[1] else mine
+        self.here.messages, self.there.messages = dict(both), dict(both)
+        return {uid: flags for uid, (flags, _) in both.items()}
+
+
+async def test_what_the_lost_primary_told_nobody_undoes_nothing() -> None:
+    pair = Pair(Node(20, m1="\\Seen", m2=""), Node(30, m1="\\Seen kw", m2="\\Flagged"))
+    await pair.settle(ours=True)
+    assert pair.merge() == {1: "\\Seen", 2: ""}
+
+
+async def test_what_it_may_have_told_is_left_to_dsync() -> None:
+    pair = Pair(Node(20, m1="\\Seen"), Node(30, m1="\\Seen kw"))
+    await pair.settle(ours=False)
+    assert pair.merge() == {1: "\\Seen kw"}
+
+
+@pytest.mark.parametrize("ours", [True, False])
+async def test_dsync_looks_into_what_has_the_same_counters(ours: bool) -> None:
+    pair = Pair(Node(20, m1="\\Seen"), Node(20, m1="\\Seen kw"))
+    assert pair.merge() == {}
+    await pair.settle(ours=ours)
+    assert pair.merge()
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+async def test_a_change_made_here_meanwhile_is_kept(turn: int) -> None:
+    pair = Pair(Node(20, m1="", m2=""), Node(3000, m1="kw", m2="kw"))
+    turns = []
+
+    def user_changes() -> None:
+        turns.append(1)
+        if len(turns) == turn + 1:
+            pair.here.change(1, "\\Deleted")
+
+    pair.here.on_read = user_changes
+    pair.there.on_read = user_changes
+    await pair.settle(ours=True)
+    assert len(turns) == 2
+    assert pair.merge() == {1: "\\Deleted", 2: ""}
+
+
+async def test_the_peers_modseq_may_grow_as_it_takes_flags() -> None:
+    pair = Pair(Node(20, m1=""), Node(30, m1="kw"))
+    pair.there.cost = module.AHEAD
+    await pair.settle(ours=True)
+    assert pair.here.highest > pair.there.highest
+    assert pair.requests == [0, 1, 1]
+
+
+async def test_many_messages_go_in_parts() -> None:
+    names = [f"m{uid}" for uid in range(1, 2 * module.BATCH + 2)]
+    pair = Pair(Node(20, **dict.fromkeys(names, "")), Node(30, **dict.fromkeys(names, "kw")))
+    await pair.settle(ours=True)
+    assert set(pair.merge().values()) == {""}
+    assert pair.requests == [0, module.BATCH, module.BATCH, 1]
+
+
+async def test_what_is_equal_already_or_gone_is_left_alone() -> None:
+    there = Node(30, m1="kw")
+    handler = FlagsHandler(lambda: False, cast(Dovecot, there))
+    args = {"user": USER, "mailbox": BOX, "rows": [[1, "kw"], [2, "\\Seen"]]}
+    assert await handler(PEER, args, EXCHANGE) == {"modseq": 30}
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"user": "-x"}, "refused"),
+        ({"user": None}, "refused"),
+        ({"mailbox": "INBOX"}, "refused"),
+        ({"rows": None}, "protocol"),
+        ({"rows": [[1, "kw"]] * (module.BATCH + 1)}, "protocol"),
+        ({"rows": [[0, "kw"]]}, "protocol"),
+        ({"rows": [[1, "kw\n"]]}, "protocol"),
+        ({"rows": [[1, "k" * (module.LONGEST + 1)]]}, "protocol"),
+        ({"rows": ["1"]}, "protocol"),
+    ],
+)
+async def test_what_makes_no_sense_is_refused(change: dict[str, Any], code: str) -> None:
+    there = Node(30, m1="")
+    handler = FlagsHandler(lambda: False, cast(Dovecot, there))
+    args = {"user": USER, "mailbox": BOX, "rows": [[1, "kw"]], **change}
+    with pytest.raises(PeerError) as error:
+        await handler(PEER, args, EXCHANGE)
+    assert error.value.code == code
+    assert there.highest == 30
+
+
+async def test_a_primary_takes_no_flags() -> None:
+    handler = FlagsHandler(lambda: True, cast(Dovecot, Node(1)))
+    with pytest.raises(PeerError, match="primary"):
+        await handler(PEER, {"user": USER, "mailbox": BOX, "rows": []}, EXCHANGE)
+
+
+class Answers(Doveadm):
+    """Says what Dovecot 2.4.1 says, and notes what it was asked."""
+
+    def __init__(self, *fields: str, code: str = "") -> None:
+        self.reply = Reply(list(fields), code)
+        self.asked: list[tuple[str, ...]] = []
+
+    async def run(self, user: str, *command: str, limit: float = 0.0) -> Reply:
+        self.asked.append(command)
+        return self.reply
+
+
+async def test_the_commands() -> None:
+    answers = Answers("INBOX", "17", BOX, "a/b", "3", BOX[::-1])
+    dovecot = Dovecot(answers)
+    assert await dovecot.modseqs(USER) == {BOX: ("INBOX", 17), BOX[::-1]: ("a/b", 3)}
+    answers.reply = Reply(["1", "\\Seen \\Recent kw", "2", ""], "")
+    assert await dovecot.flags(USER, BOX, [1, 2]) == {1: "\\Seen kw", 2: ""}
+    answers.reply = Reply([], "")
+    await dovecot.set_flags(USER, BOX, [1, 2], "-kw")
+    assert answers.asked[-1] == (
+        "flags replace", "-u", USER, "--", "-kw", "mailbox-guid", BOX, "uid", "1,2",
+    )  # fmt: skip
+    answers.reply = Reply([], "TEMPFAIL")
+    with pytest.raises(DoveadmError, match="ended with TEMPFAIL"):
+        await dovecot.lift(USER, "INBOX", 7)
