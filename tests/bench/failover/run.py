@@ -53,7 +53,9 @@ class Cell:
         Returns them, and what is not accounted for.
         """
         ground, run = self._ground, f"{time.strftime('%H%M%S')}-{self._profile}"
-        generator = load.Load(ground, run, messages_per_s=RATE, changes_per_s=RATE, max_s=3600)
+        generator = load.Load(
+            ground, run, targets=SERVICE, messages_per_s=RATE, changes_per_s=RATE, max_s=3600
+        )
         made: list[tuple[str, int, int, float, str]] = []
         generator.start()
         try:

@@ -144,12 +144,12 @@ async def test_the_next_primary_hears_of_those_who_came_last(field: Field) -> No
     await field.turn()
     field.peer["service_clients"] = 2
     field.rows.append(ROWS[2])
-    await field.group.before_close("b")
+    await field.group.before_disconnect("b")
     assert told(field.link.lists[-1]) == {client(0), client(1), client(2)}
     field.link.refuses = True  # then it goes without
     field.rows.pop()
-    await field.group.before_close("b")
-    await field.group.before_close("c")  # which has no such address
+    await field.group.before_disconnect("b")
+    await field.group.before_disconnect("c")  # which has no such address
 
 
 async def test_a_list_that_did_not_arrive_is_sent_again(field: Field) -> None:

@@ -110,8 +110,9 @@ class Group:
     second argument at a moment when nothing is missing there; ``on_lost`` (peer, reason) and
     ``on_demotion``, called when a peer is no longer waited for and when this node stops to serve;
     ``on_opening``, called when this node serves again after a start or a handover that came to
-    nothing (a promotion has its own order of steps); ``before_close``, called with the next
-    primary's name before this one closes for a planned change; ``on_ailing``, called again and
+    nothing (a promotion has its own order of steps); ``before_disconnect``, called with the
+    next primary's name when this one has closed for a planned change and its clients still are
+    connected; ``on_ailing``, called again and
     again while another node should be primary rather than this one, with the reasons; ``limits``,
     which says why the mirror may not become protected, by the operator's wish.
     """
@@ -128,7 +129,7 @@ class Group:
         self.on_ailing: Callable[[Sequence[str]], Awaitable[None]] = _nothing_else
         self.limits: Callable[[], Sequence[str]] = lambda: ()
         self.on_opening: Callable[[], None] = lambda: None
-        self.before_close: Callable[[str], Awaitable[None]] = _nothing
+        self.before_disconnect: Callable[[str], Awaitable[None]] = _nothing
         self._lock = asyncio.Lock()
         self._changed = asyncio.Event()
         self._moved = asyncio.Condition()

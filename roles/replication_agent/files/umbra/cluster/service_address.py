@@ -73,7 +73,7 @@ class ServiceAddress:
         self._problems: Sequence[str] = ()
         self._wrong_since: dict[str, float] = {}
         helper.on_opened = self._opened
-        group.before_close = self._tell_last
+        group.before_disconnect = self._tell_last
 
     def handlers(self) -> dict[str, Handler]:
         """Return the operation of the peer link."""
@@ -164,7 +164,7 @@ class ServiceAddress:
             await asyncio.sleep(TELL_PAUSE)
 
     async def _tell_last(self, to: str) -> None:
-        """Tell who is connected just before a planned change."""
+        """Tell who is connected when a planned change has closed the ports."""
         if "service_clients" in self._statuses().get(to, {}):
             await self._tell_those([to], LAST_TELL_TIMEOUT)
 

@@ -248,10 +248,11 @@ class Switchover:
         if not await group.messages.idle(MESSAGES_TIMEOUT):
             raise Refused(f"a message was still coming in after {MESSAGES_TIMEOUT:g} s; try again.")
         steps.done("drain")
-        await group.before_close(to)
-        await asyncio.gather(
-            self._helper.ports_close(), self._helper.kick(), self._helper.postfix_stop()
-        )
+        # Closed first: then nobody can come whom the other node does not know as a client, and no
+        # client sees its connection end before there is a node to come back to.
+        await self._helper.ports_close()
+        await group.before_disconnect(to)
+        await asyncio.gather(self._helper.kick(), self._helper.postfix_stop())
         steps.done("close")
         if not await group.changes.idle(CHANGES_TIMEOUT):
             raise Refused(

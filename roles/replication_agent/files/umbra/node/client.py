@@ -15,7 +15,8 @@ from umbra.node.packets import Connection
 class NodeHelper:
     """Asks the helper for effects, each over a connection of its own.
 
-    Requests do not wait for each other.
+    Requests do not wait for each other, but for those of the ports: an opening that was decided on
+    before a closing must not come after it.
 
     Every method raises HelperError with one sentence if the effect did not happen. Its maker may
     set ``on_opened``, called after each opening of the ports with the service addresses that are
@@ -25,6 +26,8 @@ class NodeHelper:
     def __init__(self, socket: Path, timeout: float = 25.0) -> None:
         self._socket = socket
         self._timeout = timeout
+        self._ports = asyncio.Lock()
+        self._closings = 0
         self.on_opened: Callable[[Sequence[str], Sequence[str]], None] = lambda new, problems: None
 
     async def _ask(self, do: str, *, seconds: float = 0.0, **values: Any) -> dict[str, Any]:
@@ -63,7 +66,11 @@ class NodeHelper:
         await self._open(ports, until=until, postfix_until=postfix_until)
 
     async def _open(self, ports: Sequence[int], **values: float) -> None:
-        answer = await self._ask("ports-open", ports=list(ports), **values)
+        closings = self._closings
+        async with self._ports:
+            if closings != self._closings:
+                return  # they have been closed since this was asked for
+            answer = await self._ask("ports-open", ports=list(ports), **values)
         self.on_opened(answer["new"], answer["problems"])
 
     async def tickle(self, connections: Sequence[Connection]) -> None:
@@ -77,8 +84,13 @@ class NodeHelper:
         await self._ask("prove")
 
     async def ports_close(self) -> None:
-        """Have no service address, and close the ports, for established connections too."""
-        await self._ask("ports-close")
+        """Have no service address, and close the ports, for established connections too.
+
+        An opening that hangs delays it by no more than the opening was to last.
+        """
+        self._closings += 1
+        async with self._ports:
+            await self._ask("ports-close")
 
     async def postfix_start(self) -> None:
         """Start Postfix."""
