@@ -153,6 +153,42 @@ async def test_changes_share_syncs(tmp_path: Path) -> None:
         assert len(world.syncs) == 2, "the first starts at once, the others share the next"
 
 
+async def test_after_a_switchover_a_users_first_sync_has_the_former_primarys_state(
+    tmp_path: Path,
+) -> None:
+    world, asked = World(), []
+
+    async def inherited(user: str) -> str:
+        asked.append(user)
+        return f"of {user}"
+
+    async with mirror(world, tmp_path, protected=False) as peer:
+        await peer.resume("two", inherited)
+        for _ in range(2):
+            assert await change(world, peer, "u1") is Verdict.MIRRORED
+        assert world.syncs == [("u1", "of u1"), ("u1", "state")]
+        world.outcome = lambda user: Outcome.SYNCED if len(world.syncs) > 3 else Outcome.FAILED
+        assert await change(world, peer, "u2") is Verdict.MIRRORED
+        # What did not work with it is done without; what is to be compared whole is.
+        assert world.syncs[2:] == [("u2", "of u2"), ("u2", "")]
+        await peer.resync("u3")
+        assert world.syncs[4:] == [("u3", "")]
+        assert asked == ["u1", "u2"]
+
+
+async def test_a_catch_up_trusts_no_state_of_another_node(tmp_path: Path) -> None:
+    world = World()
+
+    async def inherited(user: str) -> str:
+        raise AssertionError(user)
+
+    async with mirror(world, tmp_path, protected=False) as peer:
+        await peer.resume("two", inherited)
+        await peer.lose("a reason")
+        await peer.catch_up(world.protect, everyone=True, binding="three")
+        assert {state for _, state in world.syncs} == {""}
+
+
 async def test_a_slow_user_holds_up_nobody(tmp_path: Path) -> None:
     world = World()
     async with mirror(world, tmp_path, workers=2) as peer:

@@ -46,6 +46,7 @@ PRIMARY_OPERATIONS = frozenset(
         "scripts",
         "mailboxes",
         "take-flags",
+        "sync-state",
         "merged",
         "clients",
         "handover-prepare",

@@ -184,6 +184,10 @@ class Ledger:
         self._db.execute("INSERT OR REPLACE INTO binding VALUES (?, ?)", (peer, value))
         self._db.execute("COMMIT")
 
+    def binding(self, peer: str) -> str:
+        """Return what the states of ``peer`` hold for, "" if there are none."""
+        return self._bindings.get(peer, "")
+
     async def state(self, peer: str, user: str) -> str:
         """Return the state of the last sync, "" if there is none."""
         key = (peer, user)

@@ -113,6 +113,10 @@ class Carrier(Protocol):
         """Break all syncs that run."""
 
 
+Inherited = Callable[[str], Awaitable[str]]
+"""Gives the state in which the primary before this one left a user's mailboxes here, or ""."""
+
+
 class Phase(Enum):
     """See the module."""
 
@@ -191,6 +195,8 @@ class PeerMirror:
         self._noted_at: dict[str, float] = {}
         self._attempts: dict[str, int] = {}
         self._unmerged: set[str] = set()
+        self._inherited: Inherited | None = None
+        self._without: set[str] = set()  # who has no use for an inherited state any more
         self._first_round: set[str] = set()
         self._progress = asyncio.Event()
         self._reason = "the agent has just started"
@@ -382,6 +388,9 @@ class PeerMirror:
                     return result
             self._unmerged.discard(user)
         state = await self._ledger.state(self.peer, user)
+        if not state and self._inherited is not None and user not in self._without:
+            self._without.add(user)  # if the sync fails, the next one compares everything
+            state = await self._inherited(user)
         result = await self._carrier.sync(user, state)
         if result.outcome in (Outcome.SYNCED, Outcome.CHANGED):
             self._ledger.keep(self.peer, user, result.state)
@@ -461,6 +470,7 @@ class PeerMirror:
             raise CatchUpFailed(f"{self.peer} is {self.phase.value} already", {})
         self.findings.clear()
         self._attempts.clear()
+        self._inherited = None
         bound = await self._ledger.bind(self.peer, binding)
         try:
             if everyone or merge or not bound:
@@ -537,13 +547,17 @@ class PeerMirror:
             monotonic() - self._started,
         )
 
-    async def resume(self, binding: str) -> None:
+    async def resume(self, binding: str, inherited: Inherited) -> None:
         """Wait for this peer from now on, without catch-up.
 
         Only for a switchover: both nodes are known to hold the same, and the cluster has written
         down that the group is protected.
+
+        :param inherited: spares the first sync of a user the comparison of all mailboxes.
         """
         await self._ledger.bind(self.peer, binding)
+        self._inherited = inherited
+        self._without.clear()
         self._alone = None
         self.phase = Phase.PROTECTED
 
@@ -564,6 +578,7 @@ class PeerMirror:
         """
         users = list(users)
         if deep:
+            self._without.update(users)
             for user in users:
                 self._ledger.keep(self.peer, user, None)
         self._queue.note(users)

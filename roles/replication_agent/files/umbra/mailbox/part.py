@@ -23,6 +23,7 @@ from umbra.mailbox.describe import DescribeHandler, Dovecot, Peer
 from umbra.mailbox.doveadm import Doveadm, DoveadmError
 from umbra.mailbox.events import ScriptEvents
 from umbra.mailbox.gone import GoneCarrier, GoneHandler
+from umbra.mailbox.inherited import InheritedStates, StateHandler
 from umbra.mailbox.ledger import Ledger
 from umbra.mailbox.merged import Record, RecordingCarrier
 from umbra.mailbox.mirror import CatchUpFailed, Mirror, NotPrimary, PeerMirror, Phase, Verdict
@@ -208,6 +209,7 @@ class Mailboxes:
             "unmirrored": self._copies_handler.unmirrored,
             "remove-copies": self._copies_handler.remove,
             "take-flags": self._flags_handler,
+            "sync-state": StateHandler(self._ledger),
         }
 
     def _unshared(self, peer: str) -> bool:
@@ -438,17 +440,17 @@ class Mailboxes:
         except (OSError, PermissionError) as error:
             log.error("the mirror to %s could not be given up: %s", peer, error)
 
-    def _binding(self, peer: str, epoch: int) -> str:
-        """Return what the sync states hold for: both stores, both boots, one term of office."""
+    def _binding(self, peer: str, epoch: int, *, turned: bool = False) -> str:
+        """Return what the sync states hold for: both stores, both boots, one term of office.
+
+        :param turned: the states that ``peer`` keeps for this node.
+        """
         own = self._group.state.durable
         theirs = self._group.statuses.get(peer, {})
         boot = BOOT_ID.read_text(encoding="ascii").strip()
-        return " ".join(
-            str(part)
-            for part in (
-                own.storage_id, boot, epoch, theirs.get("storage_id"), theirs.get("boot_id"),
-            )
-        )  # fmt: skip
+        ours, others = (own.storage_id, boot), (theirs.get("storage_id"), theirs.get("boot_id"))
+        first, second = (others, ours) if turned else (ours, others)
+        return " ".join(str(part) for part in (*first, epoch, *second))
 
     async def catch_up(self, peer: str, protect: Callable[[], Awaitable[None]]) -> None:
         """Give ``peer`` all changes that it lacks, then have ``protect`` write it down.
@@ -496,7 +498,9 @@ class Mailboxes:
         :param epoch: the one under which this node is about to be primary.
         """
         binding = self._binding(peer, epoch)
-        await self._peers[peer].resume(binding)
+        theirs = self._binding(peer, epoch - 1, turned=True)
+        inherited = InheritedStates(self._group.links[peer], theirs)
+        await self._peers[peer].resume(binding, inherited)
         self._compared.add(binding)
 
     async def _begin_merge(self, record: Record) -> None:
