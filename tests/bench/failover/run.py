@@ -33,8 +33,8 @@ LAB = "bench"
 RATE = 10.0
 # Where clients find the group, in the lab's LAN (tests/lab/README.md).
 SERVICE = {"group": "203.0.113.80"}
-# Changes of primary under one load: each leaves a client's doubtful mailboxes behind, and a user with
-# many has a longer way back to protected.
+# Changes of primary under one load: each leaves a client's doubtful mailboxes behind, and with many
+# of them the way back to protected is longer.
 BATCH = 10
 QUIET_S = 1.5  # of load before a change, and after it
 HEALS_S = 90.0
@@ -200,15 +200,15 @@ def measure(
             print(f"{profile}, {delay_ms:g} ms", flush=True)
             kinds = [kind for kind in (LOST, MOVED) for _ in range(options.changes)]
             random.Random(options.seed).shuffle(kinds)
+            cell, reasons = Cell(ground, profile, delay_ms), list[str]()
             try:
                 ground.wait_protected(HEALS_S)
-                cell, reasons = Cell(ground, profile, delay_ms), []
                 for start in range(0, len(kinds), BATCH):
                     made, found = cell.run(kinds[start : start + BATCH])
                     changes += made
                     reasons += found
             except FieldError as error:
-                reasons = [str(error)]
+                reasons.append(str(error))
             for reason in reasons:
                 print(f"  {reason}", flush=True)
             failed += [f"{profile}, {delay_ms:g} ms: {reason}" for reason in reasons]
