@@ -245,7 +245,7 @@ def wan_healed(field: Field, chance: random.Random) -> None:
 
 
 def wan_set(**settings: float) -> Action:
-    """Change the line between the sites: loss (percent), rate (kbit/s)."""
+    """Change the line between the sites: delay, jitter (ms), loss (percent), rate (kbit/s)."""
 
     def act(field: Field, chance: random.Random) -> None:
         words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
@@ -465,8 +465,9 @@ def all_taken_back(field: Field) -> None:
     field.lab("up")
     all_ways_healed(field, random.Random())
     field.lab(
-        "wan", "set", "--loss", "0", "--rate", "0", "--delay", str(DELAY_MS), "--between", *NODES
-    )
+        "wan", "set", "--loss", "0", "--rate", "0", "--delay", str(DELAY_MS), "--jitter", "0",
+        "--between", *NODES,
+    )  # fmt: skip
     field.run(WITNESS, _CONTINUE, VOTER)
     for node in NODES:
         field.run(node, _CONTINUE, AGENT, VOTER)

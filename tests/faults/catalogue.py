@@ -20,11 +20,16 @@ from tests.faults.actions import (
     shadow,
     witness,
 )
+from tests.faults.load import MESSAGES_PER_S
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One row. Times are seconds; ``stands`` is a range from which each trial draws."""
+    """One row. Times are seconds; ``stands`` is a range from which each trial draws.
+
+    :param refuses: for how long at most no message may be taken; None for as long as it lasts.
+    :param messages_per_s: sent in all.
+    """
 
     name: str
     inject: tuple[Action, ...]
@@ -34,6 +39,8 @@ class Fault:
     moves: bool | None = False
     before: tuple[Action, ...] = ()
     after: tuple[Action, ...] = ()
+    refuses: float | None = None
+    messages_per_s: float = MESSAGES_PER_S
 
 
 def _parts(unit: str, word: str, names: tuple[str, ...], side: do.Side) -> list[Fault]:
@@ -225,7 +232,7 @@ WITNESS: tuple[Fault, ...] = (
     Fault("power cut, witness", (do.power_cut(witness),), (do.power_back(witness),), heals=60),
     Fault(
         "voters frozen for a minute", (do.voters("STOP"),), (do.voters("CONT"),),
-        stands=(60.0, 60.0), heals=30,
+        stands=(60.0, 60.0), heals=30, refuses=0.5,
     ),
     Fault(
         "voters frozen, then shadow power cut", (do.voters("STOP"), do.power_cut(shadow)),
@@ -251,7 +258,16 @@ WITNESS: tuple[Fault, ...] = (
 )  # fmt: skip
 """For a lab whose group has the coordinator etcd (``--witness``): nobody moves a hand."""
 
-BY_NAME = {fault.name: fault for fault in (*FAULTS, *WITNESS)}
+ENDURANCE: tuple[Fault, ...] = (
+    Fault(
+        "line of 2 % loss and 50 ms jitter for an hour",
+        (do.wan_set(loss=2, jitter=50),), (do.wan_set(loss=0, jitter=0),),
+        stands=(3600.0, 3600.0), heals=30, messages_per_s=2.0,
+    ),
+)  # fmt: skip
+"""With a witness, too; each only when it is named (``--fault``)."""
+
+BY_NAME = {fault.name: fault for fault in (*FAULTS, *WITNESS, *ENDURANCE)}
 
 SELECTION = (
     "agent killed, primary",

@@ -101,7 +101,10 @@ def make(ground: Field, fault: Fault, plan: Plan, run: str, evidence: Path) -> R
     views: dict[str, dict[str, Any]] = {}
     figures: dict[str, Any] = {}
     healed_s: float | None = None
-    generator = load.Load(ground, run)
+    generator = load.Load(
+        ground, run,
+        messages_per_s=fault.messages_per_s, max_s=load.LONGEST_S + fault.stands[1],
+    )  # fmt: skip
     try:
         _act(fault.before, ground, chance)
         ground.wait_protected(fault.heals if fault.before else 5)
@@ -122,6 +125,8 @@ def make(ground: Field, fault: Fault, plan: Plan, run: str, evidence: Path) -> R
         most_turns = 1 if fault.moves is False else 2
         figures, found = judge(log, views, fault_ns, healed_ns, most_turns=most_turns)
         reasons += found
+        if fault.refuses is not None and figures["refusal_s"] > fault.refuses:
+            reasons.append(f"No message was taken for {figures['refusal_s']:.2f} s.")
         if fault.moves is not None and (ground.primary != before) is not fault.moves:
             reasons.append(f"The primary was {before} and is {ground.primary}.")
         if not reasons:  # or else all stays to be looked at

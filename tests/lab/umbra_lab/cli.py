@@ -151,7 +151,7 @@ def _wan_cut(lab: Lab, options: argparse.Namespace) -> int:
 
 def _wan_set(lab: Lab, options: argparse.Namespace) -> int:
     if not (changes := _changes(options)):
-        raise LabError("Name what to set: --delay, --loss or --rate.")
+        raise LabError("Name what to set: --delay, --jitter, --loss or --rate.")
     pairs = list(PAIRS)
     if options.between:
         a, b = (site_of(name).name for name in options.between)
@@ -166,12 +166,12 @@ def _wan_show(lab: Lab, options: argparse.Namespace) -> int:
         counters = wan.apply(lab)
     except OSError as error:
         raise LabError("The WAN's relay does not answer: run `lab up`.") from error
-    print("FROM     TO           DELAY    LOSS         RATE  STATE    PACKETS  DROPPED")
+    print("FROM     TO           DELAY   JITTER    LOSS         RATE  STATE    PACKETS  DROPPED")
     for (a, b), s in table.items():
         count = counters[f"{a}>{b}"]
         rate = f"{s.rate_kbit:g} kbit/s" if s.rate_kbit else "-"
         print(
-            f"{a:<9}{b:<9}{s.delay_ms:>6g} ms{s.loss_percent:>6g} %{rate:>13}  "
+            f"{a:<9}{b:<9}{s.delay_ms:>6g} ms{s.jitter_ms:>6g} ms{s.loss_percent:>6g} %{rate:>13}  "
             f"{'cut' if s.cut else 'open':<6}{count['forwarded']:>10}{count['dropped']:>9}"
         )
     return 0
@@ -202,7 +202,12 @@ def _inventory_vars(lab: Lab, options: argparse.Namespace) -> int:
 
 
 def _changes(options: argparse.Namespace) -> dict[str, float]:
-    wanted = {"delay_ms": options.delay, "loss_percent": options.loss, "rate_kbit": options.rate}
+    wanted = {
+        "delay_ms": options.delay,
+        "jitter_ms": options.jitter,
+        "loss_percent": options.loss,
+        "rate_kbit": options.rate,
+    }
     return {key: value for key, value in wanted.items() if value is not None}
 
 
@@ -233,7 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--wan-delay", dest="delay", type=float, metavar="MS", help="one way: 2")
     command.add_argument("--wan-loss", dest="loss", type=float, metavar="PERCENT", help="default 0")
-    command.set_defaults(rate=None)
+    command.set_defaults(rate=None, jitter=None)
     command = add("down", _down, "remove the lab and everything it made")
     command.add_argument("--all", action="store_true", help="every lab of this machine")
     command = add("check-clean", _check_clean, "list what is left of the lab: status 1 if any")
@@ -264,8 +269,9 @@ def _parser() -> argparse.ArgumentParser:
         action.add_argument("b", metavar="B")
         action.add_argument("--one-way", action="store_true", help="only packets from A to B")
         action.set_defaults(function=_wan_cut, cut=cut)
-    action = actions.add_parser("set", help="change delay, loss or rate while it runs")
+    action = actions.add_parser("set", help="change delay, jitter, loss or rate while it runs")
     action.add_argument("--delay", type=float, metavar="MS", help="one way")
+    action.add_argument("--jitter", type=float, metavar="MS", help="up to so much later")
     action.add_argument("--loss", type=float, metavar="PERCENT")
     action.add_argument("--rate", type=float, metavar="KBIT", help="0: no limit")
     action.add_argument("--between", nargs=2, metavar=("A", "B"), help="only this pair")

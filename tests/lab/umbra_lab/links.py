@@ -14,9 +14,13 @@ QUEUE_S = 0.5
 
 @dataclass(frozen=True)
 class Settings:
-    """One direction between two sites: one-way delay, lost packets, rate (0: no limit), cut."""
+    """One direction between two sites: one-way delay, lost packets, rate (0: no limit), cut.
+
+    With a jitter each packet takes up to so much longer.
+    """
 
     delay_ms: float = 2.0
+    jitter_ms: float = 0.0
     loss_percent: float = 0.0
     rate_kbit: float = 0.0
     cut: bool = False
@@ -25,6 +29,8 @@ class Settings:
         """Refuse what no link can do."""
         if not 0 <= self.delay_ms <= 10_000:
             raise ValueError("The delay must be 0 to 10000 ms.")
+        if not 0 <= self.jitter_ms <= 10_000:
+            raise ValueError("The jitter must be 0 to 10000 ms.")
         if not 0 <= self.loss_percent <= 100:
             raise ValueError("The loss must be 0 to 100 percent.")
         if self.rate_kbit < 0:
@@ -32,8 +38,8 @@ class Settings:
 
     @property
     def plain(self) -> bool:
-        """Whether 64 KiB bundles of segments may pass: loss and rate are about single packets."""
-        return self.loss_percent == 0 and self.rate_kbit == 0
+        """Whether 64 KiB bundles of segments may pass: the rest is about single packets."""
+        return self.loss_percent == self.rate_kbit == self.jitter_ms == 0
 
 
 Table = dict[tuple[str, str], Settings]
@@ -73,13 +79,15 @@ class Link:
         """Change the settings; packets on their way keep their time of arrival."""
         self.settings = settings
         self._delay = settings.delay_ms / 1000
+        self._jitter = settings.jitter_ms / 1000
         self._loss = settings.loss_percent / 100
         self._byte_s = 8 / (settings.rate_kbit * 1000) if settings.rate_kbit else 0.0
 
-    def arrival(self, now: float, size: int, chance: float) -> float | None:
-        """When a packet of `size` bytes arrives, None if it is lost; `chance` is random in [0, 1).
+    def arrival(self, now: float, size: int, chance: float, tardiness: float = 0.0) -> float | None:
+        """When a packet of `size` bytes arrives, None if it is lost.
 
-        Never earlier than the packet before it: a shorter delay must not turn the order around.
+        `chance`, whether it is, and `tardiness`, how late, are random in [0, 1). Never earlier
+        than the packet before it: a shorter delay must not turn the order around.
         """
         if self.settings.cut or chance < self._loss:
             self.dropped += 1
@@ -91,6 +99,6 @@ class Link:
                 self.dropped += 1
                 return None
             sent = self._line_free = start + size * self._byte_s
-        self._last = max(sent + self._delay, self._last)
+        self._last = max(sent + self._delay + tardiness * self._jitter, self._last)
         self.forwarded += 1
         return self._last

@@ -1,7 +1,8 @@
 """The WAN: one process that carries IP packets between the site routers' tun devices.
 
-Run as `python -m umbra_lab.relay LAB`. Not every kernel has netem, so delay, loss, rate and cuts
-are made here. If it dies the WAN is down and nothing else; `lab up` starts it again as it was.
+Run as `python -m umbra_lab.relay LAB`. Not every kernel has netem, so delay, jitter, loss, rate
+and cuts are made here. If it dies the WAN is down and nothing else; `lab up` starts it again as it
+was.
 """
 
 from __future__ import annotations
@@ -97,7 +98,9 @@ class Relay:
             if there is None or there == here:
                 continue
             now = time.monotonic()
-            at = self._links[here, there].arrival(now, len(packet) - _VNET_HEADER, random.random())
+            at = self._links[here, there].arrival(
+                now, len(packet) - _VNET_HEADER, random.random(), random.random()
+            )
             if at is None or self._queued > _QUEUED_BYTES:
                 continue
             if at <= now and not self._queue:

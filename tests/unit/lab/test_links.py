@@ -15,6 +15,13 @@ def test_a_packet_arrives_after_the_delay() -> None:
     assert (link.forwarded, link.dropped) == (1, 0)
 
 
+def test_a_jitter_makes_packets_late_by_up_to_so_much_in_their_order() -> None:
+    link = Link(Settings(delay_ms=2, jitter_ms=50))
+    assert link.arrival(10.0, 1500, QUIET, 0.5) == pytest.approx(10.027)
+    assert link.arrival(10.001, 1500, QUIET, 0.0) == pytest.approx(10.027)
+    assert link.arrival(11.0, 1500, QUIET, 0.0) == pytest.approx(11.002)
+
+
 def test_no_delay_means_now() -> None:
     assert Link(Settings(delay_ms=0)).arrival(10.0, 1500, QUIET) == 10.0
 
@@ -105,3 +112,4 @@ def test_only_plain_links_may_carry_bundles_of_segments() -> None:
     assert Settings(cut=True).plain
     assert not Settings(loss_percent=1).plain
     assert not Settings(rate_kbit=256).plain
+    assert not Settings(jitter_ms=1).plain
