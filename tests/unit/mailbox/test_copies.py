@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.unit.mailbox.exchange import Side, serve
 
 from umbra.mailbox import copies
 from umbra.mailbox.copies import BATCH, CopiesCarrier, CopiesHandler, Copy, Dovecot
@@ -93,36 +94,7 @@ class Pair:
     ) -> AsyncIterator[Side]:
         assert op == "unmirrored"
         self.requests.append(op)
-        up, down = asyncio.Queue[bytes | None](), asyncio.Queue[bytes | None]()
-        task = asyncio.create_task(self.handler.unmirrored(PEER, args, cast(Any, Side(down, up))))
-        task.add_done_callback(lambda _: down.put_nowait(None))
-        yield Side(up, down, task)
-
-
-class Side:
-    """One side of an exchange."""
-
-    def __init__(
-        self,
-        to: asyncio.Queue[bytes | None],
-        come: asyncio.Queue[bytes | None],
-        task: asyncio.Task[dict[str, Any]] | None = None,
-    ) -> None:
-        self._to, self._come, self._task = to, come, task
-
-    async def send(self, data: bytes) -> None:
-        for start in range(0, len(data), 50):  # in pieces that end anywhere
-            self._to.put_nowait(data[start : start + 50])
-
-    async def end(self) -> None:
-        self._to.put_nowait(None)
-
-    async def receive(self) -> bytes | None:
-        return await self._come.get()
-
-    async def result(self) -> dict[str, Any]:
-        assert self._task is not None
-        return await self._task
+        yield serve(self.handler.unmirrored, PEER, args)
 
 
 async def merged(pair: Pair) -> SyncResult:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, cast
 
 import pytest
+from tests.unit.mailbox.exchange import Side, serve
 
 from umbra.mailbox import flags as module
 from umbra.mailbox.carrier import Exchange
@@ -33,6 +35,9 @@ class Node:
     def change(self, uid: int, flags: str) -> None:
         self.highest += self.cost
         self.messages[uid] = flags, self.highest
+
+    async def exists(self, user: str) -> bool:
+        return bool(self.messages)
 
     async def modseqs(self, user: str) -> dict[str, tuple[str, int]]:
         return {BOX: ("INBOX", self.highest)}
@@ -64,7 +69,14 @@ class Pair:
     async def request(self, op: str, args: Mapping[str, Any], *, timeout: float) -> dict[str, Any]:
         assert op == "take-flags"
         self.requests.append(len(args["rows"]))
-        return await self.handler(PEER, args, EXCHANGE)
+        return await self.handler.take(PEER, args, EXCHANGE)
+
+    @asynccontextmanager
+    async def exchange(
+        self, op: str, args: Mapping[str, Any], *, timeout: float
+    ) -> AsyncIterator[Side]:
+        assert op == "modseqs"
+        yield serve(self.handler.modseqs, PEER, args)
 
     async def settle(self, *, ours: bool) -> None:
         found = Found()
@@ -127,6 +139,22 @@ async def test_a_change_made_here_meanwhile_is_kept(turn: int) -> None:
     assert pair.merge() == {1: "\\Deleted", 2: ""}
 
 
+@pytest.mark.parametrize(("there", "lead"), [(30, True), (20, False), (10, False)])
+async def test_what_looks_equal_and_is_changed_here_next_is_newer(there: int, lead: bool) -> None:
+    # The peer had set and removed the same keyword, which no comparison shows.
+    pair = Pair(Node(20, m1=""), Node(there, m1=""))
+    await pair.settler.lead(USER)
+    assert (pair.here.highest > 20) is lead
+    pair.here.change(1, "kw")
+    assert pair.merge() == {1: "kw"}
+
+
+async def test_a_user_whom_one_node_does_not_know_has_nothing_to_lead() -> None:
+    for pair in (Pair(Node(20), Node(30, m1="")), Pair(Node(20, m1=""), Node(30))):
+        await pair.settler.lead(USER)
+        assert pair.here.highest == 20
+
+
 async def test_the_peers_modseq_may_grow_as_it_takes_flags() -> None:
     pair = Pair(Node(20, m1=""), Node(30, m1="kw"))
     pair.there.cost = module.AHEAD
@@ -147,7 +175,7 @@ async def test_what_is_equal_already_or_gone_is_left_alone() -> None:
     there = Node(30, m1="kw")
     handler = FlagsHandler(lambda: False, cast(Dovecot, there))
     args = {"user": USER, "mailbox": BOX, "rows": [[1, "kw"], [2, "\\Seen"]]}
-    assert await handler(PEER, args, EXCHANGE) == {"modseq": 30}
+    assert await handler.take(PEER, args, EXCHANGE) == {"modseq": 30}
 
 
 @pytest.mark.parametrize(
@@ -169,7 +197,7 @@ async def test_what_makes_no_sense_is_refused(change: dict[str, Any], code: str)
     handler = FlagsHandler(lambda: False, cast(Dovecot, there))
     args = {"user": USER, "mailbox": BOX, "rows": [[1, "kw"]], **change}
     with pytest.raises(PeerError) as error:
-        await handler(PEER, args, EXCHANGE)
+        await handler.take(PEER, args, EXCHANGE)
     assert error.value.code == code
     assert there.highest == 30
 
@@ -177,7 +205,7 @@ async def test_what_makes_no_sense_is_refused(change: dict[str, Any], code: str)
 async def test_a_primary_takes_no_flags() -> None:
     handler = FlagsHandler(lambda: True, cast(Dovecot, Node(1)))
     with pytest.raises(PeerError, match="primary"):
-        await handler(PEER, {"user": USER, "mailbox": BOX, "rows": []}, EXCHANGE)
+        await handler.take(PEER, {"user": USER, "mailbox": BOX, "rows": []}, EXCHANGE)
 
 
 class Answers(Doveadm):

@@ -24,6 +24,7 @@ class Peer:
         self.error: Exception | None = None
         self.unshared = True
         self.settled: list[bool] = []
+        self.led = 0
 
     async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
         self.done.append((user, merge))
@@ -35,6 +36,9 @@ class Peer:
     def cut(self) -> None:
         self.done.append(("cut", False))
 
+    async def lead(self, user: str) -> None:
+        self.led += 1
+
     async def settle(self, user: str, found: Found, *, ours: bool) -> None:
         assert not self.done, "before the merge"
         self.settled.append(ours)
@@ -42,6 +46,7 @@ class Peer:
     async def compare(self, user: str, peer: str, *, counts: Callable[[Difference], bool]) -> Found:
         if self.error is not None:
             raise self.error
+        assert self.led, "before it is compared"
         found = Found()
         for difference in filter(counts, self.differences):
             found.add(difference)
@@ -83,7 +88,7 @@ async def test_what_the_peer_brings_is_on_disk_before_it_is_merged(tmp_path: Pat
 async def test_flags_of_the_peer_count_only_if_somebody_may_know_of_them(
     tmp_path: Path, unshared: bool
 ) -> None:
-    peer = Peer()
+    peer = Peer(Difference("INBOX", "flags of message 3", "", "kw", 3))
     peer.unshared = unshared
     made, _ = carrier(peer, tmp_path)
     await made.sync("u1", "state")
@@ -93,13 +98,26 @@ async def test_flags_of_the_peer_count_only_if_somebody_may_know_of_them(
     assert peer.settled == [not unshared]
 
 
-async def test_nothing_is_noted_of_who_is_equal_and_of_no_merge(tmp_path: Path) -> None:
-    peer = Peer(Difference("INBOX", "message 18", "guid", ""))
+@pytest.mark.parametrize(
+    ("differences", "outcome"),
+    [
+        ([], Outcome.EQUAL),
+        ([Difference("INBOX", "message 18", "guid", "")], Outcome.EQUAL),
+        ([Difference("INBOX", "guid", "g", "h")], Outcome.SYNCED),
+        ([Difference("INBOX", "uidvalidity", "1", "2")], Outcome.SYNCED),
+    ],
+    ids=["equal", "the peer only lacks something", "two mailboxes", "two mailboxes of one GUID"],
+)
+async def test_who_brings_nothing_is_not_merged_and_nothing_is_noted(
+    tmp_path: Path, differences: list[Difference], outcome: Outcome
+) -> None:
+    peer = Peer(*differences)
     made, record = carrier(peer, tmp_path)
     await made.sync("u1", "state")
-    peer.done.clear()
     assert record.read() is None
-    await made.sync("u1", "", merge=True)
+    peer.done.clear()
+    assert (await made.sync("u1", "", merge=True)).outcome is outcome
+    assert peer.done == ([("u1", True)] if outcome is Outcome.SYNCED else [])
     read = record.read()
     assert read is not None
     assert read["users"] == []

@@ -57,6 +57,7 @@ class Outcome(Enum):
     """How a sync ended."""
 
     SYNCED = "synced"
+    EQUAL = "equal"  # of a merge: the peer has nothing to bring, so nothing was done
     CHANGED = "changed"  # something changed while it ran: run it again
     NO_USER = "no-user"  # unknown here or there
     FAILED = "failed"

@@ -4,27 +4,31 @@ dsync settles a conflict of flags by the message's MODSEQ, which each node count
 change that a lost primary had made last and answered nobody undid one that its successor had
 acknowledged. And it passes over a mailbox whose counters (highest MODSEQ, UIDNEXT, number of
 messages) are the same on both nodes, whatever is in it (2.4.1; both found by the failover
-benchmark). So of what a comparison has found
+benchmark). So
 
-* each mailbox gets a highest MODSEQ here that is over the peer's,
+* before mailboxes are compared, those where the peer's highest MODSEQ is over that of this node get
+  a higher one here;
+* of what the comparison has found, each mailbox gets a highest MODSEQ here that is over the peer's,
 * and where the peer's flags are not to count, it takes this node's.
 
 The MODSEQ first, then the flags are read: a change that is made here meanwhile is either among them
 or has the higher MODSEQ. Dying anywhere: the next merge compares again.
 
-``take-flags {user, mailbox, rows}``: sets the flags of messages, rows ``[uid, flags]``, in the
-mailbox of this GUID; answers with its highest MODSEQ afterwards. A primary refuses it.
+* ``modseqs {user}``: back come JSON lines, GUID and highest MODSEQ of each mailbox.
+* ``take-flags {user, mailbox, rows}``: sets the flags of messages, rows ``[uid, flags]``, in the
+  mailbox of this GUID; answers with its highest MODSEQ afterwards. A primary refuses it.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
 from umbra.mailbox.carrier import Exchange, valid_user
 from umbra.mailbox.compare import Found, Unlike
-from umbra.mailbox.describe import is_guid, lasting
+from umbra.mailbox.describe import is_guid, lasting, received_rows, send_rows
 from umbra.mailbox.doveadm import Doveadm, DoveadmError
 from umbra.peer.exchange import PeerError
 from umbra.peer.identity import PeerIdentity
@@ -47,12 +51,21 @@ class Link(Protocol):
     async def request(self, op: str, args: Mapping[str, Any], *, timeout: float) -> dict[str, Any]:
         """Run an exchange without data."""
 
+    def exchange(
+        self, op: str, args: Mapping[str, Any], *, timeout: float
+    ) -> AbstractAsyncContextManager[Any]:
+        """Run an exchange."""
+
 
 class Dovecot:
     """Flags and MODSEQs of one user's mailboxes. DoveadmError if Dovecot does not answer."""
 
     def __init__(self, doveadm: Doveadm) -> None:
         self._doveadm = doveadm
+
+    async def exists(self, user: str) -> bool:
+        """Return whether there is such a user."""
+        return await self._doveadm.exists(user)
 
     async def modseqs(self, user: str) -> dict[str, tuple[str, int]]:
         """Return name and highest MODSEQ of each mailbox, by its GUID."""
@@ -90,6 +103,27 @@ class Settler:
     def __init__(self, link: Link, dovecot: Dovecot) -> None:
         self._link = link
         self._dovecot = dovecot
+
+    async def lead(self, user: str) -> None:
+        """Let what changes here from now on be newer than all that the peer has.
+
+        DoveadmError or PeerError.
+        """
+        if not await self._dovecot.exists(user):
+            return
+        mine = await self._dovecot.modseqs(user)
+        async with self._link.exchange("modseqs", {"user": user}, timeout=TIMEOUT) as exchange:
+            await exchange.end()
+            rows = [row async for row in received_rows(exchange)]
+            await exchange.result()
+        for row in rows:
+            match row:
+                case [str(mailbox), int(theirs)]:
+                    name, highest = mine.get(mailbox, ("", theirs))
+                    if theirs > highest:
+                        await self._dovecot.lift(user, name, theirs + AHEAD)
+                case _:
+                    raise PeerError("protocol", f"not a mailbox's MODSEQ: {row!r}"[:200])
 
     async def settle(self, user: str, found: Found, *, ours: bool) -> None:
         """See the module. DoveadmError or PeerError.
@@ -130,13 +164,13 @@ class Settler:
 
 
 class FlagsHandler:
-    """The handler of the operation ``take-flags``."""
+    """The handlers of the peer's side."""
 
     def __init__(self, is_primary: Callable[[], bool], dovecot: Dovecot) -> None:
         self._is_primary = is_primary
         self._dovecot = dovecot
 
-    async def __call__(
+    async def take(
         self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
     ) -> dict[str, Any]:
         """Set the flags that differ from what was sent."""
@@ -152,6 +186,21 @@ class FlagsHandler:
             return {"modseq": (await self._dovecot.modseqs(user)).get(str(mailbox), ("", 0))[1]}
         except (DoveadmError, ValueError) as error:
             raise PeerError("dovecot", str(error)) from None
+
+    async def modseqs(
+        self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+    ) -> dict[str, Any]:
+        """Send the highest MODSEQs. Reads only."""
+        user = args.get("user")
+        if not isinstance(user, str) or not valid_user(user):
+            raise PeerError("refused", "no such user")
+        try:
+            found = await self._dovecot.modseqs(user) if await self._dovecot.exists(user) else {}
+        except (DoveadmError, ValueError) as error:
+            raise PeerError("dovecot", str(error)) from None
+        await send_rows(exchange, _rows(found))
+        await exchange.end()
+        return {}
 
     async def _take(self, user: str, mailbox: str, wanted: Mapping[int, str]) -> None:
         mine = await self._dovecot.flags(user, mailbox, list(wanted))
@@ -177,6 +226,11 @@ def _read(rows: Any) -> dict[int, str]:
             case _:
                 raise PeerError("protocol", f"not a message's flags: {row!r}"[:200])
     return wanted
+
+
+async def _rows(found: Mapping[str, tuple[str, int]]) -> AsyncIterator[list[Any]]:
+    for mailbox, (_, modseq) in found.items():
+        yield [mailbox, modseq]
 
 
 def _joined(uids: Sequence[int]) -> str:

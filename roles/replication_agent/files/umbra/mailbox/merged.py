@@ -24,7 +24,6 @@ from typing import Any, Protocol
 from umbra.mailbox.compare import Difference, Found
 from umbra.mailbox.doveadm import DoveadmError, Outcome, SyncResult
 from umbra.mailbox.mirror import Carrier
-from umbra.mailbox.verify import Settler
 from umbra.peer.exchange import PeerError
 
 log = logging.getLogger(__name__)
@@ -35,6 +34,10 @@ LISTED = 1000
 
 # They follow from others that are told.
 SUMMARIES = frozenset({"guid", "uidvalidity", "uidnext", "messages"})
+
+
+# Two mailboxes of one name, which a merge makes one, though none of them has a message.
+TWO = frozenset({"guid", "uidvalidity"})
 
 
 class Comparer(Protocol):
@@ -49,6 +52,16 @@ def of_the_peer(difference: Difference) -> bool:
     if difference.what in SUMMARIES:
         return False
     return bool(difference.there) or difference.what.startswith("flags")
+
+
+class Settler(Protocol):
+    """Prepares a merge."""
+
+    async def lead(self, user: str) -> None:
+        """Let what changes here from now on be newer than all that the peer has."""
+
+    async def settle(self, user: str, found: Found, *, ours: bool) -> None:
+        """Let the merge look into what differs, and with ``ours`` have this node's flags count."""
 
 
 class Record:
@@ -106,7 +119,7 @@ class Record:
 
 
 class RecordingCarrier:
-    """A carrier that writes down how a user differs before it merges.
+    """A carrier that writes down how a user differs before it merges, and merges only who does.
 
     :param begin: called with each merge of a user, before it.
     :param settler: prepares the merge of what differs.
@@ -135,9 +148,19 @@ class RecordingCarrier:
     async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
         """See ``Carrier.sync``. A merge that cannot be written down is not made."""
         if merge:
+            two = False
+
+            def counts(difference: Difference) -> bool:
+                nonlocal two
+                two |= difference.what in TWO
+                return of_the_peer(difference)
+
             try:
                 await self._begin(self._record)
-                found = await self._comparer.compare(user, self._peer, counts=of_the_peer)
+                await self._settler.lead(user)
+                found = await self._comparer.compare(user, self._peer, counts=counts)
+                if not found.count and not two:
+                    return SyncResult(Outcome.EQUAL)
                 if found.count:
                     await asyncio.to_thread(self._record.add, user, found)
                     log.warning(

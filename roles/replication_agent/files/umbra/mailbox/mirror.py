@@ -384,6 +384,8 @@ class PeerMirror:
             # Twice: of two INBOXes made independently the first sync only makes one mailbox.
             for _ in range(2):
                 result = await self._carrier.sync(user, "", merge=True)
+                if result.outcome is Outcome.EQUAL:
+                    break
                 if result.outcome is not Outcome.SYNCED:
                     return result
             self._unmerged.discard(user)

@@ -208,7 +208,8 @@ class Mailboxes:
             "describe": self._describe_handler,
             "unmirrored": self._copies_handler.unmirrored,
             "remove-copies": self._copies_handler.remove,
-            "take-flags": self._flags_handler,
+            "modseqs": self._flags_handler.modseqs,
+            "take-flags": self._flags_handler.take,
             "sync-state": StateHandler(self._ledger),
         }
 
