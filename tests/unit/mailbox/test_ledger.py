@@ -98,7 +98,9 @@ async def test_one_transaction_for_all_that_wait(tmp_path: Path) -> None:
 
 async def test_states_hold_for_one_binding(tmp_path: Path) -> None:
     ledger = await opened(tmp_path)
+    assert ledger.binding("mail-b") == ""
     assert not await ledger.bind("mail-b", "one")
+    assert ledger.binding("mail-b") == "one"
     ledger.keep("mail-b", "a@example.org", "s1")
     ledger.keep("mail-c", "a@example.org", "s2")
     await ledger.close()
