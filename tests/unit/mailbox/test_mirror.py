@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from umbra.mailbox import mirror as module
-from umbra.mailbox.doveadm import Outcome, SyncResult
+from umbra.mailbox.doveadm import DoveadmError, Outcome, SyncResult
 from umbra.mailbox.ledger import Ledger
 from umbra.mailbox.mirror import (
     CatchUpFailed,
@@ -26,6 +26,7 @@ from umbra.mailbox.mirror import (
     Verdict,
     next_phase,
 )
+from umbra.peer.exchange import PeerError
 
 
 class World:
@@ -171,7 +172,7 @@ async def test_after_a_switchover_a_users_first_sync_has_the_former_primarys_sta
         assert await change(world, peer, "u2") is Verdict.MIRRORED
         # What did not work with it is done without; what is to be compared whole is.
         assert world.syncs[2:] == [("u2", "of u2"), ("u2", "")]
-        await peer.resync("u3")
+        await peer.resync("u3", nothing)
         assert world.syncs[4:] == [("u3", "")]
         assert asked == ["u1", "u2"]
 
@@ -595,7 +596,7 @@ async def test_a_suspended_user_is_recorded_and_the_others_wait(tmp_path: Path) 
         assert {user for user, _ in world.syncs} == {"u2"}
         assert peer._ledger.changed("mail-b") == ["u1"]
         with pytest.raises(CatchUpFailed, match="suspended"):
-            await peer.resync("u1")
+            await peer.resync("u1", nothing)
         # One more, while the others wait: the catch-up goes on.
         await limited(peer, Phase.JOINING, {"u1", "u3"})
         await until(lambda: peer.phase is Phase.JOINING)
@@ -645,19 +646,49 @@ async def test_suspending_the_group_ends_a_catch_up(tmp_path: Path) -> None:
             await catch_up
 
 
+async def nothing() -> None: ...
+
+
+async def test_a_repair_is_prepared_while_nothing_else_of_the_user_is_copied(
+    tmp_path: Path,
+) -> None:
+    world = World()
+    refused = 2
+
+    async def prepare() -> None:
+        nonlocal refused
+        assert "u1" not in world.running
+        count = len(world.syncs)
+        changed = asyncio.create_task(change(world, peer, "u1"))
+        await asyncio.sleep(0.02)
+        assert len(world.syncs) == count
+        changes.append(changed)
+        refused -= 1
+        if refused >= 0:
+            raise DoveadmError("not now") if refused else PeerError("dovecot", "not now")
+
+    changes: list[asyncio.Task[Verdict]] = []
+    async with mirror(world, tmp_path) as peer:
+        world.syncs.clear()
+        await peer.resync("u1", prepare)
+        assert len(changes) == 3
+        assert {await changed for changed in changes} == {Verdict.MIRRORED}
+        assert world.syncs[0] == ("u1", "")
+
+
 async def test_resync_compares_without_a_state(tmp_path: Path) -> None:
     world = World()
     async with mirror(world, tmp_path) as peer:
         await change(world, peer, "u1")
         world.syncs.clear()
-        await peer.resync("u1")
+        await peer.resync("u1", nothing)
         assert ("u1", "") in world.syncs
         world.outcome = lambda user: Outcome.NO_USER
         with pytest.raises(CatchUpFailed, match="does not know"):
-            await peer.resync("u1")
+            await peer.resync("u1", nothing)
         await peer.lose("gone")
         with pytest.raises(CatchUpFailed, match="gone"):
-            await peer.resync("u2")
+            await peer.resync("u2", nothing)
 
 
 async def test_the_first_round_is_over_when_everybody_had_a_turn(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from umbra.mailbox import verify as module
 from umbra.mailbox.compare import Found, Unlike
 from umbra.mailbox.describe import Description, Mailbox, Message
 from umbra.mailbox.doveadm import DoveadmError
-from umbra.mailbox.mirror import CatchUpFailed
+from umbra.mailbox.mirror import CatchUpFailed, Preparation
 from umbra.mailbox.verify import Rounds, Verifier
 from umbra.peer.exchange import PeerError
 
@@ -48,10 +48,11 @@ class Mirror:
         self.here, self.there, self.works, self.asked = here, there, works, 0
         self.settled = False
 
-    async def resync(self, user: str) -> None:
+    async def resync(self, user: str, prepare: Preparation) -> None:
         self.asked += 1
         if not self.works:
             raise CatchUpFailed("nothing is copied to mail-b now", {})
+        await prepare()
         assert self.settled, "dsync may pass over what differs, or take the copy's flags"
         self.there.flags[user] = self.here.flags[user]
 

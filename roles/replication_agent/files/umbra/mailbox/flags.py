@@ -76,7 +76,7 @@ class Dovecot:
 
     async def lift(self, user: str, name: str, modseq: int) -> None:
         """Let all further changes of the mailbox have a MODSEQ over ``modseq``."""
-        await self._run(user, "mailbox update", "--min-highest-modseq", str(modseq), name)
+        await self._run(user, "mailbox update", "--min-highest-modseq", str(modseq), "--", name)
 
     async def flags(self, user: str, mailbox: str, uids: Sequence[int]) -> dict[int, str]:
         """Return the flags of those of the messages that there are."""
@@ -149,7 +149,7 @@ class Settler:
             mine = theirs + AHEAD
             await self._dovecot.lift(user, name, mine)
             flags = await self._dovecot.flags(user, unlike.here, uids)
-            rows = [[uid, text] for uid, text in flags.items()]
+            rows = [[uid, text] for uid, text in flags.items() if _fits(text)]
             theirs = await self._request({"user": user, "mailbox": unlike.there, "rows": rows})
             if theirs < mine:
                 return theirs
@@ -219,13 +219,16 @@ def _read(rows: Any) -> dict[int, str]:
         raise PeerError("protocol", "not a list of flags")
     for row in rows:
         match row:
-            case [int(uid), str(flags)] if (
-                uid > 0 and len(flags) <= LONGEST and flags.isprintable()
-            ):
+            case [int(uid), str(flags)] if uid > 0 and _fits(flags):
                 wanted[uid] = lasting(flags)
             case _:
                 raise PeerError("protocol", f"not a message's flags: {row!r}"[:200])
     return wanted
+
+
+def _fits(flags: str) -> bool:
+    """Whether a message's flags can be sent; those of others are left to dsync."""
+    return len(flags) <= LONGEST and flags.isprintable()
 
 
 async def _rows(found: Mapping[str, tuple[str, int]]) -> AsyncIterator[list[Any]]:

@@ -38,6 +38,7 @@ from umbra.mailbox import metrics
 from umbra.mailbox.doveadm import DoveadmError, Outcome, SyncResult
 from umbra.mailbox.ledger import Ledger
 from umbra.mailbox.mirror_queue import MirrorQueue
+from umbra.peer.exchange import PeerError
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +116,10 @@ class Carrier(Protocol):
 
 Inherited = Callable[[str], Awaitable[str]]
 """Gives the state in which the primary before this one left a user's mailboxes here, or ""."""
+
+
+Preparation = Callable[[], Awaitable[None]]
+"""What has to be done before a sync. DoveadmError or PeerError if it cannot be."""
 
 
 class Phase(Enum):
@@ -197,6 +202,7 @@ class PeerMirror:
         self._unmerged: set[str] = set()
         self._inherited: Inherited | None = None
         self._without: set[str] = set()  # who has no use for an inherited state any more
+        self._before: dict[str, Preparation] = {}
         self._first_round: set[str] = set()
         self._progress = asyncio.Event()
         self._reason = "the agent has just started"
@@ -389,6 +395,14 @@ class PeerMirror:
                 if result.outcome is not Outcome.SYNCED:
                     return result
             self._unmerged.discard(user)
+        if (prepare := self._before.get(user)) is not None:
+            try:
+                await prepare()
+            except PeerError as error:
+                return SyncResult.of(error)
+            except DoveadmError as error:
+                return SyncResult(Outcome.FAILED, reason=str(error))
+            self._before.pop(user, None)
         state = await self._ledger.state(self.peer, user)
         if not state and self._inherited is not None and user not in self._without:
             self._without.add(user)  # if the sync fails, the next one compares everything
@@ -586,14 +600,22 @@ class PeerMirror:
         self._queue.note(users)
         self._pump()
 
-    async def resync(self, user: str) -> None:
+    async def resync(self, user: str, prepare: Preparation) -> None:
         """Compare ``user`` without a state, mend the peer's copy, and return when that is done.
 
+        :param prepare: done before it, while nothing else of the user is copied.
         :raises CatchUpFailed: nothing is copied to this peer now, or the user cannot be mirrored.
         """
         self.findings.pop(user, None)
         if self.phase is not Phase.RECORDING:
+            self._before[user] = prepare
             self.recheck([user], deep=True)
+        try:
+            await self._resynced(user)
+        finally:
+            self._before.pop(user, None)
+
+    async def _resynced(self, user: str) -> None:
         while True:
             if self.phase is Phase.RECORDING:
                 raise CatchUpFailed(f"nothing is copied to {self.peer} now: {self._reason}", {})

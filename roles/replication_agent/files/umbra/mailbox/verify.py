@@ -12,6 +12,7 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Protocol
 
 from umbra.mailbox import metrics
@@ -25,7 +26,7 @@ from umbra.mailbox.compare import (
 )
 from umbra.mailbox.describe import Description, Message
 from umbra.mailbox.doveadm import DoveadmError
-from umbra.mailbox.mirror import CatchUpFailed
+from umbra.mailbox.mirror import CatchUpFailed, Preparation
 from umbra.peer.exchange import PeerError
 
 log = logging.getLogger(__name__)
@@ -57,8 +58,8 @@ class Here(Side, Protocol):
 class Mender(Protocol):
     """The mirror to one peer."""
 
-    async def resync(self, user: str) -> None:
-        """Make the peer's copy of ``user`` what it is here; CatchUpFailed."""
+    async def resync(self, user: str, prepare: Preparation) -> None:
+        """Make the peer's copy of ``user`` what it is here, after ``prepare``; CatchUpFailed."""
 
 
 class Settler(Protocol):
@@ -117,8 +118,8 @@ class Verifier:
             for _ in range(REPAIRS if repair else 0):
                 if outcome != "different":
                     break
-                await self._settlers[peer].settle(user, found, ours=True)
-                await self._menders[peer].resync(user)
+                settle = self._settlers[peer].settle
+                await self._menders[peer].resync(user, partial(settle, user, found, ours=True))
                 again, left = await self._settled(user, peer, bodies=bodies)
                 if again == "equal":
                     outcome = "repaired"
