@@ -44,6 +44,14 @@ MAILBOXES = tuple(item["address"] for item in _mail["mail_server_mailboxes"])
 PASSWORD: str = _mail["lab_password"]
 SERVICE_NAME = "mail.example.org"
 
+# Subject of a message that is deleted while the shadow is off.
+DELETED = "deleted while the shadow was off"
+# As the agent's own doveadm: what it changes is mirrored by nobody.
+DOVEADM_ALONE = "doveadm " + " ".join(
+    f"-o mail_plugins/{name}=no"
+    for name in ("push_notification_lua", "mail_lua", "push_notification", "notify")
+)
+
 
 def ssh_config() -> str:
     """The lab's SSH configuration, which `lab control` names."""

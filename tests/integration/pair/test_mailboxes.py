@@ -153,3 +153,24 @@ def test_everything_is_equal_on_both_nodes(primary: str, shadow: str) -> None:
     assert lab.contents(shadow) == lab.contents(primary)
     for user in lab.MAILBOXES:
         assert lab.folders(shadow, user)[0] == lab.folders(primary, user)[0]
+
+
+def test_a_repair_changes_the_copy_and_never_the_primary(
+    session: imaplib.IMAP4, primary: str, shadow: str
+) -> None:
+    expunged, flagged, kept = (append(session)[0] for _ in range(3))
+    before = lab.contents(primary)[USER]
+    doveadm = f"{lab.DOVEADM_ALONE} %s -u {USER}"
+    query = "mailbox INBOX HEADER Message-ID %s"
+    lab.run(shadow, doveadm.replace("%s", "expunge") + f" {query}", expunged.id)
+    for _ in range(5):  # so that its MODSEQ is over the primary's
+        for verb in ("remove", "add"):
+            lab.run(shadow, doveadm.replace("%s", f"flags {verb}") + f" Wrong {query}", flagged.id)
+    stray = lab.mail()
+    lab.run(shadow, f"printf %s | {doveadm.replace('%s', 'save')}", stray.content.decode())
+    found = lab.host(primary).run("umbractl verify %s", USER)
+    assert (found.rc, "1 different" in found.stdout) == (1, True)
+    assert "1 repaired" in lab.run(primary, "umbractl verify --repair %s", USER)
+    assert lab.contents(primary)[USER] == lab.contents(shadow)[USER] == before
+    assert on(shadow, stray) == ""
+    assert on(shadow, kept)

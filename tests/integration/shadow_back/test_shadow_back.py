@@ -37,6 +37,12 @@ def test_nothing_is_missing(primary: str) -> None:
         assert lab.folders(BACK, user) == lab.folders(primary, user)
 
 
+def test_what_was_deleted_meanwhile_stays_deleted(primary: str) -> None:
+    query = "doveadm search -u user07@example.org mailbox INBOX SUBJECT %s"
+    for node in (primary, BACK):
+        assert lab.run(node, query, lab.DELETED) == ""
+
+
 def test_a_new_message_is_on_both(primary: str) -> None:
     mail = lab.mail()
     assert lab.send(primary, ["user08@example.org"], mail.content)[0] == 250

@@ -14,10 +14,11 @@ USER = "user07@example.org"
 GONE = "mail-b"
 
 
-def append(session: imaplib.IMAP4) -> float:
+def append(session: imaplib.IMAP4, mail: lab.Mail | None = None) -> float:
     """Append a message; how long the client waited for its OK, in seconds."""
     started = time.monotonic()
-    answer = session.append("INBOX", "", imaplib.Time2Internaldate(time.time()), lab.mail().content)
+    content = (mail or lab.mail()).content
+    answer = session.append("INBOX", "", imaplib.Time2Internaldate(time.time()), content)
     assert answer[0] == "OK", answer
     return time.monotonic() - started
 
@@ -29,6 +30,7 @@ def session(protected: None, primary: str) -> Iterator[imaplib.IMAP4]:
     with lab.imap(primary, USER) as session:
         session.select("INBOX")
         append(session)
+        append(session, lab.mail(lab.DELETED))
         yield session
 
 
@@ -38,6 +40,23 @@ def test_mailboxes_go_on_at_once(session: imaplib.IMAP4, primary: str) -> None:
     assert append(session) < 8
     assert max(append(session) for _ in range(5)) < 1
     assert session.noop()[0] == "OK"
+
+
+def test_what_is_deleted_no_log_tells_later(session: imaplib.IMAP4, primary: str) -> None:
+    """As after a day of a busy mailbox: Dovecot keeps two files of a mailbox's history."""
+    (uids,) = session.uid("SEARCH", "SUBJECT", f'"{lab.DELETED}"')[1]
+    assert session.uid("STORE", uids.decode(), "+FLAGS", r"(\Deleted)")[0] == "OK"
+    assert session.expunge()[0] == "OK"
+    sizes = ("log_rotate_min_size=64", "log_rotate_max_size=128", "log_rotate_min_age=0s",
+             "log2_max_age=1s", "rewrite_min_log_bytes=1", "rewrite_max_log_bytes=1")  # fmt: skip
+    options = " ".join(f"-o mail_index_{size}" for size in sizes)
+    for number in range(6):
+        change = f"flags add -u {USER} meanwhile-{number} mailbox INBOX all"
+        lab.run(primary, f"doveadm {options} {change} && doveadm {options} index -u {USER} INBOX")
+        time.sleep(1)
+    path = lab.run(primary, f"doveadm mailbox path -u {USER} INBOX").strip()
+    history = lab.run(primary, "cat %s/dovecot.index.log* | wc -c", path)
+    assert int(history) < 1000
 
 
 def test_mail_is_deferred(primary: str) -> None:

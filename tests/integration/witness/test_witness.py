@@ -14,11 +14,6 @@ from tests.integration import lab
 
 USER = "user08@example.org"
 FLAGGED = "user07@example.org"
-# As the agent's own doveadm: nobody waits for the mirror.
-WITHOUT_NOTIFICATION = " ".join(
-    f"-o mail_plugins/{name}=no"
-    for name in ("push_notification_lua", "mail_lua", "push_notification", "notify")
-)
 VOTERS = (*lab.NODES, "witness")
 # Of the LAN in which mail hosts and client are; tests/lab/README.md.
 ADDRESSES = ("203.0.113.80", "2001:db8:e::80")
@@ -193,6 +188,21 @@ class Lost:
     clients: list[lab.Idler]
 
 
+def test_a_change_waits_for_an_agent_that_was_killed(group: str, other: str) -> None:
+    """The new one does not know its right yet; the ports are open for the one before it."""
+    mark = lab.run(group, "journalctl -u dovecot -n 0 --show-cursor").split("cursor: ")[1].strip()
+    lab.run(group, "systemctl kill --kill-whom=main --signal=KILL umbra-agent")
+    mail = lab.mail()
+    with lab.imap(group, FLAGGED) as session:
+        assert session.append("INBOX", "", "", mail.content)[0] == "OK"
+    protected = lab.status(group)["protected"]
+    assert lab.copies(other, FLAGGED, mail.id) or not protected
+    log = lab.run(group, "journalctl -u dovecot --after-cursor %s", mark)
+    assert "did not confirm" not in log
+    lab.wait("the group is protected", lambda: lab.status(group)["protected"], 30)
+    assert lab.copies(other, FLAGGED, mail.id)
+
+
 @pytest.fixture(scope="module")
 def lost(group: str, other: str) -> Iterator[Lost]:
     """The primary's power is cut; it had acknowledged messages, and has idle clients."""
@@ -233,7 +243,7 @@ def untold(lost: Lost, group: str, other: str) -> str:
     store(other, lost.flagged, "+FLAGS", "\\Flagged")
     lab.power(group, on=True)
     lab.wait(f"{group} is up", lambda: lab.answers(group), 60)
-    doveadm = f"doveadm {WITHOUT_NOTIFICATION} %s -u {FLAGGED}"
+    doveadm = f"{lab.DOVEADM_ALONE} %s -u {FLAGGED}"
     mark = f"{doveadm.replace('%s', 'flags %s')} %s HEADER Message-ID %s"
     # Many, so that its MODSEQ is the higher one.
     for _ in range(5):

@@ -80,12 +80,12 @@ async def test_sync(tmp_path: Path, answer: bytes, outcome: Outcome, state: str 
 
 @pytest.mark.parametrize(
     ("state", "merge", "command"),
-    [("old", False, "backup"), ("old", True, "sync"), ("", False, "sync")],
+    [("old", False, "backup"), ("old", True, "sync"), ("", False, "backup")],
 )
-async def test_one_way_only_with_a_state(
+async def test_one_way_but_for_a_merge(
     tmp_path: Path, state: str, merge: bool, command: str
 ) -> None:
-    """A backup from scratch brought flags back that the other node had removed (2.4.1)."""
+    """Two-way from scratch took what a copy lacked or had too much for newer (2.4.1)."""
     server = Server(f"{STATE}\t\n+\n".encode())
     async with dovecot(tmp_path, server) as doveadm:
         await doveadm.sync("a@example.org", "tcp:/run/x.sock", state, 5, merge=merge)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
@@ -12,8 +12,9 @@ from tests.unit.mailbox.exchange import Side, serve
 from umbra.mailbox import flags as module
 from umbra.mailbox.carrier import Exchange
 from umbra.mailbox.compare import Found, Unlike
-from umbra.mailbox.doveadm import Doveadm, DoveadmError, Reply
-from umbra.mailbox.flags import Dovecot, FlagsHandler, Settler
+from umbra.mailbox.describe import Message
+from umbra.mailbox.doveadm import Doveadm, DoveadmError, Outcome, Reply, SyncResult
+from umbra.mailbox.flags import Counters, Dovecot, FlagsCarrier, FlagsHandler, Settler
 from umbra.peer.exchange import PeerError
 from umbra.peer.identity import PeerIdentity
 
@@ -28,19 +29,19 @@ class Node:
 
     def __init__(self, highest: int, **messages: str) -> None:
         self.highest = highest
-        self.messages = {int(name[1:]): (flags, highest) for name, flags in messages.items()}
+        self.kept = {int(name[1:]): (flags, highest) for name, flags in messages.items()}
         self.on_read: Callable[[], None] = lambda: None
         self.cost = 1
 
     def change(self, uid: int, flags: str) -> None:
         self.highest += self.cost
-        self.messages[uid] = flags, self.highest
+        self.kept[uid] = flags, self.highest
 
     async def exists(self, user: str) -> bool:
-        return bool(self.messages)
+        return bool(self.kept)
 
-    async def modseqs(self, user: str) -> dict[str, tuple[str, int]]:
-        return {BOX: ("INBOX", self.highest)}
+    async def counters(self, user: str) -> dict[str, Counters]:
+        return {BOX: Counters("INBOX", self.highest, 9, len(self.kept))}
 
     async def lift(self, user: str, name: str, modseq: int) -> None:
         assert name == "INBOX"
@@ -48,9 +49,16 @@ class Node:
 
     async def flags(self, user: str, mailbox: str, uids: Sequence[int]) -> dict[int, str]:
         assert mailbox == BOX
-        found = {uid: self.messages[uid][0] for uid in uids if uid in self.messages}
+        found = {uid: self.kept[uid][0] for uid in uids if uid in self.kept}
         self.on_read()
         return found
+
+    async def messages(
+        self, user: str, guid: str, *, bodies: bool
+    ) -> AsyncGenerator[Message, None]:
+        assert guid == BOX
+        for uid, (flags, _) in sorted(self.kept.items()):
+            yield Message(uid, f"{uid}", flags, "1", "2")
 
     async def set_flags(self, user: str, mailbox: str, uids: Sequence[int], flags: str) -> None:
         for uid in uids:
@@ -75,8 +83,8 @@ class Pair:
     async def exchange(
         self, op: str, args: Mapping[str, Any], *, timeout: float
     ) -> AsyncIterator[Side]:
-        assert op == "modseqs"
-        yield serve(self.handler.modseqs, PEER, args)
+        assert op == "counters"
+        yield serve(self.handler.counters, PEER, args)
 
     async def settle(self, *, ours: bool) -> None:
         found = Found()
@@ -85,8 +93,8 @@ class Pair:
             BOX,
             [
                 uid
-                for uid in self.here.messages.keys() & self.there.messages.keys()
-                if self.here.messages[uid][0] != self.there.messages[uid][0]
+                for uid in self.here.kept.keys() & self.there.kept.keys()
+                if self.here.kept[uid][0] != self.there.kept[uid][0]
             ],
         )
         await self.settler.settle(USER, found, ours=ours)
@@ -95,10 +103,10 @@ class Pair:
         if self.here.highest == self.there.highest:
             return {}
         both = {}
-        for uid, mine in self.here.messages.items():
-            theirs = self.there.messages.get(uid, mine)
+        for uid, mine in self.here.kept.items():
+            theirs = self.there.kept.get(uid, mine)
             both[uid] = theirs if theirs[1] > mine[1] else mine
-        self.here.messages, self.there.messages = dict(both), dict(both)
+        self.here.kept, self.there.kept = dict(both), dict(both)
         return {uid: flags for uid, (flags, _) in both.items()}
 
 
@@ -163,6 +171,78 @@ async def test_the_peers_modseq_may_grow_as_it_takes_flags() -> None:
     assert pair.requests == [0, 1, 1]
 
 
+class Copier:
+    """One-way from scratch, as dsync does it: old keywords come back at the peer."""
+
+    def __init__(self, pair: Pair, **old: str) -> None:
+        self.pair = pair
+        self.old = {int(name[1:]): flags for name, flags in old.items()}
+        self.done: list[tuple[str, bool]] = []
+        self.outcome = Outcome.SYNCED
+
+    async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
+        self.done.append((state, merge))
+        for uid, flags in self.old.items():
+            self.pair.there.change(uid, flags)
+        return SyncResult(self.outcome, "state")
+
+    def progress(self, user: str) -> float:
+        return 7.0
+
+    def cut(self) -> None: ...
+
+    def carrier(self) -> FlagsCarrier:
+        return FlagsCarrier(self, self.pair.settler, self.pair.here, self.pair.there)
+
+
+def flags_of(node: Node) -> dict[int, str]:
+    return {uid: flags for uid, (flags, _) in node.kept.items()}
+
+
+async def test_after_a_copy_from_scratch_flags_are_this_nodes() -> None:
+    pair = Pair(Node(20, m1="", m2="\\Seen", m3=""), Node(12, m1="", m2=""))
+    copier = Copier(pair, m1="kw", m2="\\Seen kw")
+    assert (await copier.carrier().sync(USER, "")).state == "state"
+    assert flags_of(pair.there) == {1: "", 2: "\\Seen"}
+    assert copier.done == [("", False)]
+    assert copier.carrier().progress(USER) == 7.0
+
+
+async def test_nobody_looks_where_counters_were_the_same_or_little_was_copied() -> None:
+    for here, state, merge, outcome in (
+        (Node(12, m1=""), "", False, Outcome.SYNCED),
+        (Node(20, m1=""), "state", False, Outcome.SYNCED),
+        (Node(20, m1=""), "", True, Outcome.SYNCED),
+        (Node(20, m1=""), "", False, Outcome.CHANGED),
+    ):
+        pair = Pair(here, Node(12, m1=""))
+        copier = Copier(pair, m1="kw")
+        copier.outcome = outcome
+        assert (await copier.carrier().sync(USER, state, merge=merge)).outcome is outcome
+        assert flags_of(pair.there) == {1: "kw"}
+        assert pair.requests == []
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (DoveadmError("x"), Outcome.FAILED),
+        (PeerError("dovecot", "x"), Outcome.FAILED),
+        (PeerError("unreachable", "x"), Outcome.LOST),
+    ],
+)
+async def test_a_copy_whose_flags_nobody_could_look_at_is_made_again(
+    error: Exception, outcome: Outcome
+) -> None:
+    pair = Pair(Node(20, m1=""), Node(12, m1=""))
+
+    def fails() -> None:
+        raise error
+
+    pair.here.on_read = fails
+    assert (await Copier(pair, m1="kw").carrier().sync(USER, "")).outcome is outcome
+
+
 async def test_many_messages_go_in_parts() -> None:
     names = [f"m{uid}" for uid in range(1, 2 * module.BATCH + 2)]
     pair = Pair(Node(20, **dict.fromkeys(names, "")), Node(30, **dict.fromkeys(names, "kw")))
@@ -221,9 +301,11 @@ class Answers(Doveadm):
 
 
 async def test_the_commands() -> None:
-    answers = Answers("INBOX", "17", BOX, "a/b", "3", BOX[::-1])
+    answers = Answers("INBOX", "2", "9", "17", BOX, "a/b", "0", "1", "3", BOX[::-1])
     dovecot = Dovecot(answers)
-    assert await dovecot.modseqs(USER) == {BOX: ("INBOX", 17), BOX[::-1]: ("a/b", 3)}
+    found = await dovecot.counters(USER)
+    assert found == {BOX: Counters("", 17, 9, 2), BOX[::-1]: Counters("", 3, 1, 0)}
+    assert [counters.name for counters in found.values()] == ["INBOX", "a/b"]
     answers.reply = Reply(["1", "\\Seen \\Recent kw", "2", ""], "")
     assert await dovecot.flags(USER, BOX, [1, 2]) == {1: "\\Seen kw", 2: ""}
     answers.reply = Reply([], "")

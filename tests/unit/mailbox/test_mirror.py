@@ -20,13 +20,13 @@ from umbra.mailbox.ledger import Ledger
 from umbra.mailbox.mirror import (
     CatchUpFailed,
     Mirror,
-    NotPrimary,
     PeerMirror,
     Phase,
     Verdict,
     next_phase,
 )
 from umbra.peer.exchange import PeerError
+from umbra.transport.ports import NotPrimary
 
 
 class World:
@@ -142,6 +142,29 @@ async def test_mirrored_before_ok(tmp_path: Path) -> None:
         world.delay = lambda user: 0.01
         assert await change(world, peer, "u1") is Verdict.MIRRORED
         assert peer.lag() == (0, 0.0)
+
+
+@pytest.mark.parametrize(("refusals", "acknowledged"), [(0, True), (2, True), (99, False)])
+async def test_a_change_waits_until_the_right_to_acknowledge_it_is_known(
+    monkeypatch: pytest.MonkeyPatch, refusals: int, acknowledged: bool
+) -> None:
+    monkeypatch.setattr(module, "RIGHT_LOOK", 0.01)
+    asked = 0
+
+    async def ask() -> Verdict:
+        nonlocal asked
+        asked += 1
+        if asked <= refusals:
+            raise NotPrimary
+        return Verdict.MIRRORED
+
+    if acknowledged:
+        assert await module.entitled(ask, 0.1) is Verdict.MIRRORED
+        assert asked == refusals + 1
+    else:
+        with pytest.raises(NotPrimary):
+            await module.entitled(ask, 0.1)
+        assert asked > 5
 
 
 async def test_changes_share_syncs(tmp_path: Path) -> None:

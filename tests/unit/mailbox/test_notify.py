@@ -10,8 +10,9 @@ from contextlib import asynccontextmanager
 import aiohttp
 import pytest
 
-from umbra.mailbox.mirror import NotPrimary, Verdict
+from umbra.mailbox.mirror import Verdict
 from umbra.mailbox.notify import NotifyServer
+from umbra.transport.ports import NotPrimary
 
 TOKEN = "correct-horse"
 

@@ -272,6 +272,11 @@ class Group:
         heard = self.heard.get(peer)
         return None if heard is None else round(time.monotonic() - heard, 3)
 
+    @property
+    def lease(self) -> float:
+        """For how long the ports may stay open after this node's right has ended (seconds)."""
+        return self._config.fence.hold
+
     def answers(self, peer: str) -> bool:
         """Whether ``peer`` answers now."""
         view = self.state.peers.get(peer)

@@ -158,6 +158,11 @@ class QuorumGroup(Group):
         """The epoch that every request of this node carries."""
         return self.driver.state.durable.epoch
 
+    @property
+    def lease(self) -> float:
+        """For how long the ports may stay open after this node's right has ended (seconds)."""
+        return self.driver.config.timing.hold
+
     def is_primary(self) -> bool:
         """Whether this node may acknowledge anything now."""
         return self._ready == self.epoch and self.driver.may_act()

@@ -217,10 +217,9 @@ class Doveadm:
 
         One way (``doveadm backup``): afterwards the destination is as we are. Two-way dsync inside
         a notification waited 30 s for the list of mailboxes that a RENAME holds locked, and a
-        RENAME soon after a CREATE was undone here by the destination's older names (2.4.1).
-        Without a state it is two-way all the same: a backup from scratch replays the history of
-        flags, and a flag that was set here in an earlier term and removed by the other node in its
-        own came back there (2.4.1).
+        RENAME soon after a CREATE was undone here by the destination's older names (2.4.1). Two-way
+        from scratch, whatever the destination lacks or has too much was taken for the newer state
+        where the logs did not tell; one-way from scratch, flags need a look, see ``flags``.
 
         :param merge: two-way (``doveadm sync``): nothing that only one side has is lost.
         :param state: of the last sync to the same place; "" compares everything.
@@ -229,7 +228,7 @@ class Doveadm:
         try:
             reply = await self.run(
                 user,
-                "sync" if merge or not state else "backup",
+                "sync" if merge else "backup",
                 "-u",
                 user,
                 "-l",

@@ -11,10 +11,15 @@ benchmark). So
 * of what the comparison has found, each mailbox gets a highest MODSEQ here that is over the peer's,
 * and where the peer's flags are not to count, it takes this node's.
 
+One-way, from scratch, dsync replays the history of keywords, and one that was removed long ago came
+back at the other node. So after such a sync the flags are compared in the mailboxes whose counters
+differed before it, and the peer takes this node's.
+
 The MODSEQ first, then the flags are read: a change that is made here meanwhile is either among them
 or has the higher MODSEQ. Dying anywhere: the next merge compares again.
 
-* ``modseqs {user}``: back come JSON lines, GUID and highest MODSEQ of each mailbox.
+* ``counters {user}``: back come JSON lines, GUID, highest MODSEQ, UIDNEXT and number of messages of
+  each mailbox.
 * ``take-flags {user, mailbox, rows}``: sets the flags of messages, rows ``[uid, flags]``, in the
   mailbox of this GUID; answers with its highest MODSEQ afterwards. A primary refuses it.
 """
@@ -22,14 +27,16 @@ or has the higher MODSEQ. Dying anywhere: the next merge compares again.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from umbra.mailbox.carrier import Exchange, valid_user
-from umbra.mailbox.compare import Found, Unlike
-from umbra.mailbox.describe import is_guid, lasting, received_rows, send_rows
-from umbra.mailbox.doveadm import Doveadm, DoveadmError
+from umbra.mailbox.compare import Found, Unlike, of_messages
+from umbra.mailbox.describe import Message, is_guid, lasting, received_rows, send_rows
+from umbra.mailbox.doveadm import Doveadm, DoveadmError, Outcome, SyncResult
+from umbra.mailbox.mirror import Carrier
 from umbra.peer.exchange import PeerError
 from umbra.peer.identity import PeerIdentity
 
@@ -57,8 +64,18 @@ class Link(Protocol):
         """Run an exchange."""
 
 
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """What dsync goes by when it looks for mailboxes that have changed; and the name."""
+
+    name: str = field(compare=False)
+    modseq: int
+    uidnext: int
+    messages: int
+
+
 class Dovecot:
-    """Flags and MODSEQs of one user's mailboxes. DoveadmError if Dovecot does not answer."""
+    """Flags and counters of one user's mailboxes. DoveadmError if Dovecot does not answer."""
 
     def __init__(self, doveadm: Doveadm) -> None:
         self._doveadm = doveadm
@@ -67,12 +84,15 @@ class Dovecot:
         """Return whether there is such a user."""
         return await self._doveadm.exists(user)
 
-    async def modseqs(self, user: str) -> dict[str, tuple[str, int]]:
-        """Return name and highest MODSEQ of each mailbox, by its GUID."""
-        fields = await self._run(user, "mailbox status", "guid highestmodseq", "*")
-        rows = zip(fields[::3], fields[1::3], fields[2::3], strict=True)
-        # The columns come in Dovecot's own order.
-        return {guid: (name, int(modseq)) for name, modseq, guid in rows}
+    async def counters(self, user: str) -> dict[str, Counters]:
+        """Return the counters of each mailbox, by its GUID."""
+        wanted = "messages uidnext highestmodseq guid"
+        fields = await self._run(user, "mailbox status", wanted, "*")
+        rows = zip(*(fields[start::5] for start in range(5)), strict=True)
+        return {
+            guid: Counters(name, int(modseq), int(uidnext), int(messages))
+            for name, messages, uidnext, modseq, guid in rows
+        }
 
     async def lift(self, user: str, name: str, modseq: int) -> None:
         """Let all further changes of the mailbox have a MODSEQ over ``modseq``."""
@@ -111,19 +131,39 @@ class Settler:
         """
         if not await self._dovecot.exists(user):
             return
-        mine = await self._dovecot.modseqs(user)
-        async with self._link.exchange("modseqs", {"user": user}, timeout=TIMEOUT) as exchange:
+        theirs = await self._theirs(user)
+        for mailbox, mine in (await self._dovecot.counters(user)).items():
+            if mailbox in theirs and theirs[mailbox].modseq > mine.modseq:
+                await self._dovecot.lift(user, mine.name, theirs[mailbox].modseq + AHEAD)
+
+    async def unlike(self, user: str) -> dict[str, str]:
+        """Return the names of the mailboxes whose counters differ on the nodes, by their GUIDs.
+
+        DoveadmError or PeerError.
+        """
+        if not await self._dovecot.exists(user):
+            return {}
+        theirs = await self._theirs(user)
+        mine = await self._dovecot.counters(user)
+        return {
+            mailbox: counters.name
+            for mailbox, counters in mine.items()
+            if mailbox in theirs and theirs[mailbox] != counters
+        }
+
+    async def _theirs(self, user: str) -> dict[str, Counters]:
+        async with self._link.exchange("counters", {"user": user}, timeout=TIMEOUT) as exchange:
             await exchange.end()
             rows = [row async for row in received_rows(exchange)]
             await exchange.result()
+        found = {}
         for row in rows:
             match row:
-                case [str(mailbox), int(theirs)]:
-                    name, highest = mine.get(mailbox, ("", theirs))
-                    if theirs > highest:
-                        await self._dovecot.lift(user, name, theirs + AHEAD)
+                case [str(mailbox), int(modseq), int(uidnext), int(messages)]:
+                    found[mailbox] = Counters("", modseq, uidnext, messages)
                 case _:
-                    raise PeerError("protocol", f"not a mailbox's MODSEQ: {row!r}"[:200])
+                    raise PeerError("protocol", f"not a mailbox's counters: {row!r}"[:200])
+        return found
 
     async def settle(self, user: str, found: Found, *, ours: bool) -> None:
         """See the module. DoveadmError or PeerError.
@@ -163,6 +203,59 @@ class Settler:
         return modseq
 
 
+class Listing(Protocol):
+    """The messages of one node."""
+
+    def messages(self, user: str, guid: str, *, bodies: bool) -> AsyncGenerator[Message, None]:
+        """Yield the messages of one mailbox."""
+
+
+class FlagsCarrier:
+    """A carrier after whose syncs from scratch the peer's flags are this node's."""
+
+    def __init__(self, carrier: Carrier, settler: Settler, here: Listing, there: Listing) -> None:
+        self._carrier = carrier
+        self._settler = settler
+        self._here = here
+        self._there = there
+
+    async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
+        """See ``Carrier.sync``. If only the look at the flags failed, all is done again."""
+        if state or merge:
+            return await self._carrier.sync(user, state, merge=merge)
+        try:
+            unlike = await self._settler.unlike(user)
+            result = await self._carrier.sync(user, state)
+            if result.outcome is Outcome.SYNCED and unlike:
+                found = Found()
+                for mailbox, name in unlike.items():
+                    await self._look(user, mailbox, name, found)
+                await self._settler.settle(user, found, ours=True)
+        except PeerError as error:
+            return SyncResult.of(error)
+        except DoveadmError as error:
+            return SyncResult(Outcome.FAILED, reason=str(error))
+        return result
+
+    async def _look(self, user: str, mailbox: str, name: str, found: Found) -> None:
+        async with (
+            aclosing(self._here.messages(user, mailbox, bodies=False)) as left,
+            aclosing(self._there.messages(user, mailbox, bodies=False)) as right,
+        ):
+            async for difference in of_messages(name, left, right):
+                if difference.what.startswith("flags"):
+                    unlike = found.unlike.setdefault(name, Unlike(mailbox, mailbox))
+                    unlike.flags.append(difference.uid)
+
+    def progress(self, user: str) -> float:
+        """See ``Carrier.progress``."""
+        return self._carrier.progress(user)
+
+    def cut(self) -> None:
+        """Break all syncs that run."""
+        self._carrier.cut()
+
+
 class FlagsHandler:
     """The handlers of the peer's side."""
 
@@ -183,19 +276,20 @@ class FlagsHandler:
         try:
             if wanted:
                 await self._take(user, str(mailbox), wanted)
-            return {"modseq": (await self._dovecot.modseqs(user)).get(str(mailbox), ("", 0))[1]}
+            mine = (await self._dovecot.counters(user)).get(str(mailbox))
+            return {"modseq": mine.modseq if mine else 0}
         except (DoveadmError, ValueError) as error:
             raise PeerError("dovecot", str(error)) from None
 
-    async def modseqs(
+    async def counters(
         self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
     ) -> dict[str, Any]:
-        """Send the highest MODSEQs. Reads only."""
+        """Send the counters. Reads only."""
         user = args.get("user")
         if not isinstance(user, str) or not valid_user(user):
             raise PeerError("refused", "no such user")
         try:
-            found = await self._dovecot.modseqs(user) if await self._dovecot.exists(user) else {}
+            found = await self._dovecot.counters(user) if await self._dovecot.exists(user) else {}
         except (DoveadmError, ValueError) as error:
             raise PeerError("dovecot", str(error)) from None
         await send_rows(exchange, _rows(found))
@@ -231,9 +325,9 @@ def _fits(flags: str) -> bool:
     return len(flags) <= LONGEST and flags.isprintable()
 
 
-async def _rows(found: Mapping[str, tuple[str, int]]) -> AsyncIterator[list[Any]]:
-    for mailbox, (_, modseq) in found.items():
-        yield [mailbox, modseq]
+async def _rows(found: Mapping[str, Counters]) -> AsyncIterator[list[Any]]:
+    for mailbox, counters in found.items():
+        yield [mailbox, counters.modseq, counters.uidnext, counters.messages]
 
 
 def _joined(uids: Sequence[int]) -> str:

@@ -39,6 +39,7 @@ from umbra.mailbox.doveadm import DoveadmError, Outcome, SyncResult
 from umbra.mailbox.ledger import Ledger
 from umbra.mailbox.mirror_queue import MirrorQueue
 from umbra.peer.exchange import PeerError
+from umbra.transport.ports import NotPrimary
 
 log = logging.getLogger(__name__)
 
@@ -53,14 +54,12 @@ CHANGED_ATTEMPTS = 50
 RESYNC_LOOK = 0.05
 # Each user's mailboxes are compared without a state once in this time (seconds), spread evenly.
 DEEP_PERIOD = 24 * 3600.0
+# How often it is looked whether this node may act (seconds).
+RIGHT_LOOK = 0.05
 # A change whose sync moves on waits for so many times the time-out in all, but for less than
 # Dovecot's script waits for the answer (mail_server_notify_timeout, 30 s).
 PATIENCE = 4
 LONGEST = 29.0
-
-
-class NotPrimary(Exception):
-    """The node may not acknowledge changes."""
 
 
 class CatchUpFailed(Exception):
@@ -161,6 +160,23 @@ def next_phase(phase: Phase, noted: int, few: int, first_round: bool) -> Phase:
     if phase is Phase.JOINING and noted == 0:
         phase = Phase.PROTECTED
     return phase
+
+
+async def entitled(ask: Callable[[], Awaitable[Verdict]], seconds: float) -> Verdict:
+    """Ask until the change may be acknowledged; NotPrimary if it still may not after ``seconds``.
+
+    It is committed, so whatever Dovecot is answered, the client is told OK, unless it cannot be
+    reached any more. An agent that has just started does not know its right yet, while the ports
+    are open for the one before it.
+    """
+    until = monotonic() + seconds
+    while True:
+        try:
+            return await ask()
+        except NotPrimary:
+            if monotonic() >= until:
+                raise
+        await asyncio.sleep(RIGHT_LOOK)
 
 
 class PeerMirror:

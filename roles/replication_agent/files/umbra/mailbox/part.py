@@ -26,7 +26,14 @@ from umbra.mailbox.gone import GoneCarrier, GoneHandler
 from umbra.mailbox.inherited import InheritedStates, StateHandler
 from umbra.mailbox.ledger import Ledger
 from umbra.mailbox.merged import Record, RecordingCarrier
-from umbra.mailbox.mirror import CatchUpFailed, Mirror, NotPrimary, PeerMirror, Phase, Verdict
+from umbra.mailbox.mirror import (
+    CatchUpFailed,
+    Mirror,
+    PeerMirror,
+    Phase,
+    Verdict,
+    entitled,
+)
 from umbra.mailbox.notify import NotifyServer
 from umbra.mailbox.parents import ParentsCarrier
 from umbra.mailbox.scripts import ScriptCarrier, ScriptsHandler
@@ -38,6 +45,7 @@ from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import PeerIdentity
 from umbra.peer.server import Handler
 from umbra.transport.once import plain
+from umbra.transport.ports import NotPrimary
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +53,8 @@ NOTIFY_ADDRESS, NOTIFY_PORT = "127.0.0.1", 8688
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 MISSED_INTERVAL = 2.0
 MERGED_TIMEOUT = 5.0
+# By how much the kernel may be late to close the ports (seconds).
+LATE_PORTS = 0.5
 EVENTS_INTERVAL = 0.5
 EVENTS_RETRY = 60.0
 RELAX_INTERVAL = 1.0
@@ -125,16 +135,13 @@ class Mailboxes:
         self._peers: dict[str, PeerMirror] = {}
         self._mergers: dict[str, copies.CopiesCarrier] = {}
         settlers = {name: flags.Settler(link, flagged) for name, link in group.links.items()}
-        self._verifier = Verifier(
-            dovecot,
-            {name: Peer(link) for name, link in group.links.items()},
-            self._peers,
-            settlers,
-        )
+        sides = {name: Peer(link) for name, link in group.links.items()}
+        self._verifier = Verifier(dovecot, sides, self._peers, settlers)
         self._merged = {name: Record(paths.state / "mirror", name) for name in group.links}
         for name, carrier in self._scripts.items():
+            settled = flags.FlagsCarrier(carrier, settlers[name], dovecot, sides[name])
             recording = RecordingCarrier(
-                carrier, name, self._merged[name], self._verifier, self._begin_merge,
+                settled, name, self._merged[name], self._verifier, self._begin_merge,
                 settlers[name], functools.partial(self._unshared, name),
             )  # fmt: skip
             # Second copies go first, so that they are not told as merged.
@@ -208,7 +215,7 @@ class Mailboxes:
             "describe": self._describe_handler,
             "unmirrored": self._copies_handler.unmirrored,
             "remove-copies": self._copies_handler.remove,
-            "modseqs": self._flags_handler.modseqs,
+            "counters": self._flags_handler.counters,
             "take-flags": self._flags_handler.take,
             "sync-state": StateHandler(self._ledger),
         }
@@ -231,6 +238,11 @@ class Mailboxes:
         return ""
 
     async def _changed(self, user: str) -> Verdict:
+        return await entitled(
+            functools.partial(self._mirrored, user), self._group.lease + LATE_PORTS
+        )
+
+    async def _mirrored(self, user: str) -> Verdict:
         epoch = self._group.epoch
         verdict = await self._mirror.changed(user)
         # The right may have ended while the change waited. Who lacks it has it noted.

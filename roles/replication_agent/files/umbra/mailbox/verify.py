@@ -119,7 +119,7 @@ class Verifier:
                 if outcome != "different":
                     break
                 settle = self._settlers[peer].settle
-                await self._menders[peer].resync(user, partial(settle, user, found, ours=True))
+                await self._menders[peer].resync(user, partial(settle, user, found, ours=False))
                 again, left = await self._settled(user, peer, bodies=bodies)
                 if again == "equal":
                     outcome = "repaired"
