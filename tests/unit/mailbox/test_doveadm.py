@@ -22,12 +22,15 @@ class Server:
 
     def __init__(self, answer: bytes, hello: bytes = b"+\n") -> None:
         self.answer, self.hello, self.asked = answer, hello, b""
+        self.input = b""
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             assert await reader.readline() == b"VERSION\tdoveadm-server\t1\t0\n"
             writer.write(self.hello)
             self.asked = await reader.readline()
+            if b"\tsieve put\t" in self.asked:
+                self.input = await reader.readuntil(b"\r\n.\r\n")
             writer.write(self.answer)
             if not self.answer:
                 await reader.read()
@@ -204,3 +207,18 @@ async def test_pieces_of_what_fails(tmp_path: Path, answer: bytes, reason: str) 
         with pytest.raises(DoveadmError, match=reason):
             async for _ in doveadm.pieces("a@example.org", "fetch"):
                 pass
+
+
+@pytest.mark.parametrize(
+    ("data", "sent"),
+    [
+        (b"keep;\n", b"keep;\n\r\n.\r\n"),
+        (b"", b"\r\n.\r\n"),
+        (b".a\n.\n..", b"..a\n..\n...\r\n.\r\n"),
+    ],
+)
+async def test_standard_input(tmp_path: Path, data: bytes, sent: bytes) -> None:
+    server = Server(b"\n+\n")
+    async with dovecot(tmp_path, server) as doveadm:
+        await doveadm.run("a@example.org", "sieve put", "s", data=data)
+    assert (server.asked, server.input) == (b"\ta@example.org\tsieve put\ts\n", sent)

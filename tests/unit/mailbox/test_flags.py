@@ -295,7 +295,9 @@ class Answers(Doveadm):
         self.reply = Reply(list(fields), code)
         self.asked: list[tuple[str, ...]] = []
 
-    async def run(self, user: str, *command: str, limit: float = 0.0) -> Reply:
+    async def run(
+        self, user: str, *command: str, limit: float = 0.0, data: bytes | None = None
+    ) -> Reply:
         self.asked.append(command)
         return self.reply
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, cast
 
 import pytest
+from tests.unit.mailbox.exchange import Side, serve
 
 from umbra.mailbox.describe import Dovecot
 from umbra.mailbox.doveadm import DoveadmError, Outcome, SyncResult
@@ -18,17 +20,29 @@ USER = "a@example.org"
 
 class FakeDovecot:
     def __init__(self, *names: str) -> None:
-        self.names = list(names)
+        self.texts = {name: f"keep; # {name}" for name in names}
         self.active = ""
         self.error = ""
 
     async def scripts(self, user: str) -> tuple[list[str], str]:
         if self.error:
             raise DoveadmError(self.error)
-        return list(self.names), self.active
+        return self.names, self.active
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.texts)
+
+    async def script(self, user: str, name: str) -> str:
+        return self.texts[name]
+
+    async def put_script(self, user: str, name: str, content: str) -> None:
+        if "syntax error" in content:
+            raise DoveadmError("doveadm sieve put ended with DATAERR")
+        self.texts[name] = content
 
     async def remove_script(self, user: str, name: str) -> None:
-        self.names.remove(name)
+        del self.texts[name]
         if self.active == name:
             self.active = ""
 
@@ -45,6 +59,7 @@ class World:
         self.outcome = Outcome.SYNCED
         self.refusal: PeerError | None = None
         self.primary = False
+        self.sent: list[str] = []
         handler = ScriptsHandler(lambda: self.primary, cast(Dovecot, self.there))
         self.handler = handler
         self.carrier = ScriptCarrier(self, self, cast(Dovecot, self.here))
@@ -63,6 +78,14 @@ class World:
         if self.refusal:
             raise self.refusal
         return await self.ask(args)
+
+    @asynccontextmanager
+    async def exchange(
+        self, op: str, args: Mapping[str, Any], *, timeout: float
+    ) -> AsyncIterator[Side]:
+        assert op == "script"
+        self.sent.append(args["name"])
+        yield serve(self.handler.put, PeerIdentity("mail-a", "x"), args)
 
     async def ask(self, args: Mapping[str, Any]) -> dict[str, Any]:
         return await self.handler(PeerIdentity("mail-a", "x"), args, cast(Exchange, None))
@@ -107,7 +130,7 @@ async def test_after_a_change_of_scripts_the_next_sync_that_works_removes(world:
     world.outcome = Outcome.SYNCED
     await world.carrier.sync(USER, "state")
     assert "old" not in world.there.names
-    world.there.names.append("again")
+    world.there.texts["again"] = "keep;"
     await world.carrier.sync(USER, "state")
     assert "again" in world.there.names
 
@@ -152,3 +175,49 @@ async def test_a_primary_refuses(world: World) -> None:
     with pytest.raises(PeerError, match="primary"):
         await world.ask({"user": USER, "keep": [], "active": ""})
     assert "old" in world.there.names
+
+
+async def test_a_script_that_dsync_has_passed_over_is_sent(world: World) -> None:
+    """Changed twice within a second (found by the model test)."""
+    world.here.texts["two"] = "discard; # ü\n.\n"
+    world.carrier.changed(USER)
+    assert (await world.carrier.sync(USER, "state")).outcome is Outcome.SYNCED
+    assert (world.there.texts, world.sent) == (world.here.texts, ["two"])
+
+
+async def test_a_script_that_is_missing_is_sent_and_made_active(world: World) -> None:
+    del world.there.texts["two"]
+    world.here.active = "two"
+    await world.carrier.sync(USER, "")
+    assert (world.there.texts, world.there.active) == (world.here.texts, "two")
+
+
+async def test_a_script_that_the_peer_refuses_keeps_no_mail_from_it(world: World) -> None:
+    world.here.texts["two"] = "syntax error"
+    assert (await world.carrier.sync(USER, "")).outcome is Outcome.SYNCED
+    assert world.there.texts["two"] == "keep; # two"
+
+
+async def test_a_peer_of_before_fingerprints_is_told_what_it_understands(world: World) -> None:
+    answer = await world.ask({"user": USER, "keep": ["one"], "active": ""})
+    assert answer == {"removed": 2, "stale": []}
+
+
+@pytest.mark.parametrize(
+    "change", [{"user": "-x"}, {"name": ""}, {"name": "-a"}, {"name": "a\n"}, {"name": 1}], ids=str
+)
+async def test_what_is_no_script_is_refused(world: World, change: dict[str, Any]) -> None:
+    side = serve(
+        world.handler.put, PeerIdentity("mail-a", "x"), {"user": USER, "name": "one", **change}
+    )
+    await side.end()
+    with pytest.raises(PeerError, match="not a script"):
+        await side.result()
+
+
+async def test_a_primary_takes_no_script(world: World) -> None:
+    world.primary = True
+    side = serve(world.handler.put, PeerIdentity("mail-a", "x"), {"user": USER, "name": "one"})
+    await side.end()
+    with pytest.raises(PeerError, match="primary"):
+        await side.result()

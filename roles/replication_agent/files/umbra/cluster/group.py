@@ -44,6 +44,7 @@ PRIMARY_OPERATIONS = frozenset(
         "shadow-discard",
         "dsync",
         "scripts",
+        "script",
         "mailboxes",
         "take-flags",
         "sync-state",

@@ -102,7 +102,7 @@ class Dovecot:
             )
         found.subscriptions = set(await self._fields(user, "mailbox list", "-s"))
         for name, state in _rows(await self._fields(user, "sieve list"), 2):
-            found.scripts[name] = _digest(await self._fields(user, "sieve get", name))
+            found.scripts[name] = fingerprint(await self.script(user, name))
             if state == "ACTIVE":
                 found.active = name
         found.rights = await self._rights(user, names)
@@ -146,7 +146,7 @@ class Dovecot:
             await self._fields(user, "mailbox list", "-s"),
             await self._fields(user, "sieve list"),
         ]
-        return _digest([json.dumps(part) for part in parts])
+        return fingerprint(*(json.dumps(part) for part in parts))
 
     async def mailboxes(self, user: str) -> dict[str, str]:
         """Return the GUIDs of the user's mailboxes, by name."""
@@ -164,6 +164,16 @@ class Dovecot:
         rows = _rows(await self._fields(user, "sieve list"), 2)
         active = [name for name, state in rows if state == "ACTIVE"]
         return [name for name, _ in rows], active[0] if active else ""
+
+    async def script(self, user: str, name: str) -> str:
+        """Return a Sieve script."""
+        return "".join(await self._fields(user, "sieve get", name))
+
+    async def put_script(self, user: str, name: str, content: str) -> None:
+        """Make or replace a Sieve script."""
+        reply = await self._doveadm.run(user, "sieve put", "-u", user, name, data=content.encode())
+        if reply.code:
+            raise DoveadmError(f"doveadm sieve put of {user} ended with {reply.code}")
 
     async def activate_script(self, user: str, name: str) -> None:
         """Make a Sieve script the active one; "" for none."""
@@ -297,7 +307,8 @@ def _line(row: list[Any]) -> bytes:
     return json.dumps(row, separators=(",", ":")).encode() + b"\n"
 
 
-def _digest(texts: list[str]) -> str:
+def fingerprint(*texts: str) -> str:
+    """Return what is the same for the same texts."""
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 

@@ -9,6 +9,8 @@ experiment):
   else ``-\n`` and wants a password.
 * A command is ``FLAGS\tUSER\tCOMMAND\tARGUMENT...\n``, each field with NUL, 1, tab, CR and LF
   escaped by the byte 1.
+* A command that reads its standard input gets it after that, with dots stuffed as in SMTP, and
+  ``.\r\n`` on a line of its own.
 * The answer is one line of output, escaped in the same way, then ``+\n`` or ``-CODE\n``.
 
 Each command has a connection of its own: Dovecot keeps the processes waiting, so a new connection
@@ -129,12 +131,17 @@ class Doveadm:
     def __init__(self, socket: Path = SOCKET) -> None:
         self._socket = socket
 
-    async def run(self, user: str, *command: str, limit: float = TIMEOUT) -> Reply:
-        """Run one command for ``user`` ("" for none).
+    async def run(
+        self, user: str, *command: str, limit: float = TIMEOUT, data: bytes | None = None
+    ) -> Reply:
+        """Run one command for ``user`` ("" for none); ``data`` is its standard input.
 
         DoveadmError if Dovecot does not answer within ``limit`` seconds.
         """
         line = "\t".join(map(escape, ("", user, *command))).encode() + b"\n"
+        if data is not None:
+            # The line's end before the last dot is not of the data.
+            line += (b"\n" + data).replace(b"\n.", b"\n..")[1:] + b"\r\n.\r\n"
         try:
             async with asyncio.timeout(limit):
                 return await self._run(line)

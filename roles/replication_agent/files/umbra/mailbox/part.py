@@ -210,6 +210,7 @@ class Mailboxes:
         return {
             "dsync": self._dsync_handler,
             "scripts": self._scripts_handler,
+            "script": self._scripts_handler.put,
             "mailboxes": self._gone_handler,
             "merged": self._handle_merged,
             "describe": self._describe_handler,
