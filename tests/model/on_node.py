@@ -115,11 +115,20 @@ def look(user: str) -> dict[str, Any]:
 def unless_known(
     imap: Imap, user: str, guid: str, name: bytes, status: dict[bytes, bytes]
 ) -> list[list[Any]]:
-    """The messages of a mailbox, read only if it has changed."""
+    """The messages of a mailbox, read only if it has changed.
+
+    Flags that dsync has set may leave HIGHESTMODSEQ as it was, so the log of the index tells, too.
+    """
     if status[b"MESSAGES"] == b"0":
         return []
-    if known.get((user, guid), (None,))[0] != status:
-        known[user, guid] = status, messages(imap, user, guid, name)
+    log = Path(homes[user], "mail/mailboxes", name.decode(), "dbox-Mails/dovecot.index.log")
+    try:
+        stamp = log.stat()
+    except OSError:  # a name that is another one on disk
+        return messages(imap, user, guid, name)
+    now = status, stamp.st_mtime_ns, stamp.st_size
+    if known.get((user, guid), (None,))[0] != now:
+        known[user, guid] = now, messages(imap, user, guid, name)
     return known[user, guid][1]
 
 

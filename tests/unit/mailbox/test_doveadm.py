@@ -92,7 +92,8 @@ async def test_one_way_but_for_a_merge(
     server = Server(f"{STATE}\t\n+\n".encode())
     async with dovecot(tmp_path, server) as doveadm:
         await doveadm.sync("a@example.org", "tcp:/run/x.sock", state, 5, merge=merge)
-    assert server.asked.decode().split("\t")[2] == command
+    fields = server.asked.decode().split("\t")
+    assert (fields[2], "-f" in fields) == (command, not state), "from scratch: every mailbox"
 
 
 async def test_a_user_cannot_add_arguments(tmp_path: Path) -> None:

@@ -208,15 +208,21 @@ async def test_after_a_copy_from_scratch_flags_are_this_nodes() -> None:
     assert copier.carrier().progress(USER) == 7.0
 
 
-async def test_nobody_looks_where_counters_were_the_same_or_little_was_copied() -> None:
-    for here, state, merge, outcome in (
-        (Node(12, m1=""), "", False, Outcome.SYNCED),
-        (Node(20, m1=""), "state", False, Outcome.SYNCED),
-        (Node(20, m1=""), "", True, Outcome.SYNCED),
-        (Node(20, m1=""), "", False, Outcome.CHANGED),
+async def test_nobody_looks_where_nothing_differed_or_was_changed() -> None:
+    # Never so after a sync; a difference that cannot be shows that nobody has looked.
+    pair = Pair(Node(12, m1=""), Node(12, m1="kw"))
+    await Copier(pair).carrier().sync(USER, "")
+    assert pair.requests == []
+
+
+async def test_nobody_looks_where_little_was_copied() -> None:
+    for old, state, merge, outcome in (
+        ({"m1": "kw"}, "state", False, Outcome.SYNCED),
+        ({"m1": "kw"}, "", True, Outcome.SYNCED),
+        ({"m1": "kw"}, "", False, Outcome.CHANGED),
     ):
-        pair = Pair(here, Node(12, m1=""))
-        copier = Copier(pair, m1="kw")
+        pair = Pair(Node(20, m1=""), Node(12, m1="kw"))
+        copier = Copier(pair, **old)
         copier.outcome = outcome
         assert (await copier.carrier().sync(USER, state, merge=merge)).outcome is outcome
         assert flags_of(pair.there) == {1: "kw"}

@@ -13,7 +13,7 @@ benchmark). So
 
 One-way, from scratch, dsync replays the history of keywords, and one that was removed long ago came
 back at the other node. So after such a sync the flags are compared in the mailboxes whose counters
-differed before it, and the peer takes this node's.
+differed before it or were changed by it, and the peer takes this node's.
 
 The MODSEQ first, then the flags are read: a change that is made here meanwhile is either among them
 or has the higher MODSEQ. Dying anywhere: the next merge compares again.
@@ -131,27 +131,17 @@ class Settler:
         """
         if not await self._dovecot.exists(user):
             return
-        theirs = await self._theirs(user)
+        theirs = await self.theirs(user)
         for mailbox, mine in (await self._dovecot.counters(user)).items():
             if mailbox in theirs and theirs[mailbox].modseq > mine.modseq:
                 await self._dovecot.lift(user, mine.name, theirs[mailbox].modseq + AHEAD)
 
-    async def unlike(self, user: str) -> dict[str, str]:
-        """Return the names of the mailboxes whose counters differ on the nodes, by their GUIDs.
+    async def ours(self, user: str) -> dict[str, Counters]:
+        """Return the counters of this node's mailboxes, by their GUIDs. DoveadmError."""
+        return await self._dovecot.counters(user) if await self._dovecot.exists(user) else {}
 
-        DoveadmError or PeerError.
-        """
-        if not await self._dovecot.exists(user):
-            return {}
-        theirs = await self._theirs(user)
-        mine = await self._dovecot.counters(user)
-        return {
-            mailbox: counters.name
-            for mailbox, counters in mine.items()
-            if mailbox in theirs and theirs[mailbox] != counters
-        }
-
-    async def _theirs(self, user: str) -> dict[str, Counters]:
+    async def theirs(self, user: str) -> dict[str, Counters]:
+        """Return the counters of the peer's mailboxes, by their GUIDs. PeerError."""
         async with self._link.exchange("counters", {"user": user}, timeout=TIMEOUT) as exchange:
             await exchange.end()
             rows = [row async for row in received_rows(exchange)]
@@ -224,12 +214,10 @@ class FlagsCarrier:
         if state or merge:
             return await self._carrier.sync(user, state, merge=merge)
         try:
-            unlike = await self._settler.unlike(user)
+            before = await self._settler.theirs(user)
             result = await self._carrier.sync(user, state)
-            if result.outcome is Outcome.SYNCED and unlike:
-                found = Found()
-                for mailbox, name in unlike.items():
-                    await self._look(user, mailbox, name, found)
+            if result.outcome is Outcome.SYNCED:
+                found = await self._look(user, before)
                 await self._settler.settle(user, found, ours=True)
         except PeerError as error:
             return SyncResult.of(error)
@@ -237,15 +225,23 @@ class FlagsCarrier:
             return SyncResult(Outcome.FAILED, reason=str(error))
         return result
 
-    async def _look(self, user: str, mailbox: str, name: str, found: Found) -> None:
-        async with (
-            aclosing(self._here.messages(user, mailbox, bodies=False)) as left,
-            aclosing(self._there.messages(user, mailbox, bodies=False)) as right,
-        ):
-            async for difference in of_messages(name, left, right):
-                if difference.what.startswith("flags"):
-                    unlike = found.unlike.setdefault(name, Unlike(mailbox, mailbox))
-                    unlike.flags.append(difference.uid)
+    async def _look(self, user: str, before: Mapping[str, Counters]) -> Found:
+        """Compare the flags where the peer's counters were not ours, or have changed since."""
+        found = Found()
+        after = await self._settler.theirs(user)
+        for mailbox, mine in (await self._settler.ours(user)).items():
+            was, now = before.get(mailbox), after.get(mailbox)
+            if now is None or was == now == mine:
+                continue
+            async with (
+                aclosing(self._here.messages(user, mailbox, bodies=False)) as left,
+                aclosing(self._there.messages(user, mailbox, bodies=False)) as right,
+            ):
+                async for difference in of_messages(mine.name, left, right):
+                    if difference.what.startswith("flags"):
+                        unlike = found.unlike.setdefault(mine.name, Unlike(mailbox, mailbox))
+                        unlike.flags.append(difference.uid)
+        return found
 
     def progress(self, user: str) -> float:
         """See ``Carrier.progress``."""
