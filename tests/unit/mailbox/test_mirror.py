@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
+from time import monotonic
 
 import pytest
 from hypothesis import given, settings
@@ -159,12 +160,16 @@ async def test_a_change_waits_until_the_right_to_acknowledge_it_is_known(
         return Verdict.MIRRORED
 
     if acknowledged:
-        assert await module.entitled(ask, 0.1) is Verdict.MIRRORED
+        assert await module.entitled(ask, monotonic() + 0.1) is Verdict.MIRRORED
         assert asked == refusals + 1
     else:
         with pytest.raises(NotPrimary):
-            await module.entitled(ask, 0.1)
+            await module.entitled(ask, monotonic() + 0.1)
         assert asked > 5
+        asked = 0
+        with pytest.raises(NotPrimary):  # a shadow's ports have long been closed
+            await module.entitled(ask, monotonic() - 9)
+        assert asked == 1
 
 
 async def test_changes_share_syncs(tmp_path: Path) -> None:

@@ -162,14 +162,15 @@ def next_phase(phase: Phase, noted: int, few: int, first_round: bool) -> Phase:
     return phase
 
 
-async def entitled(ask: Callable[[], Awaitable[Verdict]], seconds: float) -> Verdict:
-    """Ask until the change may be acknowledged; NotPrimary if it still may not after ``seconds``.
+async def entitled(ask: Callable[[], Awaitable[Verdict]], until: float) -> Verdict:
+    """Ask until the change may be acknowledged; NotPrimary if it still may not at ``until``.
 
     It is committed, so whatever Dovecot is answered, the client is told OK, unless it cannot be
     reached any more. An agent that has just started does not know its right yet, while the ports
     are open for the one before it.
+
+    :param until: when the ports are closed for sure, on the monotonic clock.
     """
-    until = monotonic() + seconds
     while True:
         try:
             return await ask()

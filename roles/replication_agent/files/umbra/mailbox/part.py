@@ -106,6 +106,8 @@ class Mailboxes:
         self._mode = config.mailbox.mirror_mode
         self._copies = config.mailbox.mirror_copies
         self._hurrying = False
+        # When this node was last seen to be primary; the agent before this one may have been.
+        self._entitled_at = monotonic()
         self._suspensions = Suspensions(paths.state / "mirror")
         self._suspending = asyncio.Lock()
         self._missed = paths.missed
@@ -239,9 +241,8 @@ class Mailboxes:
         return ""
 
     async def _changed(self, user: str) -> Verdict:
-        return await entitled(
-            functools.partial(self._mirrored, user), self._group.lease + LATE_PORTS
-        )
+        closed = self._entitled_at + RELAX_INTERVAL + self._group.lease + LATE_PORTS
+        return await entitled(functools.partial(self._mirrored, user), closed)
 
     async def _mirrored(self, user: str) -> Verdict:
         epoch = self._group.epoch
@@ -249,6 +250,7 @@ class Mailboxes:
         # The right may have ended while the change waited. Who lacks it has it noted.
         if not self._group.may_acknowledge(epoch, self._peers):
             raise NotPrimary
+        self._entitled_at = monotonic()
         return verdict
 
     async def _handle_merged(
@@ -341,6 +343,8 @@ class Mailboxes:
         Both nodes may die in between: the one that starts is alone until it has caught up.
         """
         while True:
+            if self._group.is_primary():
+                self._entitled_at = monotonic()
             await asyncio.sleep(RELAX_INTERVAL)
             if self._group.state.phase is not GroupPhase.PRIMARY:
                 continue
