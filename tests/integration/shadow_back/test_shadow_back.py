@@ -25,7 +25,7 @@ def test_it_starts_fenced(primary: str) -> None:
 def test_protected_again_without_a_person(primary: str) -> None:
     lab.wait("the group is protected again", lambda: lab.status(primary)["protected"], 100)
     assert lab.status(primary)["primary"] == primary
-    assert lab.status(BACK)["protected"] is True
+    lab.wait("the shadow has heard of it", lambda: lab.status(BACK)["protected"], 5)
 
 
 def test_nothing_is_missing(primary: str) -> None:
