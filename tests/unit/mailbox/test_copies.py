@@ -245,14 +245,16 @@ async def test_what_removal_refuses(args: dict[str, Any]) -> None:
     assert node.messages
 
 
-class FakeDoveadm:
+class FakeDoveadm(Doveadm):
     """Answers as Dovecot 2.4.1 did."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, ...]] = []
         self.code = ""
 
-    async def run(self, user: str, *command: str, limit: float = 30) -> Reply:
+    async def run(
+        self, user: str, *command: str, limit: float = 30, data: bytes | None = None
+    ) -> Reply:
         self.asked.append(command)
         return Reply([], self.code)
 
@@ -280,7 +282,7 @@ class FakeDoveadm:
 
 async def test_what_dovecot_is_asked() -> None:
     doveadm = FakeDoveadm()
-    dovecot = copies.Dovecot(cast(Doveadm, doveadm))
+    dovecot = copies.Dovecot(doveadm)
     assert await dovecot.guids(USER) == {guid(1), guid(2)}
     found = [copy async for copy in dovecot.unmirrored(USER, {guid(1)})]
     assert found == [Copy("Work/a b", BOX, 2, guid(2), "0" * 32)]

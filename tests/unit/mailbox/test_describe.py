@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -29,7 +29,7 @@ INBOX = "f093ba029cd0026b7e490000d09efc50"
 SUB = "303123039cd0026b7e490000d09efc50"
 
 
-class FakeDoveadm:
+class FakeDoveadm(Doveadm):
     """Answers as Dovecot 2.4.1 did, field for field."""
 
     def __init__(self, flags: bytes = rb"\Recent \Seen $Forwarded kw", acl: bool = True) -> None:
@@ -39,7 +39,9 @@ class FakeDoveadm:
     async def exists(self, user: str) -> bool:
         return user == USER
 
-    async def run(self, user: str, *command: str, limit: float = 30) -> Reply:
+    async def run(
+        self, user: str, *command: str, limit: float = 30, data: bytes | None = None
+    ) -> Reply:
         self.asked.append(command)
         name, rest = command[0], command[3:]
         if name == "acl get" and not self.acl:
@@ -83,7 +85,7 @@ class FakeDoveadm:
 
 
 def dovecot(flags: bytes = rb"\Recent \Seen $Forwarded kw", acl: bool = True) -> Dovecot:
-    return Dovecot(cast(Doveadm, FakeDoveadm(flags, acl)))
+    return Dovecot(FakeDoveadm(flags, acl))
 
 
 async def test_describe() -> None:
@@ -120,7 +122,7 @@ async def test_messages_with_and_without_bodies() -> None:
 
 async def test_missing_acl_plugin_is_asked_for_once() -> None:
     fake = FakeDoveadm(acl=False)
-    here = Dovecot(cast(Doveadm, fake))
+    here = Dovecot(fake)
     for _ in range(3):
         assert not (await here.describe(USER, bodies=False)).rights
     assert sum(command[0] == "acl get" for command in fake.asked) == 1

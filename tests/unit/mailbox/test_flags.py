@@ -37,11 +37,9 @@ class Node:
         self.highest += self.cost
         self.kept[uid] = flags, self.highest
 
-    async def exists(self, user: str) -> bool:
-        return bool(self.kept)
-
     async def counters(self, user: str) -> dict[str, Counters]:
-        return {BOX: Counters("INBOX", self.highest, 9, len(self.kept))}
+        counters = Counters("INBOX", self.highest, 9, len(self.kept))
+        return {BOX: counters} if self.kept else {}  # a user is known who has messages
 
     async def lift(self, user: str, name: str, modseq: int) -> None:
         assert name == "INBOX"

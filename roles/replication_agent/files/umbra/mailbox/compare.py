@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from umbra.mailbox.describe import Description, Mailbox, Message
@@ -23,6 +24,11 @@ class Difference:
     here: str
     there: str
     uid: int = 0
+
+    @property
+    def of_flags(self) -> bool:
+        """Whether it is about the flags of a message that both nodes have."""
+        return self.what.startswith("flags")
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,20 @@ async def of_messages(
                 if pair[0] != pair[1]:
                     yield Difference(mailbox, f"{what} of message {mine.uid}", *pair, mine.uid)
             mine, theirs = await anext(here, None), await anext(there, None)
+
+
+async def of_mailbox(
+    mailbox: str,
+    unlike: Unlike,
+    here: AsyncGenerator[Message, None],
+    there: AsyncGenerator[Message, None],
+) -> AsyncIterator[Difference]:
+    """Yield the same of one mailbox, note in ``unlike`` whose flags differ, and close the lists."""
+    async with aclosing(here), aclosing(there):
+        async for difference in of_messages(mailbox, here, there):
+            if difference.of_flags:
+                unlike.flags.append(difference.uid)
+            yield difference
 
 
 def _known(found: Description) -> str:

@@ -26,7 +26,7 @@ from typing import Any, Protocol
 from umbra.mailbox import metrics
 from umbra.mailbox.carrier import Exchange, valid_user
 from umbra.mailbox.describe import GUID_LENGTH, is_guid, received_rows, send_rows
-from umbra.mailbox.doveadm import Doveadm, DoveadmError, Outcome, SyncResult, unescape
+from umbra.mailbox.doveadm import Doveadm, DoveadmError, SyncResult, unescape
 from umbra.mailbox.mirror import Carrier
 from umbra.peer.exchange import PeerError
 from umbra.peer.identity import PeerIdentity
@@ -119,9 +119,7 @@ class Dovecot:
         """Remove one message for good; none that fits is no error."""
         query = ("mailbox-guid", copy.mailbox_guid, "uid", str(copy.uid), "guid", copy.guid)
         header = ("HEADER", ids.HEADER, copy.shadow_id)
-        reply = await self._doveadm.run(user, "expunge", "-u", user, *query, *header)
-        if reply.code:
-            raise DoveadmError(f"doveadm expunge of {user} ended with {reply.code}")
+        await self._doveadm.fields(user, "expunge", *query, *header)
 
     async def _rows(
         self, user: str, names: Sequence[str], query: Sequence[str]
@@ -175,9 +173,7 @@ class CopiesCarrier:
         try:
             await self._remove(user)
             return await self._carrier.sync(user, state, merge=True)
-        except DoveadmError as error:
-            return SyncResult(Outcome.FAILED, reason=str(error))
-        except PeerError as error:
+        except (DoveadmError, PeerError) as error:
             return SyncResult.of(error)
         finally:
             del self._merging[user]

@@ -89,10 +89,11 @@ class Dovecot:
         if not await self._doveadm.exists(user):
             return Description(exists=False)
         found = Description()
-        names = await self._fields(user, "mailbox list")
+        names = await self._doveadm.fields(user, "mailbox list")
         found.mailboxes = {name: Mailbox() for name in names}
         for name, messages, uidnext, uidvalidity, guid in _rows(
-            await self._fields(user, "mailbox status", " ".join(STATUS), "*"), 1 + len(STATUS)
+            await self._doveadm.fields(user, "mailbox status", " ".join(STATUS), "*"),
+            1 + len(STATUS),
         ):
             digest = hashlib.sha256()
             async for message in self.messages(user, guid, bodies=bodies):
@@ -100,8 +101,8 @@ class Dovecot:
             found.mailboxes[name] = Mailbox(
                 guid, uidvalidity, uidnext, messages, digest.hexdigest()
             )
-        found.subscriptions = set(await self._fields(user, "mailbox list", "-s"))
-        for name, state in _rows(await self._fields(user, "sieve list"), 2):
+        found.subscriptions = set(await self._doveadm.fields(user, "mailbox list", "-s"))
+        for name, state in _rows(await self._doveadm.fields(user, "sieve list"), 2):
             found.scripts[name] = fingerprint(await self.script(user, name))
             if state == "ACTIVE":
                 found.active = name
@@ -141,16 +142,16 @@ class Dovecot:
         if not await self._doveadm.exists(user):
             return ""
         parts = [
-            await self._fields(user, "mailbox list"),
-            await self._fields(user, "mailbox status", " ".join(MARK), "*"),
-            await self._fields(user, "mailbox list", "-s"),
-            await self._fields(user, "sieve list"),
+            await self._doveadm.fields(user, "mailbox list"),
+            await self._doveadm.fields(user, "mailbox status", " ".join(MARK), "*"),
+            await self._doveadm.fields(user, "mailbox list", "-s"),
+            await self._doveadm.fields(user, "sieve list"),
         ]
         return fingerprint(*(json.dumps(part) for part in parts))
 
     async def mailboxes(self, user: str) -> dict[str, str]:
         """Return the GUIDs of the user's mailboxes, by name."""
-        rows = _rows(await self._fields(user, "mailbox status", "guid", "*"), 2)
+        rows = _rows(await self._doveadm.fields(user, "mailbox status", "guid", "*"), 2)
         return {name: guid for name, guid in rows}  # noqa: C416
 
     async def remove_mailbox(self, user: str, name: str) -> None:
@@ -161,26 +162,24 @@ class Dovecot:
 
     async def scripts(self, user: str) -> tuple[list[str], str]:
         """Return the names of the user's Sieve scripts, and the active one's or ""."""
-        rows = _rows(await self._fields(user, "sieve list"), 2)
+        rows = _rows(await self._doveadm.fields(user, "sieve list"), 2)
         active = [name for name, state in rows if state == "ACTIVE"]
         return [name for name, _ in rows], active[0] if active else ""
 
     async def script(self, user: str, name: str) -> str:
         """Return a Sieve script."""
-        return "".join(await self._fields(user, "sieve get", name))
+        return "".join(await self._doveadm.fields(user, "sieve get", name))
 
     async def put_script(self, user: str, name: str, content: str) -> None:
         """Make or replace a Sieve script."""
-        reply = await self._doveadm.run(user, "sieve put", "-u", user, name, data=content.encode())
-        if reply.code:
-            raise DoveadmError(f"doveadm sieve put of {user} ended with {reply.code}")
+        await self._doveadm.fields(user, "sieve put", name, data=content.encode())
 
     async def activate_script(self, user: str, name: str) -> None:
         """Make a Sieve script the active one; "" for none."""
         if name:
-            await self._fields(user, "sieve activate", name)
+            await self._doveadm.fields(user, "sieve activate", name)
         else:
-            await self._fields(user, "sieve deactivate")
+            await self._doveadm.fields(user, "sieve deactivate")
 
     async def remove_script(self, user: str, name: str) -> None:
         """Remove a Sieve script, the active one too; none of this name is no error."""
@@ -201,12 +200,6 @@ class Dovecot:
             if not reply.code and reply.fields:
                 found[name] = json.dumps(sorted(_rows(reply.fields, 2)))
         return found
-
-    async def _fields(self, user: str, command: str, *arguments: str) -> list[str]:
-        reply = await self._doveadm.run(user, command, "-u", user, *arguments)
-        if reply.code:
-            raise DoveadmError(f"doveadm {command} of {user} ended with {reply.code}")
-        return reply.fields
 
 
 class Peer:

@@ -86,8 +86,10 @@ class SyncResult:
     reason: str = ""
 
     @classmethod
-    def of(cls, error: PeerError) -> SyncResult:
-        """Return what a request beside a sync, which the peer did not grant, means for it."""
+    def of(cls, error: Exception) -> SyncResult:
+        """Return what it means for a sync that something beside it could not be done."""
+        if not isinstance(error, PeerError):
+            return cls(Outcome.FAILED, reason=str(error))
         lost = error.code in ("unreachable", "stale-epoch", "refused")
         return cls(Outcome.LOST if lost else Outcome.FAILED, reason=error.text)
 
@@ -149,6 +151,15 @@ class Doveadm:
             raise DoveadmError(f"doveadm {command[0]} took over {limit:g} s") from None
         except (OSError, EOFError, ValueError) as error:
             raise DoveadmError(f"doveadm {command[0]}: {error or type(error).__name__}") from None
+
+    async def fields(
+        self, user: str, command: str, *arguments: str, data: bytes | None = None
+    ) -> list[str]:
+        """Run one command for ``user`` and return its output; DoveadmError unless it succeeds."""
+        reply = await self.run(user, command, "-u", user, *arguments, data=data)
+        if reply.code:
+            raise DoveadmError(f"doveadm {command} of {user} ended with {reply.code}")
+        return reply.fields
 
     async def _run(self, line: bytes) -> Reply:
         reader, writer = await asyncio.open_unix_connection(self._socket, limit=MAX_LINE)
@@ -251,7 +262,7 @@ class Doveadm:
                 limit=limit,
             )
         except DoveadmError as error:
-            return SyncResult(Outcome.FAILED, reason=str(error))
+            return SyncResult.of(error)
         new = reply.fields[0] if reply.fields and reply.fields[0] else None
         match reply.code:
             case "":

@@ -28,12 +28,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from umbra.mailbox.carrier import Exchange, valid_user
-from umbra.mailbox.compare import Found, Unlike, of_messages
+from umbra.mailbox.compare import Found, Unlike, of_mailbox
 from umbra.mailbox.describe import Message, is_guid, lasting, received_rows, send_rows
 from umbra.mailbox.doveadm import Doveadm, DoveadmError, Outcome, SyncResult
 from umbra.mailbox.mirror import Carrier
@@ -80,14 +80,12 @@ class Dovecot:
     def __init__(self, doveadm: Doveadm) -> None:
         self._doveadm = doveadm
 
-    async def exists(self, user: str) -> bool:
-        """Return whether there is such a user."""
-        return await self._doveadm.exists(user)
-
     async def counters(self, user: str) -> dict[str, Counters]:
-        """Return the counters of each mailbox, by its GUID."""
+        """Return the counters of each mailbox, by its GUID; none if there is no such user."""
+        if not await self._doveadm.exists(user):
+            return {}
         wanted = "messages uidnext highestmodseq guid"
-        fields = await self._run(user, "mailbox status", wanted, "*")
+        fields = await self._doveadm.fields(user, "mailbox status", wanted, "*")
         rows = zip(*(fields[start::5] for start in range(5)), strict=True)
         return {
             guid: Counters(name, int(modseq), int(uidnext), int(messages))
@@ -96,25 +94,21 @@ class Dovecot:
 
     async def lift(self, user: str, name: str, modseq: int) -> None:
         """Let all further changes of the mailbox have a MODSEQ over ``modseq``."""
-        await self._run(user, "mailbox update", "--min-highest-modseq", str(modseq), "--", name)
+        await self._doveadm.fields(
+            user, "mailbox update", "--min-highest-modseq", str(modseq), "--", name
+        )
 
     async def flags(self, user: str, mailbox: str, uids: Sequence[int]) -> dict[int, str]:
         """Return the flags of those of the messages that there are."""
         where = ("mailbox-guid", mailbox, "uid", _joined(uids))
-        fields = await self._run(user, "fetch", "uid flags", *where)
+        fields = await self._doveadm.fields(user, "fetch", "uid flags", *where)
         rows = zip(fields[::2], fields[1::2], strict=True)
         return {int(uid): lasting(flags) for uid, flags in rows}
 
     async def set_flags(self, user: str, mailbox: str, uids: Sequence[int], flags: str) -> None:
         """Let messages have exactly these flags."""
         where = ("mailbox-guid", mailbox, "uid", _joined(uids))
-        await self._run(user, "flags replace", "--", flags, *where)
-
-    async def _run(self, user: str, command: str, *arguments: str) -> list[str]:
-        reply = await self._doveadm.run(user, command, "-u", user, *arguments)
-        if reply.code:
-            raise DoveadmError(f"doveadm {command} of {user} ended with {reply.code}")
-        return reply.fields
+        await self._doveadm.fields(user, "flags replace", "--", flags, *where)
 
 
 class Settler:
@@ -129,16 +123,14 @@ class Settler:
 
         DoveadmError or PeerError.
         """
-        if not await self._dovecot.exists(user):
-            return
         theirs = await self.theirs(user)
-        for mailbox, mine in (await self._dovecot.counters(user)).items():
+        for mailbox, mine in (await self.ours(user)).items():
             if mailbox in theirs and theirs[mailbox].modseq > mine.modseq:
                 await self._dovecot.lift(user, mine.name, theirs[mailbox].modseq + AHEAD)
 
     async def ours(self, user: str) -> dict[str, Counters]:
         """Return the counters of this node's mailboxes, by their GUIDs. DoveadmError."""
-        return await self._dovecot.counters(user) if await self._dovecot.exists(user) else {}
+        return await self._dovecot.counters(user)
 
     async def theirs(self, user: str) -> dict[str, Counters]:
         """Return the counters of the peer's mailboxes, by their GUIDs. PeerError."""
@@ -164,7 +156,8 @@ class Settler:
             uids = unlike.flags if ours else []
             args = {"user": user, "mailbox": unlike.there, "rows": []}
             theirs = await self._request(args)
-            await self._dovecot.lift(user, name, theirs + AHEAD)
+            if not uids:
+                await self._dovecot.lift(user, name, theirs + AHEAD)
             for start in range(0, len(uids), BATCH):
                 batch = uids[start : start + BATCH]
                 theirs = await self._give(user, name, unlike, batch, theirs)
@@ -219,10 +212,8 @@ class FlagsCarrier:
             if result.outcome is Outcome.SYNCED:
                 found = await self._look(user, before)
                 await self._settler.settle(user, found, ours=True)
-        except PeerError as error:
+        except (DoveadmError, PeerError) as error:
             return SyncResult.of(error)
-        except DoveadmError as error:
-            return SyncResult(Outcome.FAILED, reason=str(error))
         return result
 
     async def _look(self, user: str, before: Mapping[str, Counters]) -> Found:
@@ -233,14 +224,13 @@ class FlagsCarrier:
             was, now = before.get(mailbox), after.get(mailbox)
             if now is None or was == now == mine:
                 continue
-            async with (
-                aclosing(self._here.messages(user, mailbox, bodies=False)) as left,
-                aclosing(self._there.messages(user, mailbox, bodies=False)) as right,
-            ):
-                async for difference in of_messages(mine.name, left, right):
-                    if difference.what.startswith("flags"):
-                        unlike = found.unlike.setdefault(mine.name, Unlike(mailbox, mailbox))
-                        unlike.flags.append(difference.uid)
+            unlike = Unlike(mailbox, mailbox)
+            left = self._here.messages(user, mailbox, bodies=False)
+            right = self._there.messages(user, mailbox, bodies=False)
+            async for _ in of_mailbox(mine.name, unlike, left, right):
+                pass  # only flags matter here
+            if unlike.flags:
+                found.unlike[mine.name] = unlike
         return found
 
     def progress(self, user: str) -> float:
@@ -285,7 +275,7 @@ class FlagsHandler:
         if not isinstance(user, str) or not valid_user(user):
             raise PeerError("refused", "no such user")
         try:
-            found = await self._dovecot.counters(user) if await self._dovecot.exists(user) else {}
+            found = await self._dovecot.counters(user)
         except (DoveadmError, ValueError) as error:
             raise PeerError("dovecot", str(error)) from None
         await send_rows(exchange, _rows(found))

@@ -51,7 +51,7 @@ def of_the_peer(difference: Difference) -> bool:
     """Whether it is something that the peer brings. What it only lacks it gets, as any shadow."""
     if difference.what in SUMMARIES:
         return False
-    return bool(difference.there) or difference.what.startswith("flags")
+    return bool(difference.there) or difference.of_flags
 
 
 class Settler(Protocol):
@@ -168,10 +168,8 @@ class RecordingCarrier:
                         found.count, "; ".join(f"{d.mailbox} {d.what}" for d in found.shown[:5]),
                     )  # fmt: skip
                 await self._settler.settle(user, found, ours=not self._unshared())
-            except PeerError as error:
+            except (DoveadmError, PeerError, OSError) as error:
                 return SyncResult.of(error)
-            except (DoveadmError, OSError) as error:
-                return SyncResult(Outcome.FAILED, reason=str(error))
         return await self._carrier.sync(user, state, merge=merge)
 
     def progress(self, user: str) -> float:

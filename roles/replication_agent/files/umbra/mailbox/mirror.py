@@ -415,10 +415,8 @@ class PeerMirror:
         if (prepare := self._before.get(user)) is not None:
             try:
                 await prepare()
-            except PeerError as error:
+            except (DoveadmError, PeerError) as error:
                 return SyncResult.of(error)
-            except DoveadmError as error:
-                return SyncResult(Outcome.FAILED, reason=str(error))
             self._before.pop(user, None)
         state = await self._ledger.state(self.peer, user)
         if not state and self._inherited is not None and user not in self._without:

@@ -87,21 +87,20 @@ class ScriptCarrier:
     async def _keep(self, user: str) -> SyncResult | None:
         try:
             keep, active = await self._dovecot.scripts(user)
-            texts = {name: await self._dovecot.script(user, name) for name in keep}
-            known = list(texts.items())[:MAX_FINGERPRINTS]
+            texts = {
+                name: await self._dovecot.script(user, name) for name in keep[:MAX_FINGERPRINTS]
+            }
             args = {
                 "user": user,
                 "keep": keep,
                 "active": active,
-                "fingerprints": {name: fingerprint(text) for name, text in known},
+                "fingerprints": {name: fingerprint(text) for name, text in texts.items()},
             }
             answer = await self._link.request("scripts", args, timeout=TIMEOUT)
             for name in answer.get("stale", ()):
                 if name in texts:
                     await self._send(user, name, texts[name], active=name == active)
-        except DoveadmError as error:
-            return SyncResult(Outcome.FAILED, reason=str(error))
-        except PeerError as error:
+        except (DoveadmError, PeerError) as error:
             return SyncResult.of(error)
         return None
 

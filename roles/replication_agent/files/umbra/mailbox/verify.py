@@ -21,7 +21,7 @@ from umbra.mailbox.compare import (
     Found,
     Unlike,
     of_descriptions,
-    of_messages,
+    of_mailbox,
     to_look_into,
 )
 from umbra.mailbox.describe import Description, Message
@@ -191,15 +191,11 @@ class Verifier:
             found.add(difference)
         for name, my_box, their_box in to_look_into(mine, theirs):
             unlike = found.unlike[name] = Unlike(my_box.guid, their_box.guid)
-            async with (
-                aclosing(self._here.messages(user, my_box.guid, bodies=bodies)) as left,
-                aclosing(there.messages(user, their_box.guid, bodies=bodies)) as right,
-            ):
-                async for difference in of_messages(name, left, right):
-                    if difference.what.startswith("flags"):
-                        unlike.flags.append(difference.uid)
-                    if counts(difference):
-                        found.add(difference)
+            left = self._here.messages(user, my_box.guid, bodies=bodies)
+            right = there.messages(user, their_box.guid, bodies=bodies)
+            async for difference in of_mailbox(name, unlike, left, right):
+                if counts(difference):
+                    found.add(difference)
         return found
 
 
