@@ -54,14 +54,14 @@ integration: root collection ## The molecule scenarios, one after the other, in 
 	@tests/run.py lab integration witness
 
 faults: root collection ## Fault trials: load, one fault, every acknowledged message accounted for
-	@tests/lab/lab prerequisites && tests/lab/lab --name faults up
+	@tests/lab/lab prerequisites && tests/lab/lab --name faults up --disks mail-a,mail-b
 	@tests/lab/lab --name faults control -- ansible-playbook -i inventories/lab umbra.mail.site
 	@python -m tests.faults --lab faults --trials $(TRIALS) $(if $(SEED),--seed $(SEED)) \
 	    $(if $(FAULT),--fault "$(FAULT)")
 	@tests/lab/lab --name faults down
 
 faults-witness: root collection ## The same where a witness decides and nobody moves a hand
-	@tests/lab/lab prerequisites && tests/lab/lab --name faults up
+	@tests/lab/lab prerequisites && tests/lab/lab --name faults up --disks mail-a,mail-b
 	@tests/lab/lab --name faults control -- ansible-playbook -i inventories/lab umbra.mail.site \
 	    -e replication_agent_coordinator=etcd -e replication_agent_failover_limit=1000
 	@python -m tests.faults --lab faults --witness --trials $(TRIALS) $(if $(SEED),--seed $(SEED)) \

@@ -90,6 +90,8 @@ def main() -> int:
     try:
         field.wait_protected(60)
         load.install(field)
+        for node in NODES:
+            field.run(node, "sync")  # only what a trial writes may be lost in its power cut
         results = campaign(field, seed, faults, trials, options.output)
     except FieldError as error:
         print(f"faults: {error}", file=sys.stderr)

@@ -197,6 +197,15 @@ def thawed(side: Side) -> Action:
     return act
 
 
+def disk(action: str, side: Side) -> Action:
+    """The whole disk of a host: ``stall``, ``release`` or ``fail``."""
+
+    def act(field: Field, chance: random.Random) -> None:
+        field.lab("disk", action, side(field))
+
+    return act
+
+
 def cut_off(side: Side) -> Action:
     """No packet between that host's site and the others'; clients reach it."""
 
@@ -463,6 +472,10 @@ def held_queue_dropped(field: Field, chance: random.Random) -> None:
 def all_taken_back(field: Field) -> None:
     """Undo whatever a trial that broke off may have left; FieldError if that does not help."""
     field.lab("up")
+    for node in NODES:
+        if field.call(node, "touch", "/root/faults", check=False).returncode:  # its disk has failed
+            field.lab("power-off", node)
+            field.lab("power-on", node)
     all_ways_healed(field, random.Random())
     field.lab(
         "wan", "set", "--loss", "0", "--rate", "0", "--delay", str(DELAY_MS), "--jitter", "0",

@@ -129,6 +129,14 @@ FAULTS: tuple[Fault, ...] = (
             ("mail", do.MAIL, shadow), ("queue", do.QUEUE, primary),
         )
     ),
+    *(
+        Fault(
+            f"disk stalls, {side.__name__}",
+            (do.disk("stall", side),), (do.disk("release", side),),
+            stands=(2.0, 6.0), heals=30,
+        )
+        for side in (primary, shadow)
+    ),
     # Settings of the transport: policy, time-out, safety net.
     *(
         Fault(
@@ -192,6 +200,26 @@ WITNESS: tuple[Fault, ...] = (
         (do.handed_over, do.MAIL.emptied(primary)),
         heals=60, moves=True,
         before=(do.MAIL.small(shadow), do.switched_over), after=(do.MAIL.large(shadow),),
+    ),
+    Fault(
+        "disk stalls, primary, taken over", (do.disk("stall", primary),),
+        (do.taken_over, do.disk("release", primary)),
+        heals=60, moves=True, after=(do.held_queue_dropped,),
+    ),
+    Fault(
+        "disk stalls, shadow, with a witness", (do.disk("stall", shadow),),
+        (do.disk("release", shadow),),
+        stands=(4.0, 8.0), heals=60,
+    ),
+    Fault(
+        "disk fails, primary, taken over", (do.disk("fail", primary),),
+        (do.taken_over, do.power_cut(primary), do.power_back(primary)),
+        heals=60, moves=True, after=(do.held_queue_dropped,),
+    ),
+    Fault(
+        "disk fails, shadow", (do.disk("fail", shadow),),
+        (do.power_cut(shadow), do.power_back(shadow)),
+        stands=(4.0, 8.0), heals=60,
     ),
     Fault(
         "power cut, primary with etcd's leader, taken over", (do.power_cut(primary),),

@@ -71,7 +71,7 @@ def machine() -> list[str]:
 @pytest.fixture(scope="module", autouse=True)
 def lab(machine: list[str]) -> Iterator[None]:
     call("down")  # what an interrupted run has left
-    call("up", timeout=590)
+    call("up", "--disks", "witness", timeout=590)
     yield
     call("down")
     call("check-clean")
@@ -207,6 +207,29 @@ def test_power_off_kills_at_once_and_files_stay() -> None:
     assert on("witness", "cat", "/root/kept") == "kept\n"
     assert on("witness", "nft", "list", "tables") == ""  # what was in the kernel is gone
     assert call("control", "--", "ssh", "witness", "hostname").stdout == "witness\n"
+
+
+def test_a_disk_of_its_own_forgets_what_was_not_synced_stalls_and_fails() -> None:
+    assert "without a disk" in call("up", "--disks", "mail-a", status=1).stderr
+    on("witness", "sh", "-c", "echo kept >/root/synced; sync -f /root; echo lost >/root/unsynced")
+    call("power-off", "witness")
+    call("power-on", "witness")
+    assert on("witness", "sh", "-c", "cat /root/synced /root/unsynced; true") == "kept\n"
+    call("disk", "stall", "witness")
+    try:
+        on("witness", "systemd-run", "--quiet", "--unit=writer", "touch", "/root/late")
+        time.sleep(0.5)
+        assert "late" not in on("witness", "ls", "/root")
+    finally:
+        call("disk", "release", "witness")
+    time.sleep(0.5)
+    assert "late" in on("witness", "ls", "/root")
+    call("disk", "fail", "witness")
+    assert "Input/output" in call("exec", "witness", "--", "touch", "/root/x", status=1).stderr
+    call("power-off", "witness")
+    assert "is off" in call("disk", "stall", "witness", status=1).stderr
+    call("power-on", "witness")
+    on("witness", "touch", "/root/x")
 
 
 def test_a_frozen_host_stands_still_and_goes_on() -> None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
-from . import cgroups, hosts, image, lifecycle, prerequisites, wan
+from . import cgroups, disk, hosts, image, lifecycle, prerequisites, wan
 from .links import PAIRS
 from .paths import Lab, locked
 from .plan import ALL_HOSTS, EXTRA_HOSTS, HOSTS, SITES, check_lab_name, host, names, site_of
@@ -55,8 +55,12 @@ def _image(lab: Lab, options: argparse.Namespace) -> int:
 
 def _up(lab: Lab, options: argparse.Namespace) -> int:
     members = [host(name) for name in options.hosts.split(",")] if options.hosts else list(HOSTS)
+    disks = [host(name) for name in options.disks.split(",")] if options.disks else []
+    for member in disks:
+        if lab.host_dir(member).exists() and not disk.exists(lab, member):
+            raise LabError(f"{member.name} was made without a disk of its own: `lab down` first.")
     with _locked(lab):
-        lifecycle.up(lab, members, _changes(options))
+        lifecycle.up(lab, members, _changes(options), disks)
     say(f"Lab {lab.name} is up: {', '.join(member.name for member in members)}.")
     return 0
 
@@ -137,6 +141,11 @@ def _freeze(lab: Lab, options: argparse.Namespace) -> int:
     if not hosts.is_on(lab, member):
         raise LabError(f"{member.name} is off in lab {lab.name!r}.")
     cgroups.set_frozen(hosts.cgroup(lab, member), options.frozen)
+    return 0
+
+
+def _disk(lab: Lab, options: argparse.Namespace) -> int:
+    options.action(lab, host(options.host))
     return 0
 
 
@@ -236,6 +245,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--hosts", metavar="NAME,...", help=f"only these hosts of {names(ALL_HOSTS)}"
     )
+    command.add_argument(
+        "--disks", metavar="NAME,...", help="new hosts with a file system of their own: see `disk`"
+    )
     command.add_argument("--wan-delay", dest="delay", type=float, metavar="MS", help="one way: 2")
     command.add_argument("--wan-loss", dest="loss", type=float, metavar="PERCENT", help="default 0")
     command.set_defaults(rate=None, jitter=None)
@@ -251,7 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     add("status", _status, "a table of the lab's hosts")
     add("list", _list, "the labs of this machine")
     add_host("logs", _logs, "print a host's console log")
-    add_host("power-off", _power_off, "kill all of a host's processes at once; the disk stays")
+    add_host("power-off", _power_off, "kill all of a host's processes at once; the files stay")
     add_host("power-on", _power_on, "boot a host that is off")
     command = add_host("freeze", _freeze, "stop all of a host's processes where they stand")
     command.set_defaults(frozen=True)
@@ -259,6 +271,18 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(frozen=False)
     add("ssh-config", _ssh_config, "print the path of the lab's SSH configuration")
     add("inventory-vars", _inventory_vars, "print connection variables for Ansible as JSON")
+
+    actions = commands.add_parser("disk", help="break a host's own disk").add_subparsers(
+        required=True, metavar="ACTION"
+    )
+    for name, act, help in (
+        ("stall", disk.stall, "whoever writes waits"),
+        ("release", disk.release, "let a stalled disk go on"),
+        ("fail", disk.fail, "EIO for everything, until the host is powered off and on"),
+    ):
+        action = actions.add_parser(name, help=help)
+        action.add_argument("host", metavar="HOST", help=names(ALL_HOSTS))
+        action.set_defaults(function=_disk, action=act)
 
     actions = commands.add_parser("wan", help="look at and change the WAN").add_subparsers(
         required=True, metavar="ACTION"

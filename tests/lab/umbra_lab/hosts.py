@@ -11,7 +11,7 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
-from . import cgroups, image, network
+from . import cgroups, disk, image, network
 from .paths import NETNS_ROOT, Lab
 from .plan import CONTROL, Member, hosts_file
 from .shell import LabError, run
@@ -19,7 +19,18 @@ from .shell import LabError, run
 # Mounts are made in a mount namespace of the host's own and vanish with its processes.
 _BOOT = """
 set -eu
-mount -t overlay overlay -o "lowerdir=$LOWER,upperdir=$DIR/upper,workdir=$DIR/work" "$DIR/root"
+WRITTEN="$DIR"
+if [ -e "$DIR/disk.img" ]; then
+    WRITTEN="$DIR/disk"
+    mount -o loop "$DIR/disk.img" "$WRITTEN"
+    if [ ! -e "$WRITTEN/work" ]; then
+        rm -rf "$WRITTEN/upper"
+        cp -a "$DIR/upper" "$WRITTEN/upper"
+        sync -f "$WRITTEN"
+        mkdir "$WRITTEN/work"
+    fi
+fi
+mount -t overlay overlay -o "lowerdir=$LOWER,upperdir=$WRITTEN/upper,workdir=$WRITTEN/work" "$DIR/root"
 [ "$(stat -fc %T /sys/fs/cgroup)" = cgroup2fs ] || mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mkdir -p /run/systemd/nspawn
 mount -t tmpfs tmpfs /run/systemd/nspawn
@@ -58,8 +69,11 @@ def state(lab: Lab, member: Member) -> str:
     return (run(command, check=False, timeout=10).stdout.strip() if command else "") or "booting"
 
 
-def prepare(lab: Lab, member: Member, image_name: str) -> None:
-    """Make the host's disk if it has none: what differs from the image, in the overlay's upper."""
+def prepare(lab: Lab, member: Member, image_name: str, *, own_disk: bool = False) -> None:
+    """Make the host's files if it has none: what differs from the image, in the overlay's upper.
+
+    :param own_disk: have them on a file system of its own, see `disk`.
+    """
     final = lab.host_dir(member)
     if final.exists():
         return
@@ -83,6 +97,8 @@ def prepare(lab: Lab, member: Member, image_name: str) -> None:
     shutil.copyfile(lab.ssh_dir / "id_ed25519.pub", authorized)
     authorized.chmod(0o600)
     (new / "image").write_text(image_name + "\n")
+    if own_disk:
+        disk.make(new)
     new.rename(final)
 
 
@@ -145,10 +161,14 @@ def wait(lab: Lab, member: Member, timeout: float = 180) -> None:
 
 
 def power_off(lab: Lab, member: Member) -> None:
-    """Cut the power: not a packet more, every process killed at one instant; the disk stays."""
+    """Cut the power: not a packet more, every process killed at one instant; the files stay."""
     # The link first: a dying process must not say goodbye to its connections.
     network.unlink(lab, member)
+    if disk.exists(lab, member) and is_on(lab, member):
+        disk.fail(lab, member)
     cgroups.kill(cgroup(lab, member))
+    if disk.exists(lab, member):
+        disk.wait_unmounted(lab, member)
     network.discard(lab.netns(member))
 
 

@@ -7,12 +7,12 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from . import cgroups, hosts, image, network, wan
+from . import cgroups, disk, hosts, image, network, wan
 from .links import PAIRS
 from .paths import NETNS_ROOT, STATE_ROOT, Lab, write_atomically
 from .plan import ALL_HOSTS, Member, hosts_file
@@ -22,8 +22,14 @@ from .shell import LabError, run, say
 _INOTIFY_INSTANCES = 4096
 
 
-def up(lab: Lab, members: Sequence[Member], changes: dict[str, Any]) -> None:
-    """Make what is missing and leave what is whole; `changes` are settings of the WAN."""
+def up(
+    lab: Lab, members: Sequence[Member], changes: dict[str, Any], disks: Collection[Member] = ()
+) -> None:
+    """Make what is missing and leave what is whole.
+
+    :param changes: settings of the WAN.
+    :param disks: which new hosts get a disk of their own.
+    """
     # A lab that is up already with other hosts keeps their images: each host names its own.
     images = image.ensure({member.release for member in members}, lab)
     _raise_limits()
@@ -39,11 +45,13 @@ def up(lab: Lab, members: Sequence[Member], changes: dict[str, Any]) -> None:
     if changes:
         wan.change(lab, list(PAIRS), **changes)
     for member in members:
-        hosts.prepare(lab, member, images[member.release])
+        hosts.prepare(lab, member, images[member.release], own_disk=member in disks)
     _write_ssh(lab)
     for member in members:
         if hosts.is_on(lab, member):
             cgroups.set_frozen(hosts.cgroup(lab, member), False)
+            if disk.exists(lab, member):
+                disk.release(lab, member)
     off = [member for member in members if not hosts.is_on(lab, member)]
     for member in off:
         hosts.boot(lab, member)
@@ -66,6 +74,9 @@ def power_on(lab: Lab, member: Member) -> None:
 def down(lab: Lab) -> None:
     """Remove everything of a lab, whatever state it is in."""
     cgroups.enter("")  # run from inside the lab, we would kill ourselves
+    for member in ALL_HOSTS:
+        if disk.exists(lab, member) and hosts.is_on(lab, member):
+            disk.fail(lab, member)  # a process that waits for a stalled disk cannot be killed
     _kill_all(lab)
     network.remove(lab)
     if lab.dir.exists():

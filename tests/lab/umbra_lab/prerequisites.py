@@ -14,6 +14,8 @@ from .shell import PrerequisiteError, say
 _COMMANDS = {
     "apt-ftparchive": "apt-utils",
     "ip": "iproute2",
+    "losetup": "mount",
+    "mkfs.ext4": "e2fsprogs",
     "mmdebstrap": "mmdebstrap",
     "mount": "mount",
     "nft": "nftables",
