@@ -97,6 +97,10 @@ class FakeLink:
                 client.answer.exception()
 
 
+async def nothing() -> None:
+    """Stand for a disk that has everything."""
+
+
 class FakeDoveadm:
     """Plays ``doveadm sync``: connects to the destination as dsync does and runs ``talk``."""
 
@@ -203,7 +207,7 @@ async def test_both_ways_and_to_the_end(tmp_path: Path) -> None:
         await writer.drain()
 
     async with server(tmp_path, slave) as socket:
-        handler = DsyncHandler(lambda: False, socket)
+        handler = DsyncHandler(lambda: False, nothing, socket)
         async with pair(tmp_path, FakeDoveadm(master), handler) as carrier:
             results = [
                 await carrier.sync(
@@ -233,7 +237,7 @@ async def test_a_primary_refuses_and_that_is_a_lost_peer(tmp_path: Path) -> None
         await reader.read()
         return Outcome.FAILED
 
-    handler = DsyncHandler(lambda: True, tmp_path / "none")
+    handler = DsyncHandler(lambda: True, nothing, tmp_path / "none")
     async with pair(tmp_path, FakeDoveadm(master), handler) as carrier:
         result = await asyncio.wait_for(carrier.sync(USER, ""), 5)
     assert result.outcome is Outcome.LOST
@@ -245,7 +249,7 @@ async def test_a_dead_dovecot_on_the_shadow_ends_the_sync(tmp_path: Path) -> Non
         await reader.read()
         return Outcome.FAILED
 
-    handler = DsyncHandler(lambda: False, tmp_path / "none")
+    handler = DsyncHandler(lambda: False, nothing, tmp_path / "none")
     async with pair(tmp_path, FakeDoveadm(master), handler) as carrier:
         result = await asyncio.wait_for(carrier.sync(USER, ""), 5)
     assert result.outcome is Outcome.LOST
@@ -260,7 +264,7 @@ async def test_cut_ends_what_hangs(tmp_path: Path) -> None:
         await reader.read()
 
     async with server(tmp_path, slave) as socket:
-        handler = DsyncHandler(lambda: False, socket)
+        handler = DsyncHandler(lambda: False, nothing, socket)
         async with pair(tmp_path, FakeDoveadm(master), handler) as carrier:
             task = asyncio.create_task(carrier.sync(USER, ""))
             await asyncio.sleep(0.1)
@@ -268,6 +272,39 @@ async def test_cut_ends_what_hangs(tmp_path: Path) -> None:
             carrier.cut()
             result = await asyncio.wait_for(task, 5)
     assert result.outcome is not Outcome.SYNCED
+
+
+@pytest.mark.parametrize("slave_closes_first", [True, False])
+async def test_a_sync_has_ended_when_the_peers_disk_has_it(
+    tmp_path: Path, slave_closes_first: bool
+) -> None:
+    on_disk = asyncio.Event()
+
+    async def settle() -> None:
+        await on_disk.wait()
+
+    async def master(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Outcome:
+        writer.write(b"x")
+        return Outcome.SYNCED if await reader.read(1) else Outcome.FAILED
+
+    async def slave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(await reader.read(1))
+        if not slave_closes_first:
+            await reader.read()
+
+    async with server(tmp_path, slave) as socket:
+        handler = DsyncHandler(lambda: False, settle, socket)
+        async with pair(tmp_path, FakeDoveadm(master), handler) as carrier:
+            task = asyncio.create_task(carrier.sync(USER, ""))
+            await asyncio.sleep(0.2)
+            assert not task.done()
+            on_disk.set()
+            assert (await asyncio.wait_for(task, 1)).outcome is Outcome.SYNCED
+            on_disk.clear()
+            task = asyncio.create_task(carrier.sync(USER, ""))
+            await asyncio.sleep(0.2)
+            carrier.cut()
+            assert (await asyncio.wait_for(task, 1)).outcome is Outcome.LOST
 
 
 async def test_a_side_that_does_not_end_is_bounded(
@@ -285,14 +322,14 @@ async def test_a_side_that_does_not_end_is_bounded(
         await asyncio.sleep(2)
 
     async with server(tmp_path, slave) as socket:
-        handler = DsyncHandler(lambda: False, socket)
+        handler = DsyncHandler(lambda: False, nothing, socket)
         async with pair(tmp_path, FakeDoveadm(master), handler) as carrier:
             await asyncio.wait_for(carrier.sync(USER, ""), 1)
 
 
 @pytest.mark.parametrize("user", ["", "-A", None, 5, "a\nb"])
 async def test_the_shadow_checks_the_user_itself(tmp_path: Path, user: object) -> None:
-    handler = DsyncHandler(lambda: False, tmp_path / "none")
+    handler = DsyncHandler(lambda: False, nothing, tmp_path / "none")
     queue: Pipe = asyncio.Queue()
     with pytest.raises(PeerError, match="no such user"):
         await handler(PeerIdentity("mail-a", "x"), {"user": user}, FakeExchange(queue, queue))

@@ -226,6 +226,17 @@ async def test_postfix_is_stopped_when_nobody_renews_the_lease(ran: Ran) -> None
     assert ran.count(stop) == 3  # its own stop, and no other
 
 
+async def test_the_mail_disk_is_synced(tmp_path: Path) -> None:
+    mail = tmp_path / "synced"
+    mail.mkdir()
+    host = Helper(tmp_path, mail)
+    assert await host.answer(b'{"do": "sync-mail"}') == {"ok": True}
+    mail.rmdir()
+    answer = await host.answer(b'{"do": "sync-mail"}')
+    assert not answer["ok"]
+    assert "synced" in answer["error"]
+
+
 async def test_the_disks_are_proven_by_a_write_and_one_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,7 +123,7 @@ class Agent:
             }
 
         group.links = links()
-        self._mailboxes = Mailboxes(config, group, paths)
+        self._mailboxes = Mailboxes(config, group, helper, paths)
         self._messages = Messages(config, group, helper, paths, self._mailboxes)
         parts = (helper, self._messages, self._mailboxes)
         if isinstance(group, QuorumGroup):

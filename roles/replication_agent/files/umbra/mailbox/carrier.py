@@ -134,12 +134,15 @@ async def copy(
     exchange: Exchange,
     moved: Callable[[], None] = lambda: None,
     pace: Callable[[int], Awaitable[None]] | None = None,
+    settle: Callable[[], Awaitable[None]] | None = None,
+    settled: Callable[[], None] = lambda: None,
 ) -> tuple[int, int]:
     """Copy both ways until both sides have ended; call ``moved`` whenever data did.
 
-    ``pace`` returns when so many bytes may be sent.
-
-    Returns the bytes sent and received over the exchange.
+    :param pace: returns when so many bytes may be sent.
+    :param settle: awaited when the local side has ended, before the other side hears of that.
+    :param settled: called when the other side has ended.
+    :returns: the bytes sent and received over the exchange.
 
     Back pressure: each direction holds at most one chunk beside the transports' buffers. When one
     side has ended, the other gets ``LINGER`` seconds. Raises PeerError or OSError of the side that
@@ -158,6 +161,8 @@ async def copy(
                 await exchange.send(data)
                 sent += len(data)
                 moved()
+        if settle is not None:
+            await settle()
         await exchange.end()
 
     async def downstream() -> None:
@@ -174,6 +179,7 @@ async def copy(
                 # The local side has all it wants. What still comes is dropped, so that the
                 # exchange ends in order and its connection can carry the next one.
                 gone = True
+        settled()
         with suppress(OSError, RuntimeError):
             writer.write_eof()
 
@@ -262,7 +268,8 @@ class DsyncCarrier:
         ``merge``: both ways, see ``Doveadm.sync``. LOST if the link is why it failed.
         """
         local = asyncio.get_running_loop().create_future()
-        task = asyncio.create_task(self._carry(user, local), name=f"dsync {user}")
+        settled = asyncio.Event()
+        task = asyncio.create_task(self._carry(user, local, settled), name=f"dsync {user}")
         self._streams.add(task)
         task.add_done_callback(self._ended)
         self._expected[user] = _Stream(local, task, monotonic())
@@ -270,6 +277,8 @@ class DsyncCarrier:
             result = await self._doveadm.sync(
                 user, f"tcp:{self._path}", state, SYNC_LIMIT, merge=merge
             )
+            if result.outcome in (Outcome.SYNCED, Outcome.CHANGED):
+                await self._settled(task, settled)
         finally:
             del self._expected[user]
             if not local.done():
@@ -277,10 +286,21 @@ class DsyncCarrier:
         if result.outcome is not Outcome.SYNCED:
             # The stream ends with the connection of the dsync that has failed.
             await asyncio.wait({task}, timeout=1.0)
+        if not settled.is_set():
             error = task.exception() if task.done() and not task.cancelled() else None
             if isinstance(error, PeerError):
                 return SyncResult(Outcome.LOST, reason=error.text)
+            if result.outcome in (Outcome.SYNCED, Outcome.CHANGED):
+                return SyncResult(Outcome.LOST, reason="the end of the sync was not confirmed")
         return result
+
+    async def _settled(self, task: asyncio.Task[None], settled: asyncio.Event) -> None:
+        """Return when the peer's disk has what was synced, or the stream has ended without."""
+        waiting = asyncio.create_task(settled.wait())
+        try:
+            await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiting.cancel()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._streams.discard(task)
@@ -291,6 +311,7 @@ class DsyncCarrier:
         self,
         user: str,
         local: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]],
+        settled: asyncio.Event,
     ) -> None:
         name = self._link.name
         try:
@@ -299,7 +320,12 @@ class DsyncCarrier:
             ) as exchange:
                 reader, writer = await local
                 sent, received = await copy(
-                    reader, writer, exchange, self._expected[user].move, self._pacer.spend
+                    reader,
+                    writer,
+                    exchange,
+                    self._expected[user].move,
+                    pace=self._pacer.spend,
+                    settled=settled.set,
                 )
                 metrics.CARRIED.labels(name, "sent").inc(sent)
                 metrics.CARRIED.labels(name, "received").inc(received)
@@ -348,10 +374,20 @@ class DsyncCarrier:
 
 
 class DsyncHandler:
-    """Shadow side: the handler of the operation ``dsync``."""
+    """Shadow side: the handler of the operation ``dsync``.
 
-    def __init__(self, is_primary: Callable[[], bool], socket: Path = SOCKET) -> None:
+    :param settle: returns when the disk has what was synced; the primary hears of the end after
+        that.
+    """
+
+    def __init__(
+        self,
+        is_primary: Callable[[], bool],
+        settle: Callable[[], Awaitable[None]],
+        socket: Path = SOCKET,
+    ) -> None:
         self._is_primary = is_primary
+        self._settle = settle
         self._socket = socket
         self._running = 0
 
@@ -393,6 +429,6 @@ class DsyncHandler:
                 answer = [await read_line(reader), await read_line(reader)]
             if answer != SERVER_HELLO.splitlines():
                 raise OSError(f"unexpected handshake {answer!r}; is the socket's mode 0600?")
-            return await copy(reader, writer, exchange)
+            return await copy(reader, writer, exchange, settle=self._settle)
         finally:
             writer.transport.abort()

@@ -20,6 +20,7 @@ from umbra.config import Config, MirrorMode
 from umbra.mailbox import copies, flags
 from umbra.mailbox.carrier import DsyncCarrier, DsyncHandler
 from umbra.mailbox.describe import DescribeHandler, Dovecot, Peer
+from umbra.mailbox.disk import MailDisk
 from umbra.mailbox.doveadm import Doveadm, DoveadmError
 from umbra.mailbox.events import ScriptEvents
 from umbra.mailbox.gone import GoneCarrier, GoneHandler
@@ -41,6 +42,7 @@ from umbra.mailbox.seeding import Pacer, Seed, Seeds
 from umbra.mailbox.selection import chosen
 from umbra.mailbox.suspension import Suspensions
 from umbra.mailbox.verify import Rounds, Verifier
+from umbra.node.client import NodeHelper
 from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import PeerIdentity
 from umbra.peer.server import Handler
@@ -100,8 +102,9 @@ class _Face:
 class Mailboxes:
     """Mailbox changes, on either side."""
 
-    def __init__(self, config: Config, group: Group, paths: Paths) -> None:
+    def __init__(self, config: Config, group: Group, helper: NodeHelper, paths: Paths) -> None:
         self._group = group
+        self._disk = MailDisk(helper.sync_mail)
         self._node = config.node
         self._mode = config.mailbox.mirror_mode
         self._copies = config.mailbox.mirror_copies
@@ -169,7 +172,7 @@ class Mailboxes:
         self._notify = NotifyServer(
             NOTIFY_ADDRESS, NOTIFY_PORT, token, self._changed, self._restructured
         )
-        self._dsync_handler = DsyncHandler(group.is_primary)
+        self._dsync_handler = DsyncHandler(group.is_primary, self._disk.settle)
         self._scripts_handler = ScriptsHandler(group.is_primary, dovecot)
         self._gone_handler = GoneHandler(self._no_copy, dovecot)
         self._describe_handler = DescribeHandler(dovecot)
@@ -197,6 +200,7 @@ class Mailboxes:
         for carrier in self._carriers:
             await carrier.stop()
         await asyncio.gather(*self._losing, return_exceptions=True)
+        await self._disk.close()
         await self._ledger.close()
 
     async def listen(self) -> None:
@@ -246,7 +250,12 @@ class Mailboxes:
 
     async def _mirrored(self, user: str) -> Verdict:
         epoch = self._group.epoch
-        verdict = await self._mirror.changed(user)
+        settled = asyncio.create_task(self._disk.settle())
+        try:
+            verdict = await self._mirror.changed(user)
+            await settled
+        finally:
+            settled.cancel()
         # The right may have ended while the change waited. Who lacks it has it noted.
         if not self._group.may_acknowledge(epoch, self._peers):
             raise NotPrimary

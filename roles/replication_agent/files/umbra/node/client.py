@@ -83,6 +83,10 @@ class NodeHelper:
         """Return when the disks of mail and queue have taken a write."""
         await self._ask("prove")
 
+    async def sync_mail(self) -> None:
+        """Return when the disk has all that was written to mailboxes before."""
+        await self._ask("sync-mail")
+
     async def ports_close(self) -> None:
         """Have no service address, and close the ports, for established connections too.
 

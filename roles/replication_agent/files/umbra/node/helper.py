@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import ctypes
 import grp
 import json
 import logging
@@ -44,6 +45,7 @@ MAX_PROBES = 8
 ECHO_TIMEOUT = 5.0  # ping's own is 1 s
 NO_ANSWER = re.compile(r"\(1\)|unreachable|No route|Cannot assign")
 PROOF = ".umbra-proof"
+_LIBC = ctypes.CDLL(None, use_errno=True)
 _ERROR = re.compile(rb"\b(error|fatal|panic)\b")
 
 
@@ -92,6 +94,8 @@ class Helper:
         self._spool = spool
         self._addresses = addresses or ServiceAddresses(())
         self._proofs = (spool / PROOF, mail / PROOF)
+        self._mail = mail
+        self._syncing = asyncio.Lock()
         self._proving: asyncio.Future[None] | None = None
         self._dead_man: asyncio.TimerHandle | None = None
         self._silencing: asyncio.Future[None] | None = None
@@ -175,6 +179,12 @@ class Helper:
             raise HelperError("a disk has not taken the last write yet")
         self._proving = asyncio.ensure_future(asyncio.to_thread(_write, self._proofs))
         await asyncio.shield(self._proving)
+        return {}
+
+    async def do_sync_mail(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Return when the disk has all that was written to mailboxes before this request."""
+        async with self._syncing:  # a disk that stalls must not take all the threads
+            await asyncio.shield(asyncio.to_thread(_syncfs, self._mail))
         return {}
 
     async def do_postfix_start(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -343,6 +353,16 @@ def _write(files: Sequence[Path]) -> None:
             os.fdatasync(number)
         finally:
             os.close(number)
+
+
+def _syncfs(directory: Path) -> None:
+    """Linux' syncfs(2), which Python has no name for."""
+    number = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if _LIBC.syncfs(number):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    finally:
+        os.close(number)
 
 
 async def _postfix_is(state: str) -> bool:

@@ -1,0 +1,1 @@
+"""What a mail host does once after each boot, before Dovecot starts."""

@@ -1,0 +1,105 @@
+"""Cuts from Dovecot's transaction logs what a power cut has left unfinished at their ends.
+
+A file system may keep a file's new length and lose what was written there. Dovecot (2.4.1) takes
+such an end for corruption of the whole log, throws it away and goes on with the last index that it
+has: messages that were on the disk are gone from the mailbox. Whatever was synced lies before the
+first unfinished record, so the rest was acknowledged to nobody.
+
+Format: struct mail_transaction_log_header and mail_transaction_header in Dovecot's
+src/lib-index/mail-transaction-log.h. If this dies half-way, the next start of Dovecot does the
+rest; a log is cut in one step.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+NAMES = ("dovecot.index.log", "dovecot.list.index.log")
+# What was written so long before the newest log (seconds) was on the disk: Linux writes back within
+# half a minute.
+RECENT = 3600.0
+
+_HEADER_MIN = 24
+_MAJOR = b"\x01"
+_BOUNDARY = 0x00080000
+_TYPE_MASK = 0x0FFFFFFF
+
+
+def size_of(field: bytes) -> int:
+    """Decode a record's length: four times seven bits, each byte with its highest bit set.
+
+    0 if that is not what it is.
+    """
+    if any(not byte & 0x80 for byte in field):
+        return 0
+    high, middle, low, last = (byte & 0x7F for byte in field)
+    return (high << 21 | middle << 14 | low << 7 | last) << 2
+
+
+def _number(field: bytes) -> int:
+    return int.from_bytes(field, sys.byteorder)
+
+
+def whole(log: bytes) -> int | None:
+    """Return how many bytes of a log are whole transactions; None if it is no log."""
+    at = _number(log[2:4])
+    if log[:1] != _MAJOR or not _HEADER_MIN <= at <= len(log):
+        return None
+    begun, until = at, at  # the transaction of several records that is being read
+    while at + 8 <= len(log):
+        size = size_of(log[at : at + 4])
+        if size < 8 or at + size > len(log):
+            break
+        if _number(log[at + 4 : at + 8]) & _TYPE_MASK == _BOUNDARY and size >= 12:
+            begun, until = at, at + _number(log[at + 8 : at + 12])
+        at += size
+    return begun if at < until else at
+
+
+def recent_logs(mail: Path) -> Iterator[Path]:
+    """Return the logs that were written last."""
+    found = {
+        Path(directory) / name: os.stat(Path(directory) / name).st_mtime
+        for directory, _, names in os.walk(mail)
+        for name in names
+        if name in NAMES
+    }
+    newest = max(found.values(), default=0.0)
+    return (path for path, written in found.items() if written >= newest - RECENT)
+
+
+def mend(path: Path) -> int:
+    """Cut a log's unfinished end; return how many bytes that were."""
+    log = path.read_bytes()
+    keep = whole(log)
+    if keep is None or keep == len(log):
+        return 0
+    # Never a link: the directory belongs to the mail user.
+    number = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.ftruncate(number, keep)
+        os.fsync(number)
+    finally:
+        os.close(number)
+    return len(log) - keep
+
+
+def main(mail: str, done: str) -> int:
+    """Mend all logs below ``mail`` unless the file ``done`` says that it was done in this boot."""
+    if os.path.exists(done):
+        return 0
+    for path in recent_logs(Path(mail)):
+        try:
+            if cut := mend(path):
+                print(f"{path}: {cut} bytes were unfinished when the power was cut; cut")
+        except OSError as error:  # Dovecot will say what it makes of it
+            print(f"{path}: {error.strerror}", file=sys.stderr)
+    Path(done).touch()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

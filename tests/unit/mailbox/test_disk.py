@@ -1,0 +1,78 @@
+"""One wait for the disk serves all who ask, and none who asks too late."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from umbra.mailbox import disk as module
+from umbra.mailbox.disk import MailDisk
+
+
+class Disk:
+    """Counts; each sync takes until ``go`` is given once."""
+
+    def __init__(self) -> None:
+        self.begun = 0
+        self.errors: list[OSError] = []
+        self.go = asyncio.Semaphore(0)
+
+    async def sync(self) -> None:
+        self.begun += 1
+        await self.go.acquire()
+        if self.errors:
+            raise self.errors.pop()
+
+
+async def test_who_comes_while_one_runs_waits_for_the_next() -> None:
+    disk = Disk()
+    mail = MailDisk(disk.sync)
+    first = asyncio.create_task(mail.settle())
+    await asyncio.sleep(0.01)
+    others = [asyncio.create_task(mail.settle()) for _ in range(5)]
+    await asyncio.sleep(0.01)
+    assert disk.begun == 1
+    disk.go.release()
+    await asyncio.wait_for(first, 1)
+    await asyncio.sleep(0.01)
+    assert disk.begun == 2
+    assert not any(task.done() for task in others)
+    disk.go.release()
+    await asyncio.wait_for(asyncio.gather(*others), 1)
+    assert disk.begun == 2
+
+
+async def test_a_disk_that_refuses_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "RETRY", 0.01)
+    disk = Disk()
+    disk.errors = [OSError(5, "Input/output error")]
+    mail = MailDisk(disk.sync)
+    disk.go.release()
+    disk.go.release()
+    await asyncio.wait_for(mail.settle(), 1)
+    assert disk.begun == 2
+    assert "Input/output error" in caplog.text
+
+
+async def test_who_goes_away_takes_nobody_along() -> None:
+    disk = Disk()
+    mail = MailDisk(disk.sync)
+    gone, stays = (asyncio.create_task(mail.settle()) for _ in range(2))
+    await asyncio.sleep(0.01)
+    gone.cancel()
+    await asyncio.sleep(0.01)
+    disk.go.release()
+    await asyncio.wait_for(stays, 1)
+
+
+async def test_close_ends_what_waits() -> None:
+    disk = Disk()
+    mail = MailDisk(disk.sync)
+    waiting = asyncio.create_task(mail.settle())
+    await asyncio.sleep(0.01)
+    await asyncio.wait_for(mail.close(), 1)
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
