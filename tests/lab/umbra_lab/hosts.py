@@ -19,18 +19,18 @@ from .shell import LabError, run
 # Mounts are made in a mount namespace of the host's own and vanish with its processes.
 _BOOT = """
 set -eu
-WRITTEN="$DIR"
+FILES="$DIR"
 if [ -e "$DIR/disk.img" ]; then
-    WRITTEN="$DIR/disk"
-    mount -o loop "$DIR/disk.img" "$WRITTEN"
-    if [ ! -e "$WRITTEN/work" ]; then
-        rm -rf "$WRITTEN/upper"
-        cp -a "$DIR/upper" "$WRITTEN/upper"
-        sync -f "$WRITTEN"
-        mkdir "$WRITTEN/work"
+    FILES="$DIR/disk"
+    mount -o loop "$DIR/disk.img" "$FILES"
+    if [ ! -e "$FILES/work" ]; then
+        rm -rf "$FILES/upper"
+        cp -a "$DIR/upper" "$FILES/upper"
+        sync -f "$FILES"
+        mkdir "$FILES/work"
     fi
 fi
-mount -t overlay overlay -o "lowerdir=$LOWER,upperdir=$WRITTEN/upper,workdir=$WRITTEN/work" "$DIR/root"
+mount -t overlay overlay -o "lowerdir=$LOWER,upperdir=$FILES/upper,workdir=$FILES/work" "$DIR/root"
 [ "$(stat -fc %T /sys/fs/cgroup)" = cgroup2fs ] || mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mkdir -p /run/systemd/nspawn
 mount -t tmpfs tmpfs /run/systemd/nspawn
