@@ -1,8 +1,8 @@
 """The faults, as a table: what is done, what undoes it, how long it stands, what must become of it.
 
-Messages are never to be lost or doubled, so the table does not say that. ``heals`` says how long
-after the recovery the group may take until it is protected again by itself; ``moves`` whether
-another node is primary then (None: either). docs/faults.md is made of the same names.
+Nothing is ever to be lost or doubled, so the table does not say that. ``heals`` says how long after
+the recovery the group may take until it is protected again by itself; ``moves`` whether another
+node is primary then (None: either). docs/faults.md is made of the same names.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.faults.actions import (
     shadow,
     witness,
 )
-from tests.faults.load import MESSAGES_PER_S
+from tests.faults.load import RATE
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Fault:
     """One row. Times are seconds; ``stands`` is a range from which each trial draws.
 
     :param refuses: for how long at most no message may be taken; None for as long as it lasts.
-    :param messages_per_s: sent in all.
+    :param rate: messages a second, and changes.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Fault:
     before: tuple[Action, ...] = ()
     after: tuple[Action, ...] = ()
     refuses: float | None = None
-    messages_per_s: float = MESSAGES_PER_S
+    rate: float = RATE
 
 
 def _parts(unit: str, word: str, names: tuple[str, ...], side: do.Side) -> list[Fault]:
@@ -290,7 +290,7 @@ ENDURANCE: tuple[Fault, ...] = (
     Fault(
         "line of 2 % loss and 50 ms jitter for an hour",
         (do.wan_set(loss=2, jitter=50),), (do.wan_set(loss=0, jitter=0),),
-        stands=(3600.0, 3600.0), heals=30, messages_per_s=2.0,
+        stands=(3600.0, 3600.0), heals=30, rate=2.0,
     ),
 )  # fmt: skip
 """With a witness, too; each only when it is named (``--fault``)."""

@@ -9,8 +9,10 @@ from plugins.module_utils import _tables
 from tests.faults.trial import COUNTED, Result
 
 GOAL_TRIALS = 200
-OTHER = tuple(name for name in COUNTED if name not in ("lost", "duplicated"))
-HEAD = ("fault", "trials", "failed", "acknowledged", "lost", "duplicated", "longest refusal s")
+HEAD = (
+    "fault", "trials", "failed", "messages", "lost", "duplicated", "changes", "lost",
+    "longest refusal s",
+)  # fmt: skip
 
 
 def rows(results: Iterable[Result]) -> list[dict[str, Any]]:
@@ -28,6 +30,7 @@ def row(name: str, results: Sequence[Result]) -> dict[str, Any]:
         "trials": len(results),
         "failed": sum(bool(result.reasons) for result in results),
         "acknowledged": sum(result.acknowledged for result in results),
+        "changes_acknowledged": sum(result.changes_acknowledged for result in results),
         **{
             counted: sum(result.counts.get(counted, 0) for result in results) for counted in COUNTED
         },
@@ -38,7 +41,10 @@ def row(name: str, results: Sequence[Result]) -> dict[str, Any]:
 
 def lines(results: Sequence[Result]) -> list[str]:
     """The table for the terminal, and below it what has failed, in words."""
-    keys = ("fault", "trials", "failed", "acknowledged", "lost", "duplicated", "refusal_s")
+    keys = (
+        "fault", "trials", "failed", "acknowledged", "lost", "duplicated",
+        "changes_acknowledged", "changes_lost", "refusal_s",
+    )  # fmt: skip
     table = [[item[key] for key in keys] for item in [*rows(results), row("all", results)]]
     failed = [
         f"Trial {result.plan.number}, {result.plan.fault}: {' '.join(result.reasons)}"
@@ -50,7 +56,7 @@ def lines(results: Sequence[Result]) -> list[str]:
 
 def line(result: Result, trials: int) -> str:
     """One trial, as it ends."""
-    figures = f"{result.acknowledged} acknowledged"
+    figures = f"{result.acknowledged} messages, {result.changes_acknowledged} changes"
     for name in COUNTED:
         if result.counts.get(name):
             figures += f", {result.counts[name]} {name.replace('_', ' ')}"
@@ -73,7 +79,7 @@ def goals(results: Sequence[Result]) -> list[dict[str, Any]]:
         *((name, total[name], 0, total[name] == 0) for name in COUNTED),
         ("failed trials", total["failed"], 0, total["failed"] == 0),
     ]
-    units = {"trials": "trials", "failed trials": "trials"}
+    units = {"trials": "trials", "failed trials": "trials", "changes_lost": "changes"}
     return [
         {"name": name, "value": value, "bound": bound, "unit": units.get(name, "messages"),
          "holds": holds}

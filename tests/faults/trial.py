@@ -1,4 +1,4 @@
-"""One trial: load, fault, recovery, and the account of every message."""
+"""One trial: load, fault, recovery, and the account of every message and change."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from tests.faults.field import NODES, Field, FieldError
 from tests.faults.schedule import Plan
 
 SETTLE_S = 20.0
-COUNTED = ("lost", "duplicated", "altered", "unexpected", "refused_but_present", "nodes_differ",
-           "uids_changed")  # fmt: skip
+COUNTED = (
+    "lost", "duplicated", "changes_lost", "altered", "unexpected", "refused_but_present",
+    "nodes_differ", "uids_changed",
+)  # fmt: skip
 UNITS = ("umbra-agent", "umbra-helper", "umbra-fence", "postfix", "dovecot")
 
 
@@ -33,6 +35,7 @@ class Result:
     healed_s: float | None = None
     refusal_s: float | None = None
     acknowledged: int = 0
+    changes_acknowledged: int = 0
     refused: int = 0
     unknown: int = 0
     counts: Mapping[str, int] = field(default_factory=dict)
@@ -44,14 +47,17 @@ class Result:
 
 
 def turns(log: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Which nodes acknowledged messages, one after the other. Pure.
+    """Which nodes acknowledged messages or changes, one after the other. Pure.
 
-    An acknowledgement fell somewhere between its message's start and end, so it comes after
-    another node's only if that message had ended before this one started.
+    An acknowledgement fell somewhere between its request's start and end, so it comes after
+    another node's only if that request had ended before this one started.
     """
     found: list[str] = []
     since = 0
-    acknowledged = [item for item in log if item.get("outcome") == accounting.OK]
+    kinds = ("send", *accounting.CHANGES)
+    acknowledged = [
+        item for item in log if item.get("kind") in kinds and item["outcome"] == accounting.OK
+    ]
     for item in sorted(acknowledged, key=lambda item: int(item["end"])):
         if not found or (item["node"] != found[-1] and item["start"] >= since):
             found.append(str(item["node"]))
@@ -67,7 +73,7 @@ def judge(
     *,
     most_turns: int = 1,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Account for a trial's messages: figures, and what is not as it must be. Pure.
+    """Account for a trial's messages and changes: figures, and what is not as it must be. Pure.
 
     :param most_turns: so many nodes may acknowledge one after the other; with more, one did while
         another was primary.
@@ -76,7 +82,11 @@ def judge(
         log, [], views, [], {"acknowledged": load.ENOUGH, "changes_acknowledged": 0}, "fault"
     )
     reasons = list(account["reasons"])
-    ends = sorted(item["end"] for item in log if item.get("outcome") == accounting.OK)
+    ends = sorted(
+        item["end"]
+        for item in log
+        if item.get("kind") == "send" and item["outcome"] == accounting.OK
+    )
     last = max([item["end"] for item in log if item["type"] == "op"], default=healed_ns)
     if not any(end > healed_ns for end in ends):
         reasons.append("No message was taken after the group was protected again.")
@@ -85,6 +95,7 @@ def judge(
     figures = {
         "refusal_s": accounting.outage_s(ends, fault_ns, max(healed_ns, fault_ns + 1), last),
         "acknowledged": account["acknowledged"],
+        "changes_acknowledged": account["changes_acknowledged"],
         "refused": account["refused"],
         "unknown": account["unknown"],
         "counts": {name: account[name] for name in COUNTED},
@@ -103,7 +114,7 @@ def make(ground: Field, fault: Fault, plan: Plan, run: str, evidence: Path) -> R
     healed_s: float | None = None
     generator = load.Load(
         ground, run,
-        messages_per_s=fault.messages_per_s, max_s=load.LONGEST_S + fault.stands[1],
+        rate=fault.rate, max_s=load.LONGEST_S + fault.stands[1],
     )  # fmt: skip
     try:
         _act(fault.before, ground, chance)

@@ -29,8 +29,6 @@ from tests.faults.field import NODES, Field, FieldError
 
 OUTPUT = ROOT / "build" / "bench" / "failover.json"
 LAB = "bench"
-# Messages, and changes, a second. With twice as many, two cores that carry all hosts have no rest.
-RATE = 10.0
 # Where clients find the group, in the lab's LAN (tests/lab/README.md).
 SERVICE = {"group": "203.0.113.80"}
 # Changes of primary under one load: each leaves a client's doubtful mailboxes behind, and with many
@@ -57,9 +55,7 @@ class Cell:
         Returns them, and what is not accounted for.
         """
         ground, run = self._ground, f"{time.strftime('%H%M%S')}-{self._profile}"
-        generator = load.Load(
-            ground, run, targets=SERVICE, messages_per_s=RATE, changes_per_s=RATE, max_s=3600
-        )
+        generator = load.Load(ground, run, targets=SERVICE, max_s=3600)
         made: list[tuple[str, int, int, float, str]] = []
         generator.start()
         try:
