@@ -23,7 +23,7 @@ def test_one_row_for_each_fault_and_one_for_all() -> None:
     lines = report.lines(RESULTS)
     assert [line.split("  ")[0] for line in lines[2:5]] == ["agent killed", "link cut", "all"]
     assert lines[2].split()[-8:] == ["2", "1", "200", "1", "0", "0", "0", "1.0"]
-    assert lines[4].split() == ["all", "3", "1", "300", "1", "0", "4.25"]
+    assert lines[4].split() == ["all", "3", "1", "300", "1", "0", "0", "0", "4.25"]
     assert "Trial 3, agent killed: 1 acknowledged messages are lost." in lines
 
 
