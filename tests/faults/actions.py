@@ -427,11 +427,15 @@ class Disk:
 
         return act
 
-    def filled(self, side: Side) -> Action:
-        """Fill it to the last byte."""
+    def filled(self, side: Side, left_mib: int = 0) -> Action:
+        """Fill it, to the last byte or but for so much."""
+        script = (
+            "cat /dev/zero > $1/$2 2> /dev/null;"
+            " truncate -s $(($(stat -c %s $1/$2) - ($3 << 20))) $1/$2"
+        )
 
         def act(field: Field, chance: random.Random) -> None:
-            field.run(side(field), "cat /dev/zero > $1/$2 2> /dev/null; true", self.path, FILLER)
+            field.run(side(field), script, self.path, FILLER, left_mib)
 
         return act
 
