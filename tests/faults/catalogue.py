@@ -96,6 +96,10 @@ FAULTS: tuple[Fault, ...] = (
         "power cut and back, primary", (do.power_cut(primary),), (do.power_back(primary),),
         stands=(0.1, 3.0), heals=30,
     ),
+    Fault(
+        "both power cut", (do.power_cut(primary), do.power_cut(shadow)),
+        (do.both_back,), heals=30,
+    ),
     *(
         Fault(
             f"frozen, {side.__name__}", (do.frozen(side),), (do.thawed(side),), stands=(2.5, 6.0),
@@ -233,7 +237,8 @@ WITNESS: tuple[Fault, ...] = (
         (do.power_back(shadow), do.not_taken_over(8.0), do.power_back(primary)), heals=60,
     ),
     Fault(
-        "both power cut", (do.power_cut(primary), do.power_cut(shadow)), (do.both_back,),
+        "both power cut, with a witness", (do.power_cut(primary), do.power_cut(shadow)),
+        (do.both_back,),
         heals=60, moves=None, after=(do.held_queue_dropped,),
     ),
     Fault(
@@ -305,6 +310,7 @@ SELECTION = (
     "agent stopped, shadow",
     "power cut, shadow",
     "power cut and failover, primary",
+    "both power cut",
     "link cut",
     "switchover",
 )

@@ -299,3 +299,33 @@ def test_a_switchover_takes_it_back(group: str, other: str) -> None:
     assert has(other) == []
     lab.wait("it serves", lambda: serves(group), 10)
     lab.wait("the group is protected", lambda: lab.status(group)["protected"], 30)
+
+
+def test_a_person_promotes_only_after_the_hook_has_switched_the_primary_off(
+    group: str, other: str
+) -> None:
+    lab.run(group, "umbractl pause")
+    lab.run(other, "touch /run/board-is-dead")
+    lab.power(group, on=False)
+    try:
+        promote = f"echo {other} | umbractl failover --accept-loss 2>&1"
+
+        def refused() -> str:
+            done = lab.host(other).run(promote)
+            assert done.rc
+            return done.stdout if "board" in done.stdout else ""  # else it has not noticed yet
+
+        assert f"the board of {group} does not answer" in lab.wait("the hook is run", refused, 15)
+        assert not serves(other)
+        lab.run(other, "rm /run/board-is-dead")
+        assert f"{group} is off, says" in lab.run(other, promote)
+        lab.wait(f"{other} serves", lambda: serves(other), TAKEOVER)
+        words = lab.run(other, "journalctl -o cat -u 'umbra-stonith@*'")
+        assert f"{group} is off" in words
+        assert "says root" not in words
+        assert "board-password" not in lab.run(other, "journalctl -o cat -u 'umbra-*'")
+    finally:
+        lab.run(other, "rm -f /run/board-is-dead")
+        lab.power(group, on=True)
+    lab.wait("the group is protected", lambda: lab.status(other)["protected"], 90)
+    lab.run(other, "umbractl unpause")
