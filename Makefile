@@ -63,7 +63,8 @@ faults: root collection ## Fault trials: load, one fault, every acknowledged mes
 faults-witness: root collection ## The same where a witness decides and nobody moves a hand
 	@tests/lab/lab prerequisites && tests/lab/lab --name faults up --disks mail-a,mail-b
 	@tests/lab/lab --name faults control -- ansible-playbook -i inventories/lab umbra.mail.site \
-	    -e replication_agent_coordinator=etcd -e replication_agent_failover_limit=1000
+	    -e replication_agent_coordinator=etcd -e replication_agent_failover_limit=1000 \
+	    -e '{"replication_agent_client_probes": ["203.0.113.72"]}'
 	@python -m tests.faults --lab faults --witness --trials $(TRIALS) $(if $(SEED),--seed $(SEED)) \
 	    $(if $(FAULT),--fault "$(FAULT)") --output build/faults/witness.json
 	@tests/lab/lab --name faults down

@@ -226,6 +226,28 @@ def cut_one_way(side: Side) -> Action:
     return act
 
 
+def clients_cut(side: Side) -> Action:
+    """No packet comes in from the LAN of the clients, where the agents' probes go."""
+    rules = (
+        "add table inet faults; add chain inet faults in"
+        " { type filter hook input priority -300; }; add rule inet faults in iifname eth1 drop"
+    )
+
+    def act(field: Field, chance: random.Random) -> None:
+        field.run(side(field), "nft $1", rules)
+
+    return act
+
+
+def clients_back(side: Side) -> Action:
+    """And again."""
+
+    def act(field: Field, chance: random.Random) -> None:
+        field.run(side(field), "nft delete table inet faults")
+
+    return act
+
+
 def link_flaps(field: Field, chance: random.Random) -> None:
     """The link between the nodes goes and comes, ten times."""
     for _ in range(10):
@@ -491,6 +513,10 @@ def all_taken_back(field: Field) -> None:
         put_back(field, node)
         for disk in (STORE, MAIL, QUEUE):
             disk.restore(field, node)
-        field.run(node, "systemctl start dovecot; postsuper -d ALL hold", check=False)
+        field.run(
+            node,
+            "nft delete table inet faults; systemctl start dovecot; postsuper -d ALL hold",
+            check=False,
+        )
     field.run(NODES[0], "umbractl unpause", check=False)
     field.wait_protected(120)

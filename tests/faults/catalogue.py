@@ -207,6 +207,10 @@ WITNESS: tuple[Fault, ...] = (
         before=(do.MAIL.small(shadow), do.switched_over), after=(do.MAIL.large(shadow),),
     ),
     Fault(
+        "clients do not reach the primary", (do.clients_cut(primary),),
+        (do.handed_over, do.clients_back(primary)), heals=60, moves=True,
+    ),
+    Fault(
         "disk stalls, primary, taken over", (do.disk("stall", primary),),
         (do.taken_over, do.disk("release", primary)),
         heals=60, moves=True, after=(do.held_queue_dropped,),
