@@ -187,7 +187,7 @@ def settle(field: Field, seconds: float) -> list[str]:
         "cd /var/spool/postfix;"
         " find maildrop incoming active deferred -type f"
         " ! '(' -path 'incoming/*' ! -perm -u+x ')' | wc -l;"
-        " find hold -type f | wc -l; postqueue -f"
+        " find hold -type f | wc -l; postqueue -f || true"
     )
 
     def left() -> list[str]:

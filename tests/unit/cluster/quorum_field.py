@@ -197,7 +197,7 @@ class Host(NodeHelper):
             raise HelperError("no route to the switch")
         return f"{node} is off"
 
-    async def kick(self) -> None:
+    async def kick(self, ports: Sequence[int]) -> None:
         pass
 
     async def queue(self) -> Mapping[str, str]:

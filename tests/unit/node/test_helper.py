@@ -7,7 +7,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -19,6 +19,7 @@ from umbra.node import helper
 from umbra.node.addresses import ServiceAddresses
 from umbra.node.client import NodeHelper
 from umbra.node.helper import Helper, HelperError
+from umbra.node.netlink import Address
 from umbra.node.packets import Connection
 from umbra.node.queue import QUEUES
 
@@ -64,6 +65,9 @@ async def test_ports_are_opened_in_one_transaction(ran: Ran) -> None:
     "request_",
     [
         {"do": "ports-open", "ports": ["25; flush ruleset"], "hold": 10},
+        {"do": "ports-open", "ports": [], "hold": 10},
+        {"do": "kick"},
+        {"do": "kick", "ports": ["25 or sport = :22"]},
         {"do": "ports-open", "ports": [25], "hold": 1e9},
         {"do": "ports-open", "ports": [25], "hold": "10"},
         {"do": "ports-open", "ports": [25], "until": "soon"},
@@ -133,6 +137,9 @@ class Addresses(ServiceAddresses):
     def __contains__(self, address: object) -> bool:
         return str(address) == "192.0.2.20"
 
+    def __iter__(self) -> Iterator[Address]:
+        return iter([ip_address("192.0.2.20")])
+
     def hold(self, seconds: float) -> tuple[list[str], list[str]]:
         self._ran.append((("hold", f"{seconds:.1f}"), None))
         return ["192.0.2.20"], ["no carrier"]
@@ -159,6 +166,21 @@ async def test_the_addresses_come_after_the_ports_and_go_before_them(ran: Ran) -
         ("nft", "-f"), ("hold", "10.0"), ("nft", "-f"), ("hold", "1.5"),
         ("release",), ("nft", "flush"),
     ]  # fmt: skip
+
+
+async def test_clients_of_the_service_ports_are_reset_but_for_those_whom_the_next_owner_tells(
+    ran: Ran,
+) -> None:
+    host = Helper(addresses=Addresses(ran))
+    answer = await host.answer(b'{"do": "kick", "ports": [25, 993]}')
+    assert answer == {"ok": True}
+    (ss, _), (kick, _) = ran
+    assert ss[:2] == ("ss", "-K")
+    assert ss[-1] == (
+        "( sport = :25 or sport = :993 ) and not dst 127.0.0.0/8 and not dst [::1]"
+        " and not src [192.0.2.20]"
+    )
+    assert kick == ("doveadm", "kick", "*")
 
 
 async def test_ports_close_although_an_address_cannot_be_given_up(ran: Ran) -> None:

@@ -463,7 +463,7 @@ class Group:
         if await self._helper.postfix_running():
             await self._helper.postfix_stop()
         if self._was_serving:
-            await self._helper.kick()
+            await self._helper.kick(self._config.fence.ports)
         self._was_serving = False
 
     async def _hold_queue(self) -> None:

@@ -23,7 +23,7 @@ import logging
 import socket
 import struct
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 
@@ -143,6 +143,9 @@ class ServiceAddresses:
 
     def __contains__(self, address: Address) -> bool:
         return address in self._addresses
+
+    def __iter__(self) -> Iterator[Address]:
+        return iter(self._addresses)
 
     def hold(self, seconds: float) -> tuple[list[str], list[str]]:
         """Have the addresses for so many seconds more, and announce those that are new here.

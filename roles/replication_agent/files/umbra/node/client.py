@@ -154,6 +154,6 @@ class NodeHelper:
         answer = await self._ask("stonith", seconds=STONITH_TIMEOUT + 5, node=node)
         return str(answer["said"])
 
-    async def kick(self) -> None:
-        """Disconnect all IMAP, POP3 and ManageSieve users."""
-        await self._ask("kick")
+    async def kick(self, ports: Sequence[int]) -> None:
+        """Disconnect all IMAP, POP3 and ManageSieve users, and clients of these ports at once."""
+        await self._ask("kick", ports=list(ports))

@@ -22,7 +22,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -113,12 +113,7 @@ class Helper:
         if "until" not in request and not (isinstance(hold, (int, float)) and 1 <= hold <= 3600):
             raise HelperError("hold must be from 1 to 3600 seconds")
         assert hold is not None
-        ports = request.get("ports")
-        if not isinstance(ports, list) or not all(
-            isinstance(p, int) and 0 < p < 65536 for p in ports
-        ):
-            raise HelperError("ports must be a list of port numbers")
-        elements = ", ".join(f"{port} timeout {int(hold * 1000)}ms" for port in ports)
+        elements = ", ".join(f"{port} timeout {int(hold * 1000)}ms" for port in _ports(request))
         # An element that is there is not renewed by adding it again: flush and add, atomically.
         batch = (
             "flush set inet umbra_fence open_ports\n"
@@ -301,7 +296,20 @@ class Helper:
         return {"said": said}
 
     async def do_kick(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Disconnect all users of Dovecot."""
+        """Disconnect all users of Dovecot, and reset whoever is connected to one of ``ports``.
+
+        But for clients of a service address: its next owner tells them, when there is one.
+        """
+        ports = " or ".join(f"sport = :{port}" for port in _ports(request))
+        elsewhere = "".join(f" and not src [{address}]" for address in self._addresses)
+        try:
+            # The fence lets no other word of a closed port out.
+            await run(
+                "ss", "-K", "-H", "-n", "-t", "state", "connected",
+                f"( {ports} ) and not dst 127.0.0.0/8 and not dst [::1]{elsewhere}",
+            )  # fmt: skip
+        except HelperError as error:
+            log.warning("clients are not told that they are disconnected: %s", error)
         with contextlib.suppress(HelperError):  # exits 68 when nobody is connected
             await run("doveadm", "kick", "*")
         return {}
@@ -332,6 +340,17 @@ class Helper:
             log.warning("connection closed: %s", error)
         finally:
             writer.close()
+
+
+def _ports(request: Mapping[str, Any]) -> list[int]:
+    ports = request.get("ports")
+    if (
+        not isinstance(ports, list)
+        or not ports
+        or not all(isinstance(port, int) and 0 < port < 65536 for port in ports)
+    ):
+        raise HelperError("ports must be a list of port numbers")
+    return ports
 
 
 def _left(until: object) -> float:
