@@ -252,7 +252,9 @@ class Switchover:
         # client sees its connection end before there is a node to come back to.
         await self._helper.ports_close()
         await group.before_disconnect(to)
-        await asyncio.gather(self._helper.kick(self._config.fence.ports), self._helper.postfix_stop())
+        await asyncio.gather(
+            self._helper.kick(self._config.fence.ports), self._helper.postfix_stop()
+        )
         steps.done("close")
         if not await group.changes.idle(CHANGES_TIMEOUT):
             raise Refused(
