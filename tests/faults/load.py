@@ -43,6 +43,8 @@ def settings(
     targets: Mapping[str, str],
     rate: float,
     max_s: float,
+    *,
+    changes: bool = True,
 ) -> dict[str, Any]:
     """Settings of the client for one trial, as `failover_client.settings` reads them."""
     return {
@@ -56,7 +58,7 @@ def settings(
         "verify_tls": True,
         "server_name": "mail.example.org",
         "smtp_workers": WORKERS,
-        "imap_workers": WORKERS,
+        "imap_workers": WORKERS if changes else 0,
         "messages_per_s": rate,
         "changes_per_s": rate,
         "samples": "",
@@ -87,6 +89,7 @@ class Load:
 
     :param targets: whom clients try, by name; default: both nodes.
     :param rate: messages a second in all, and changes.
+    :param changes: whether there are changes.
     :param max_s: it ends by itself after so many seconds.
     """
 
@@ -97,11 +100,12 @@ class Load:
         *,
         targets: Mapping[str, str] = ADDRESSES,
         rate: float = RATE,
+        changes: bool = True,
         max_s: float = LONGEST_S,
     ) -> None:
         self._field = field
         self._run = run
-        self._settings = settings(run, targets, rate, max_s)
+        self._settings = settings(run, targets, rate, max_s, changes=changes)
         self._directory = f"{DIRECTORY}/{run}"
         self._process: subprocess.Popen[str] | None = None
 

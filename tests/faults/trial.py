@@ -114,7 +114,7 @@ def make(ground: Field, fault: Fault, plan: Plan, run: str, evidence: Path) -> R
     healed_s: float | None = None
     generator = load.Load(
         ground, run,
-        rate=fault.rate, max_s=load.LONGEST_S + fault.stands[1],
+        rate=fault.rate, changes=fault.changes, max_s=load.LONGEST_S + fault.stands[1],
     )  # fmt: skip
     try:
         _act(fault.before, ground, chance)
