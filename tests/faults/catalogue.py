@@ -29,8 +29,8 @@ class Fault:
 
     :param refuses: for how long at most no message may be taken; None for as long as it lasts.
     :param rate: messages a second, and changes.
-    :param changes: False where only messages can be held to it: Dovecot says OK to a change of flags
-        that finds no room, and forgets it.
+    :param changes: False where only messages can be held to it: a primary's Dovecot says OK to a
+        change of flags that finds no room, and forgets it.
     """
 
     name: str
@@ -130,7 +130,7 @@ FAULTS: tuple[Fault, ...] = (
         Fault(
             f"disk full, {name}, {side.__name__}", (disk.filled(side),), (disk.emptied(side),),
             stands=(2.0, 4.0), heals=30, before=(disk.small(side),), after=(disk.large(side),),
-            changes=disk is not do.MAIL,
+            changes=(disk, side) != (do.MAIL, primary),
         )
         for name, disk, side in (
             ("store", do.STORE, shadow), ("mail", do.MAIL, primary),

@@ -20,6 +20,7 @@ from umbra.mailbox.carrier import (
     parse_command,
     valid_user,
 )
+from umbra.mailbox.disk import MailDisk
 from umbra.mailbox.doveadm import Doveadm, Outcome, SyncResult
 from umbra.peer.exchange import PeerError
 from umbra.peer.identity import PeerIdentity
@@ -97,8 +98,18 @@ class FakeLink:
                 client.answer.exception()
 
 
-async def nothing() -> None:
-    """Stand for a disk that has everything."""
+class Disk(MailDisk):
+    """Has everything at once, unless told otherwise."""
+
+    def __init__(self, settle: Callable[[], Awaitable[None]] | None = None) -> None:
+        super().__init__(settle or self.nothing)
+        self.sentence = ""
+
+    async def nothing(self) -> None:
+        """Need no time."""
+
+    def full(self) -> str:
+        return self.sentence
 
 
 class FakeDoveadm:
@@ -207,7 +218,7 @@ async def test_both_ways_and_to_the_end(tmp_path: Path) -> None:
         await writer.drain()
 
     async with server(tmp_path, slave) as socket:
-        handler = DsyncHandler(lambda: False, nothing, socket)
+        handler = DsyncHandler(lambda: False, Disk(), socket)
         async with pair(tmp_path, FakeDoveadm(master), handler) as carrier:
             results = [
                 await carrier.sync(
@@ -237,7 +248,7 @@ async def test_a_primary_refuses_and_that_is_a_lost_peer(tmp_path: Path) -> None
         await reader.read()
         return Outcome.FAILED
 
-    handler = DsyncHandler(lambda: True, nothing, tmp_path / "none")
+    handler = DsyncHandler(lambda: True, Disk(), tmp_path / "none")
     async with pair(tmp_path, FakeDoveadm(master), handler) as carrier:
         result = await asyncio.wait_for(carrier.sync(USER, ""), 5)
     assert result.outcome is Outcome.LOST
@@ -249,7 +260,7 @@ async def test_a_dead_dovecot_on_the_shadow_ends_the_sync(tmp_path: Path) -> Non
         await reader.read()
         return Outcome.FAILED
 
-    handler = DsyncHandler(lambda: False, nothing, tmp_path / "none")
+    handler = DsyncHandler(lambda: False, Disk(), tmp_path / "none")
     async with pair(tmp_path, FakeDoveadm(master), handler) as carrier:
         result = await asyncio.wait_for(carrier.sync(USER, ""), 5)
     assert result.outcome is Outcome.LOST
@@ -264,7 +275,7 @@ async def test_cut_ends_what_hangs(tmp_path: Path) -> None:
         await reader.read()
 
     async with server(tmp_path, slave) as socket:
-        handler = DsyncHandler(lambda: False, nothing, socket)
+        handler = DsyncHandler(lambda: False, Disk(), socket)
         async with pair(tmp_path, FakeDoveadm(master), handler) as carrier:
             task = asyncio.create_task(carrier.sync(USER, ""))
             await asyncio.sleep(0.1)
@@ -293,7 +304,7 @@ async def test_a_sync_has_ended_when_the_peers_disk_has_it(
             await reader.read()
 
     async with server(tmp_path, slave) as socket:
-        handler = DsyncHandler(lambda: False, settle, socket)
+        handler = DsyncHandler(lambda: False, Disk(settle), socket)
         async with pair(tmp_path, FakeDoveadm(master), handler) as carrier:
             task = asyncio.create_task(carrier.sync(USER, ""))
             await asyncio.sleep(0.2)
@@ -305,6 +316,24 @@ async def test_a_sync_has_ended_when_the_peers_disk_has_it(
             await asyncio.sleep(0.2)
             carrier.cut()
             assert (await asyncio.wait_for(task, 1)).outcome is Outcome.LOST
+
+
+@pytest.mark.parametrize("from_the_begin", [True, False])
+async def test_a_disk_without_room_has_nothing(tmp_path: Path, from_the_begin: bool) -> None:
+    async def master(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Outcome:
+        return Outcome.SYNCED if await reader.read(1) else Outcome.FAILED
+
+    async def slave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"x")
+        disk.sentence = "no room"
+
+    async with server(tmp_path, slave) as socket:
+        disk = Disk()
+        disk.sentence = "no room" if from_the_begin else ""
+        handler = DsyncHandler(lambda: False, disk, socket)
+        async with pair(tmp_path, FakeDoveadm(master), handler) as carrier:
+            result = await asyncio.wait_for(carrier.sync(USER, ""), 5)
+    assert (result.outcome, result.reason) == (Outcome.LOST, "no room")
 
 
 async def test_a_side_that_does_not_end_is_bounded(
@@ -322,14 +351,14 @@ async def test_a_side_that_does_not_end_is_bounded(
         await asyncio.sleep(2)
 
     async with server(tmp_path, slave) as socket:
-        handler = DsyncHandler(lambda: False, nothing, socket)
+        handler = DsyncHandler(lambda: False, Disk(), socket)
         async with pair(tmp_path, FakeDoveadm(master), handler) as carrier:
             await asyncio.wait_for(carrier.sync(USER, ""), 1)
 
 
 @pytest.mark.parametrize("user", ["", "-A", None, 5, "a\nb"])
 async def test_the_shadow_checks_the_user_itself(tmp_path: Path, user: object) -> None:
-    handler = DsyncHandler(lambda: False, nothing, tmp_path / "none")
+    handler = DsyncHandler(lambda: False, Disk(), tmp_path / "none")
     queue: Pipe = asyncio.Queue()
     with pytest.raises(PeerError, match="no such user"):
         await handler(PeerIdentity("mail-a", "x"), {"user": user}, FakeExchange(queue, queue))

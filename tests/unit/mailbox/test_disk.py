@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
@@ -76,3 +77,11 @@ async def test_close_ends_what_waits() -> None:
     await asyncio.wait_for(mail.close(), 1)
     with pytest.raises(asyncio.CancelledError):
         await waiting
+
+
+def test_room_is_told_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mail = MailDisk(Disk().sync, tmp_path)
+    assert mail.full() == ""
+    monkeypatch.setattr(module, "ROOM", 1 << 62)
+    assert "MiB left" in mail.full()
+    assert "No such file" in MailDisk(Disk().sync, tmp_path / "none").full()

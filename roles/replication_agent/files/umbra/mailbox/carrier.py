@@ -32,6 +32,7 @@ from time import monotonic
 from typing import Any, Protocol
 
 from umbra.mailbox import metrics
+from umbra.mailbox.disk import MailDisk
 from umbra.mailbox.doveadm import SOCKET, Doveadm, Outcome, SyncResult, escape, read_line, unescape
 from umbra.mailbox.seeding import Pacer
 from umbra.peer.exchange import PeerError
@@ -376,18 +377,14 @@ class DsyncCarrier:
 class DsyncHandler:
     """Shadow side: the handler of the operation ``dsync``.
 
-    :param settle: returns when the disk has what was synced; the primary hears of the end after
-        that.
+    :param disk: has what was synced before the primary hears of the end.
     """
 
     def __init__(
-        self,
-        is_primary: Callable[[], bool],
-        settle: Callable[[], Awaitable[None]],
-        socket: Path = SOCKET,
+        self, is_primary: Callable[[], bool], disk: MailDisk, socket: Path = SOCKET
     ) -> None:
         self._is_primary = is_primary
-        self._settle = settle
+        self._disk = disk
         self._socket = socket
         self._running = 0
 
@@ -409,6 +406,7 @@ class DsyncHandler:
             raise PeerError(
                 "refused", "no such user" if not valid_user(user) else "too many streams"
             )
+        self._refuse_if_full()
         self._running += 1
         try:
             sent, received = await self._serve(str(user), exchange)
@@ -419,6 +417,14 @@ class DsyncHandler:
         finally:
             self._running -= 1
         return {"sent": sent, "received": received}
+
+    def _refuse_if_full(self) -> None:
+        if sentence := self._disk.full():
+            raise PeerError("full", sentence)
+
+    async def _settle(self) -> None:
+        await self._disk.settle()
+        self._refuse_if_full()  # it may have got so meanwhile, and Dovecot would not say so
 
     async def _serve(self, user: str, exchange: Exchange) -> tuple[int, int]:
         reader, writer = await asyncio.open_unix_connection(self._socket, limit=CHUNK)

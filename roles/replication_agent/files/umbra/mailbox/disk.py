@@ -13,11 +13,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from umbra.cluster.fitness import MAIL
 
 log = logging.getLogger(__name__)
 
 RETRY = 0.5  # seconds
+ROOM = 16 << 20  # bytes; Dovecot's logs and indexes grow by far less while a few syncs run
 
 
 class MailDisk:
@@ -27,8 +32,9 @@ class MailDisk:
         does not.
     """
 
-    def __init__(self, sync: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, sync: Callable[[], Awaitable[None]], directory: Path = MAIL) -> None:
         self._sync = sync
+        self._directory = directory
         self._running: asyncio.Task[None] | None = None
         self._next: asyncio.Task[None] | None = None
 
@@ -41,6 +47,21 @@ class MailDisk:
             # The one that runs may have begun before the caller's last write.
             self._next = asyncio.create_task(self._round(self._running), name="mailboxes to disk")
         await asyncio.shield(self._next)
+
+    def full(self) -> str:
+        """Return a sentence if there is hardly any room, else "".
+
+        Dovecot keeps a change of flags that finds none in its process, says that all is well and
+        forgets it.
+        """
+        try:
+            found = os.statvfs(self._directory)
+        except OSError as error:
+            return f"{self._directory}: {error.strerror}"
+        free = 0 if found.f_files and not found.f_favail else found.f_bavail * found.f_frsize
+        if not found.f_blocks or free >= ROOM:
+            return ""
+        return f"the mailboxes' disk has less than {ROOM >> 20} MiB left"
 
     async def close(self) -> None:
         """End whatever waits."""

@@ -172,7 +172,7 @@ class Mailboxes:
         self._notify = NotifyServer(
             NOTIFY_ADDRESS, NOTIFY_PORT, token, self._changed, self._restructured
         )
-        self._dsync_handler = DsyncHandler(group.is_primary, self._disk.settle)
+        self._dsync_handler = DsyncHandler(group.is_primary, self._disk)
         self._scripts_handler = ScriptsHandler(group.is_primary, dovecot)
         self._gone_handler = GoneHandler(self._no_copy, dovecot)
         self._describe_handler = DescribeHandler(dovecot)
