@@ -6,8 +6,8 @@ has: messages that were on the disk are gone from the mailbox. Whatever was sync
 first unfinished record, so the rest was acknowledged to nobody.
 
 Format: struct mail_transaction_log_header and mail_transaction_header in Dovecot's
-src/lib-index/mail-transaction-log.h. If this dies half-way, the next start of Dovecot does the
-rest; a log is cut in one step.
+src/lib-index/mail-transaction-log.h. A log is cut in one step; if this dies half-way, Dovecot makes
+of the rest what it would have made of all.
 """
 
 from __future__ import annotations
@@ -62,10 +62,9 @@ def whole(log: bytes) -> int | None:
 def recent_logs(mail: Path) -> Iterator[Path]:
     """Return the logs that were written last."""
     found = {
-        Path(directory) / name: os.stat(Path(directory) / name).st_mtime
+        path: path.lstat().st_mtime
         for directory, _, names in os.walk(mail)
-        for name in names
-        if name in NAMES
+        for path in (Path(directory) / name for name in names if name in NAMES)
     }
     newest = max(found.values(), default=0.0)
     return (path for path, written in found.items() if written >= newest - RECENT)
@@ -77,27 +76,20 @@ def mend(path: Path) -> int:
     keep = whole(log)
     if keep is None or keep == len(log):
         return 0
-    # Never a link: the directory belongs to the mail user.
-    number = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        os.ftruncate(number, keep)
-        os.fsync(number)
-    finally:
-        os.close(number)
+    with path.open("r+b") as file:
+        file.truncate(keep)
+        os.fsync(file.fileno())
     return len(log) - keep
 
 
-def main(mail: str, done: str) -> int:
-    """Mend all logs below ``mail`` unless the file ``done`` says that it was done in this boot."""
-    if os.path.exists(done):
-        return 0
+def main(mail: str) -> int:
+    """Mend all logs below ``mail``; Dovecot must not run."""
     for path in recent_logs(Path(mail)):
         try:
             if cut := mend(path):
                 print(f"{path}: {cut} bytes were unfinished when the power was cut; cut")
         except OSError as error:  # Dovecot will say what it makes of it
             print(f"{path}: {error.strerror}", file=sys.stderr)
-    Path(done).touch()
     return 0
 
 

@@ -6,7 +6,7 @@ itself. So each change waits here, on the primary while the shadow gets it, and 
 the primary hears that the sync has ended.
 
 What happens if the host dies before that: the change was not acknowledged. What Dovecot had written
-of it may be there in part; docs/architecture.md, "Power", says who mends that.
+of it may be there in part; docs/architecture.md, "What a power cut takes", says who mends that.
 """
 
 from __future__ import annotations
