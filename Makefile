@@ -70,7 +70,7 @@ faults-witness: root collection ## The same where a witness decides and nobody m
 	@tests/lab/lab --name faults down
 
 model: root collection ## Random mailbox operations, without and with faults: each OK is held against the shadow's disk
-	@tests/lab/lab prerequisites && tests/lab/lab --name model up
+	@tests/lab/lab prerequisites && tests/lab/lab --name model up --disks mail-a,mail-b
 	@tests/lab/lab --name model control -- ansible-playbook -i inventories/lab umbra.mail.site
 	@tests/lab/lab --name model control -- python -m tests.model --operations $(OPERATIONS) $(if $(SEED),--seed $(SEED))
 	@tests/lab/lab --name model control -- python -m tests.model --operations $(OPERATIONS) $(if $(SEED),--seed $(SEED)) \
