@@ -301,7 +301,7 @@ def handed_over(field: Field, chance: random.Random) -> None:
     def change() -> dict[str, Any] | None:
         status = field.status(field.shadow)
         last = status["last_switchover"] if status else None
-        return last if last and last["to"] == field.shadow else None
+        return last if last and last["to"] == field.shadow and last["at"] > field.since else None
 
     made = wait(change, 30, lambda: f"{field.primary} has not given its role away: {field.why()}")
     if made is None or not made["planned"]:

@@ -28,6 +28,7 @@ class Fault:
     """One row. Times are seconds; ``stands`` is a range from which each trial draws.
 
     :param refuses: for how long at most no message may be taken; None for as long as it lasts.
+    :param unsure: in an answer: whoever gets it does not know. The message may be there.
     :param rate: messages a second, and changes.
     :param changes: False where only messages can be held to it: a primary's Dovecot says OK to a
         change of flags that finds no room, and forgets it.
@@ -42,6 +43,7 @@ class Fault:
     before: tuple[Action, ...] = ()
     after: tuple[Action, ...] = ()
     refuses: float | None = None
+    unsure: str = ""
     rate: float = RATE
     changes: bool = True
 
@@ -192,15 +194,15 @@ WITNESS: tuple[Fault, ...] = (
         "voters frozen", (do.voters("STOP"),), (do.voters("CONT"),), stands=(5.0, 15.0), heals=30,
     ),
     Fault(
-        # Far enough apart to have greeted in between: a handover, not a takeover. A shadow that was
-        # the primary of such a trial forgets the crashes when its agent starts anew.
+        # Far enough apart to have greeted in between: a handover, not a takeover. The former
+        # primary forgets the crashes when its agent starts anew; else it would hand back, later.
         "dovecot crashes again and again, primary",
         (
             do.killed(DOVECOT, "dovecot", primary), do.paused(4.0),
             do.killed(DOVECOT, "dovecot", primary),
         ),
         (do.handed_over,),
-        heals=60, moves=True, before=(do.restarted(AGENT, shadow),),
+        heals=60, moves=True, after=(do.restarted(AGENT, shadow),),
     ),
     Fault(
         # The small disk is made while its node is shadow: that restarts the agent. Some room is
@@ -225,9 +227,10 @@ WITNESS: tuple[Fault, ...] = (
         stands=(4.0, 8.0), heals=60,
     ),
     Fault(
+        # The shadow has it, and then Postfix cannot write it down: nobody is left to say so.
         "disk fails, primary, taken over", (do.disk("fail", primary),),
         (do.taken_over, do.power_cut(primary), do.power_back(primary)),
-        heals=60, moves=True, after=(do.held_queue_dropped,),
+        heals=60, moves=True, after=(do.held_queue_dropped,), unsure="queue file write error",
     ),
     Fault(
         "disk fails, shadow", (do.disk("fail", shadow),),

@@ -55,6 +55,8 @@ class Field:
         self.name = lab
         self._lab = Lab(lab)
         self.primary, self.shadow = NODES
+        self.since = ""
+        """When the trial began, as the agents write times."""
 
     def lab(self, *words: str, timeout: float = 120) -> None:
         """Run the lab's own command."""

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,21 @@ def judge(
     healed_ns: int,
     *,
     most_turns: int = 1,
+    unsure: str = "",
 ) -> tuple[dict[str, Any], list[str]]:
     """Account for a trial's messages and changes: figures, and what is not as it must be. Pure.
 
     :param most_turns: so many nodes may acknowledge one after the other; with more, one did while
         another was primary.
+    :param unsure: see ``Fault``.
     """
+    if unsure:
+        log = [
+            {**item, "outcome": accounting.UNKNOWN}
+            if item.get("outcome") == accounting.REFUSED and unsure in str(item.get("answer"))
+            else item
+            for item in log
+        ]
     account = accounting.account(
         log, [], views, [], {"acknowledged": load.ENOUGH, "changes_acknowledged": 0}, "fault"
     )
@@ -108,6 +118,7 @@ def make(ground: Field, fault: Fault, plan: Plan, run: str, evidence: Path) -> R
     began = time.monotonic()
     chance = random.Random(plan.seed)
     before, since = ground.primary, time.time()
+    ground.since = datetime.fromtimestamp(since, UTC).strftime("%Y-%m-%dT%H:%M:%S")
     log: list[dict[str, Any]] = []
     views: dict[str, dict[str, Any]] = {}
     figures: dict[str, Any] = {}
@@ -134,7 +145,9 @@ def make(ground: Field, fault: Fault, plan: Plan, run: str, evidence: Path) -> R
         ground.wait_protected(fault.heals)
         views = load.read(ground, run)
         most_turns = 1 if fault.moves is False else 2
-        figures, found = judge(log, views, fault_ns, healed_ns, most_turns=most_turns)
+        figures, found = judge(
+            log, views, fault_ns, healed_ns, most_turns=most_turns, unsure=fault.unsure
+        )
         reasons += found
         if fault.refuses is not None and figures["refusal_s"] > fault.refuses:
             reasons.append(f"No message was taken for {figures['refusal_s']:.2f} s.")
