@@ -96,6 +96,22 @@ def test_a_refused_message_must_not_be_there_and_an_unknown_one_may(log: Log, vi
     assert reasons
 
 
+def test_who_is_told_so_does_not_know(log: Log, views: Views) -> None:
+    log[5].update(outcome="refused", answer="451 4.3.0 Error: queue file write error")
+    assert verdict(log, views)[0]["counts"]["refused_but_present"] == 1
+    figures, reasons = judge(log, views, 10 * SECOND, 20 * SECOND, unsure="file write error")
+    assert (figures["unknown"], reasons) == (1, [])
+    assert judge(log, views, 10 * SECOND, 20 * SECOND, unsure="another")[1]
+
+
+def test_a_change_counts_as_an_acknowledgement(log: Log, views: Views) -> None:
+    change = {
+        **send(30), "kind": "create", "node": "mail-b", "user": USER, "generation": "0",
+        "mailbox": "failover-test-r-0-a",
+    }  # fmt: skip
+    assert turns([*log[:30], change, *log[30:]]) == ["mail-a", "mail-b", "mail-a"]
+
+
 def test_the_longest_gap_that_touches_the_fault_counts(log: Log, views: Views) -> None:
     for number in (15, 16, 17, 40, 41, 42, 43, 44):
         log[number]["outcome"] = "unreached"
