@@ -215,14 +215,16 @@ def test_a_disk_of_its_own_forgets_what_was_not_synced_stalls_and_fails() -> Non
     call("power-off", "witness")
     call("power-on", "witness")
     assert on("witness", "sh", "-c", "cat /root/synced /root/unsynced; true") == "kept\n"
+    writer = ["systemctl", "show", "--property=SubState", "--value", "writer"]
     call("disk", "stall", "witness")
     try:
         on("witness", "systemd-run", "--quiet", "--unit=writer", "touch", "/root/late")
         time.sleep(0.5)
-        assert "late" not in on("witness", "ls", "/root")
+        assert on("witness", *writer) == "running\n"
     finally:
         call("disk", "release", "witness")
     time.sleep(0.5)
+    assert on("witness", *writer) == "dead\n"
     assert "late" in on("witness", "ls", "/root")
     call("disk", "fail", "witness")
     assert "Input/output" in call("exec", "witness", "--", "touch", "/root/x", status=1).stderr
