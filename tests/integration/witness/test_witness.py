@@ -27,6 +27,13 @@ def serves(node: str) -> bool:
     return bool(report["primary"] == node and own["state"] == "primary")
 
 
+def ready(node: str) -> bool:
+    """Whether a node knows that it could take over, which it hears with the next heartbeat."""
+    report = lab.status(node)
+    (own,) = [row for row in report["nodes"] if row["node"] == node]
+    return bool((own["role"], own["state"]) == ("shadow", "ready"))
+
+
 def paused(node: str) -> bool:
     return bool(lab.status(node)["paused"])
 
@@ -87,13 +94,18 @@ def other(group: str) -> str:
 
 
 def test_every_node_says_who_decides_and_who_could_take_over(group: str, other: str) -> None:
+    expected = {group: "primary", other: "ready"}
     for node in lab.NODES:
+
+        def states(node: str = node) -> dict[str, str]:
+            return {row["node"]: row["state"] for row in lab.status(node)["nodes"]}
+
+        # The other's state comes with the next heartbeat.
+        lab.wait(f"{node} knows who could take over", lambda: states() == expected, 5)
         report = lab.status(node)
         assert report["coordinator"] == "etcd"
         assert report["protected_set"] == [other]
         assert report["paused"] is False
-        states = {row["node"]: row["state"] for row in report["nodes"]}
-        assert states == {group: "primary", other: "ready"}
         assert f"protected {other}; automatic failover on" in lab.run(node, "umbractl status")
 
 
@@ -273,9 +285,7 @@ def test_the_former_primary_comes_back_harmless(
 ) -> None:
     lab.wait("the group is protected", lambda: lab.status(other)["protected"], 90)
     assert serves(other)
-    report = lab.status(group)
-    (own,) = [row for row in report["nodes"] if row["node"] == group]
-    assert (own["role"], own["state"]) == ("shadow", "ready")
+    lab.wait(f"{group} is ready", lambda: ready(group), 5)
     assert lab.host(group).run("systemctl is-active postfix").rc != 0
     assert [len(lab.copies(node, USER, lost.message)) for node in lab.NODES] == [1, 1]
     assert (has(group), has(other)) == ([], list(ADDRESSES))
