@@ -428,13 +428,15 @@ async def test_a_ping_that_hangs_is_ended(ping: Path, monkeypatch: pytest.Monkey
 @pytest.fixture
 def systemd(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """What systemd says of the hook's unit; with `error` its start fails so."""
-    says = {"InvocationID": "0f" * 16, "Result": "success", "journal": "off\nreally\n"}
+    says = {"Result": "success", "journal": "off\nreally\n"}
 
     async def run(*argv: str, timeout: float = 20, **_: object) -> str:
         if argv[0] == "journalctl":
-            return says["journal"]
+            return says["journal"] if "_SYSTEMD_UNIT=umbra-stonith@mail-a.service" in argv else ""
         if argv[:2] == ("systemctl", "show"):
-            return f"InvocationID={says['InvocationID']}\nResult={says['Result']}\n"
+            return f"{says['Result']}\n"
+        if argv[:2] == ("systemctl", "reset-failed"):
+            return ""
         assert argv == ("systemctl", "start", "umbra-stonith@mail-a.service")
         assert timeout > 30
         if "error" in says:

@@ -274,24 +274,25 @@ class Helper:
         if not isinstance(node, str) or not NODE.match(node):
             raise HelperError("node must be the name of a node")
         unit = f"umbra-stonith@{node}.service"
-        failed = ""
+        began, failed, result = time.time(), "", ""
         try:
             await run("systemctl", "start", unit, timeout=STONITH_TIMEOUT)
         except HelperError as error:
             failed = str(error)
-        shown = await run("systemctl", "show", unit, "-p", "InvocationID", "-p", "Result")
-        values = dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
-        words = ""
-        if invocation := values.get("InvocationID"):
             with contextlib.suppress(HelperError):
-                words = await run(
-                    "journalctl", "-q", "-o", "cat", "-n", "5",
-                    f"_SYSTEMD_INVOCATION_ID={invocation}",
-                )  # fmt: skip
+                result = await run("systemctl", "show", unit, "-p", "Result", "--value")
+                await run("systemctl", "reset-failed", unit)
+        words = ""
+        with contextlib.suppress(HelperError):
+            await run("journalctl", "--sync")
+            # Not by its invocation: systemd forgets a unit that has ended.
+            words = await run(
+                "journalctl", "-q", "-o", "cat", "-n", "5", f"--since=@{began:.6f}",
+                "_TRANSPORT=stdout", f"_SYSTEMD_UNIT={unit}",
+            )  # fmt: skip
         said = " ".join(words.split())[:400]
         if failed:
-            result = values.get("Result", "")
-            why = "it took too long" if result == "timeout" else said or failed
+            why = "it took too long" if result.strip() == "timeout" else said or failed
             raise HelperError(f"{unit}: {why}")
         return {"said": said}
 
