@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -47,6 +47,14 @@ class Result:
         return asdict(self)
 
 
+def acknowledged(
+    log: Iterable[Mapping[str, Any]], kinds: Collection[str]
+) -> list[Mapping[str, Any]]:
+    """Return the requests of these kinds that were acknowledged, by their ends. Pure."""
+    found = [item for item in log if item.get("kind") in kinds and item["outcome"] == accounting.OK]
+    return sorted(found, key=lambda item: int(item["end"]))
+
+
 def turns(log: Iterable[Mapping[str, Any]]) -> list[str]:
     """Which nodes acknowledged messages or changes, one after the other. Pure.
 
@@ -55,11 +63,7 @@ def turns(log: Iterable[Mapping[str, Any]]) -> list[str]:
     """
     found: list[str] = []
     since = 0
-    kinds = ("send", *accounting.CHANGES)
-    acknowledged = [
-        item for item in log if item.get("kind") in kinds and item["outcome"] == accounting.OK
-    ]
-    for item in sorted(acknowledged, key=lambda item: int(item["end"])):
+    for item in acknowledged(log, ("send", *accounting.CHANGES)):
         if not found or (item["node"] != found[-1] and item["start"] >= since):
             found.append(str(item["node"]))
             since = item["end"]
@@ -92,11 +96,7 @@ def judge(
         log, [], views, [], {"acknowledged": load.ENOUGH, "changes_acknowledged": 0}, "fault"
     )
     reasons = list(account["reasons"])
-    ends = sorted(
-        item["end"]
-        for item in log
-        if item.get("kind") == "send" and item["outcome"] == accounting.OK
-    )
+    ends = [item["end"] for item in acknowledged(log, ("send",))]
     last = max([item["end"] for item in log if item["type"] == "op"], default=healed_ns)
     if not any(end > healed_ns for end in ends):
         reasons.append("No message was taken after the group was protected again.")

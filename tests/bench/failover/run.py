@@ -26,6 +26,7 @@ from tests.bench.figures import lines
 from tests.bench.place import ROOT, Place, SceneError
 from tests.faults import actions, load
 from tests.faults.field import NODES, Field, FieldError
+from tests.faults.trial import acknowledged
 
 OUTPUT = ROOT / "build" / "bench" / "failover.json"
 LAB = "bench"
@@ -91,7 +92,10 @@ class Cell:
             )
         )
         print(f"  {said}", flush=True)
-        messages, changes = _ends(log, ["send"]), _ends(log, accounting.CHANGES)
+        messages, changes = (
+            [item["end"] for item in acknowledged(log, kinds)]
+            for kinds in (("send",), accounting.CHANGES)
+        )
         samples = [
             self._sample(messages, changes, number, *item)
             for number, item in enumerate(made, self._made + 1)
@@ -160,16 +164,6 @@ class Cell:
         for line in said.splitlines():
             entry = json.loads(line)
             yield int(entry["__REALTIME_TIMESTAMP"]) / 1e6, str(entry["MESSAGE"])
-
-
-def _ends(log: Iterable[Mapping[str, Any]], kinds: Iterable[str]) -> list[int]:
-    """When requests of these kinds were acknowledged (monotonic ns), in order."""
-    wanted = set(kinds)
-    return sorted(
-        item["end"]
-        for item in log
-        if item.get("outcome") == accounting.OK and item["kind"] in wanted
-    )
 
 
 def measure(

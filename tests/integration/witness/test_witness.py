@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 from tests.integration import lab
@@ -21,16 +22,19 @@ ADDRESSES = ("203.0.113.80", "2001:db8:e::80")
 TAKEOVER = 15
 
 
+def own_row(node: str, report: Mapping[str, Any]) -> Mapping[str, Any]:
+    (own,) = [row for row in report["nodes"] if row["node"] == node]
+    return dict(own)
+
+
 def serves(node: str) -> bool:
     report = lab.status(node)
-    (own,) = [row for row in report["nodes"] if row["node"] == node]
-    return bool(report["primary"] == node and own["state"] == "primary")
+    return bool(report["primary"] == node and own_row(node, report)["state"] == "primary")
 
 
 def ready(node: str) -> bool:
     """Whether a node knows that it could take over, which it hears with the next heartbeat."""
-    report = lab.status(node)
-    (own,) = [row for row in report["nodes"] if row["node"] == node]
+    own = own_row(node, lab.status(node))
     return bool((own["role"], own["state"]) == ("shadow", "ready"))
 
 

@@ -30,19 +30,28 @@ OWN, VOTER = Path("/var/lib/umbra"), Path("/var/lib/umbra-coordinator")
 def free_space(paths: Sequence[Path] = (MAIL, QUEUE, OWN, VOTER)) -> dict[str, int]:
     """Return the bytes that are free on each file system, by the first path on it.
 
-    One without free inodes has none. What is not there, or has no limit, is not full.
+    What is not there, or has no limit, is not full.
     """
     found: dict[int, tuple[str, int]] = {}
     for path in paths:
         try:
-            device, stats = os.stat(path).st_dev, os.statvfs(path)
+            device, free = os.stat(path).st_dev, room(path)
         except OSError:
             continue
-        if stats.f_blocks:
-            full = stats.f_files > 0 and stats.f_favail == 0
-            free = 0 if full else stats.f_bavail * stats.f_frsize
+        if free is not None:
             found.setdefault(device, (str(path), free))
     return dict(found.values())
+
+
+def room(path: Path) -> int | None:
+    """Return the bytes that are free on a path's file system; None if it has no limit. OSError.
+
+    One without free inodes has none.
+    """
+    stats = os.statvfs(path)
+    if not stats.f_blocks:
+        return None
+    return 0 if stats.f_files > 0 and stats.f_favail == 0 else stats.f_bavail * stats.f_frsize
 
 
 class Fitness:

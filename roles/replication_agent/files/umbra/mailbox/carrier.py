@@ -22,6 +22,7 @@ this one.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping
@@ -136,13 +137,13 @@ async def copy(
     moved: Callable[[], None] = lambda: None,
     pace: Callable[[int], Awaitable[None]] | None = None,
     settle: Callable[[], Awaitable[None]] | None = None,
-    settled: Callable[[], None] = lambda: None,
+    ended: Callable[[], None] = lambda: None,
 ) -> tuple[int, int]:
     """Copy both ways until both sides have ended; call ``moved`` whenever data did.
 
     :param pace: returns when so many bytes may be sent.
     :param settle: awaited when the local side has ended, before the other side hears of that.
-    :param settled: called when the other side has ended.
+    :param ended: called when the other side has ended.
     :returns: the bytes sent and received over the exchange.
 
     Back pressure: each direction holds at most one chunk beside the transports' buffers. When one
@@ -180,7 +181,7 @@ async def copy(
                 # The local side has all it wants. What still comes is dropped, so that the
                 # exchange ends in order and its connection can carry the next one.
                 gone = True
-        settled()
+        ended()
         with suppress(OSError, RuntimeError):
             writer.write_eof()
 
@@ -268,8 +269,8 @@ class DsyncCarrier:
 
         ``merge``: both ways, see ``Doveadm.sync``. LOST if the link is why it failed.
         """
-        local = asyncio.get_running_loop().create_future()
-        settled = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        local, settled = loop.create_future(), loop.create_future()
         task = asyncio.create_task(self._carry(user, local, settled), name=f"dsync {user}")
         self._streams.add(task)
         task.add_done_callback(self._ended)
@@ -279,7 +280,8 @@ class DsyncCarrier:
                 user, f"tcp:{self._path}", state, SYNC_LIMIT, merge=merge
             )
             if result.outcome in (Outcome.SYNCED, Outcome.CHANGED):
-                await self._settled(task, settled)
+                # The peer's disk has it, or the stream has ended without.
+                await asyncio.wait({task, settled}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             del self._expected[user]
             if not local.done():
@@ -287,21 +289,13 @@ class DsyncCarrier:
         if result.outcome is not Outcome.SYNCED:
             # The stream ends with the connection of the dsync that has failed.
             await asyncio.wait({task}, timeout=1.0)
-        if not settled.is_set():
+        if not settled.done():
             error = task.exception() if task.done() and not task.cancelled() else None
             if isinstance(error, PeerError):
                 return SyncResult(Outcome.LOST, reason=error.text)
             if result.outcome in (Outcome.SYNCED, Outcome.CHANGED):
                 return SyncResult(Outcome.LOST, reason="the end of the sync was not confirmed")
         return result
-
-    async def _settled(self, task: asyncio.Task[None], settled: asyncio.Event) -> None:
-        """Return when the peer's disk has what was synced, or the stream has ended without."""
-        waiting = asyncio.create_task(settled.wait())
-        try:
-            await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            waiting.cancel()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._streams.discard(task)
@@ -312,7 +306,7 @@ class DsyncCarrier:
         self,
         user: str,
         local: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]],
-        settled: asyncio.Event,
+        settled: asyncio.Future[None],
     ) -> None:
         name = self._link.name
         try:
@@ -326,7 +320,7 @@ class DsyncCarrier:
                     exchange,
                     self._expected[user].move,
                     pace=self._pacer.spend,
-                    settled=settled.set,
+                    ended=functools.partial(settled.set_result, None),
                 )
                 metrics.CARRIED.labels(name, "sent").inc(sent)
                 metrics.CARRIED.labels(name, "received").inc(received)

@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from umbra.cluster.fitness import MAIL
+from umbra.cluster.fitness import MAIL, room
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +54,10 @@ class MailDisk:
         forgets it.
         """
         try:
-            found = os.statvfs(self._directory)
+            free = room(self._directory)
         except OSError as error:
             return f"{self._directory}: {error.strerror}"
-        free = 0 if found.f_files and not found.f_favail else found.f_bavail * found.f_frsize
-        if not found.f_blocks or free >= ROOM:
+        if free is None or free >= ROOM:
             return ""
         return f"the mailboxes' disk has less than {ROOM >> 20} MiB left"
 

@@ -179,7 +179,7 @@ class Helper:
     async def do_sync_mail(self, request: dict[str, Any]) -> dict[str, Any]:
         """Return when the disk has all that was written to mailboxes before this request."""
         async with self._syncing:  # a disk that stalls must not take all the threads
-            await asyncio.shield(asyncio.to_thread(_syncfs, self._mail))
+            await asyncio.to_thread(_syncfs, self._mail)
         return {}
 
     async def do_postfix_start(self, request: dict[str, Any]) -> dict[str, Any]:
