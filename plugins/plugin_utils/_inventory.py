@@ -104,12 +104,13 @@ def _group_findings(inventory: Inventory) -> Iterator[str]:
             " put at least two mail hosts into it."
         )
     voters = len(inventory.overlay)
-    if witnesses and voters % 2 == 0:
+    kinds = {inventory.value(host, COORDINATOR) or "static" for host in inventory.overlay}
+    if (witnesses or "etcd" in kinds) and voters >= 3 and voters % 2 == 0:
+        way_out = "leave that group empty" if witnesses else f"set {COORDINATOR} to static"
         yield (
             f"{_listed(inventory.overlay)} are {voters} voters, which can tie;"
-            f" add or remove one host in {WITNESS}, or leave that group empty."
+            f" add or remove one host in {WITNESS}, or {way_out}."
         )
-    kinds = {inventory.value(host, COORDINATOR) or "static" for host in inventory.overlay}
     if len(kinds) > 1:
         yield f"{COORDINATOR} is {_listed(sorted(map(str, kinds)))}; make it the same on all hosts."
     elif "etcd" in kinds and voters < 3:

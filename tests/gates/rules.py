@@ -233,6 +233,44 @@ def tasks_are_in_order(root: Path) -> Findings:
     return findings
 
 
+def _expressions(path: Path) -> Iterator[str]:
+    """The Jinja expressions of a file of a role: in braces, and a task's bare conditions."""
+    text = re.sub(r"(?m)^\s*#.*$", "", path.read_text())
+    yield from (found[1] for found in re.finditer(r"\{[{%]-?(.*?)-?[%}]\}", text, re.DOTALL))
+    if path.parent.name in ("tasks", "handlers"):
+        for task in tasks(load(path)):
+            asserted = task.get("ansible.builtin.assert") or {}
+            bare = [task.get(key) for key in ("when", "until", "changed_when", "failed_when")]
+            for condition in [*bare, asserted.get("that")]:
+                conditions = condition if isinstance(condition, list) else [condition]
+                yield from (f"({one})" for one in conditions)
+
+
+def typed_values_are_cast(root: Path) -> Findings:
+    """A number or boolean is cast where it is reckoned with: `-e` and INI files give strings.
+
+    Without that, "false" is true and "5" * 2 is "55".
+    """
+    findings = []
+    for role in roles(root):
+        kinds = {name: spec.get("type") for name, spec in options(role).items()}
+        typed = [name for name, kind in kinds.items() if kind in ("int", "float", "bool")]
+        if not typed:
+            continue
+        uncast = re.compile(
+            rf"(?<!\w)({'|'.join(typed)})(?!\w)(?!\s*\|\s*(int|float|bool|string)\b)"
+        )
+        for folder in ("tasks", "handlers", "templates", "vars", "defaults"):
+            for path in sorted(p for p in (role / folder).glob("**/*") if p.is_file()):
+                for expression in _expressions(path):
+                    words = re.sub(r"'[^']*'", "''", expression)
+                    found = uncast.search(words)
+                    # Alone in its braces it is only written out.
+                    if found and words.strip() != found[1]:
+                        findings.append(f"{path.relative_to(root)}: {found[1]} is not cast.")
+    return findings
+
+
 def plays_have_names(root: Path) -> Findings:
     """Every play in a playbook is named."""
     return [
@@ -361,6 +399,7 @@ RULES = (
     defaults_are_commented,
     readme_has_each_variable,
     tasks_are_in_order,
+    typed_values_are_cast,
     plays_have_names,
     facts_are_not_injected,
     scenarios_test_something,

@@ -57,7 +57,7 @@ argument_specs:
     TASKS: """\
 - name: Say
   ansible.builtin.debug:
-    msg: "{{ ansible_facts['os_family'] }}"
+    msg: "{{ ansible_facts['os_family'] }} {{ x_n }} {{ x_n | int + 1 }}"
   register: __x_said
 - name: Block
   block:
@@ -121,6 +121,11 @@ BAD: dict[Rule, list[tuple[str, str, str | None, str]]] = {
         (TASKS, "ansible.builtin.debug", "debug", "short name debug"),
         (TASKS, "ansible.builtin.set_fact", "set_fact", "short name set_fact"),
         (TASKS, "ansible.builtin.debug", "ansible.builtin.include_tasks", "without a loop"),
+    ],
+    rules.typed_values_are_cast: [
+        (TASKS, "x_n | int + 1", "x_n + 1", "x_n is not cast"),
+        (TASKS, "register: __x_said", "when: x_n > 1", "x_n is not cast"),
+        (TASKS, "register: __x_said", "when: [x_a == 'x_n', x_n | int > 1, x_n]", "x_n is not"),
     ],
     rules.plays_have_names: [(PLAYBOOK, "name: Play\n  ", "", "play 1 has no name")],
     rules.facts_are_not_injected: [

@@ -75,8 +75,10 @@ HOSTS = (
     _member("witness", GAMMA, "203.0.113.10", "2001:db8:c::10"),
     _member("client", OUTSIDE, "203.0.113.140", "2001:db8:d::140", lan=8),
 )
-# Hosts that are made only when `up --hosts` names them: what this collection's are compared with.
+# Hosts that are made only when `up --hosts` names them: a third mail host, and what this
+# collection's are compared with.
 EXTRA_HOSTS = (
+    _member("mail-c", GAMMA, "203.0.113.11", "2001:db8:c::11", lan=9),
     replace(_member("old-a", ALPHA, "192.0.2.12", "2001:db8:a::12"), release="bookworm"),
     replace(_member("old-b", BETA, "198.51.100.12", "2001:db8:b::12"), release="bookworm"),
 )

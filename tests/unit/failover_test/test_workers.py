@@ -5,12 +5,13 @@ import json
 import smtplib
 import socket
 import ssl
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from roles.failover_test.files.failover_client import connect, imap, pace, reader, smtp
+from roles.failover_test.files.failover_client import __main__, connect, imap, pace, reader, smtp
 from roles.failover_test.files.failover_client.journal import Journal
 from roles.failover_test.files.failover_client.messages import Message
 from roles.failover_test.files.failover_client.settings import Settings, Target, User, load
@@ -348,6 +349,26 @@ class TestNodes:
         with one:
             other.close()
             assert connect.spoken(one)
+
+
+class TestRun:
+    def test_a_worker_that_dies_ends_the_run_with_its_error(
+        self, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def steady(*common: Any) -> None:
+            while not common[3]():
+                time.sleep(0.01)
+
+        def dies(*_: Any) -> None:
+            raise TypeError("unsupported operand")
+
+        monkeypatch.setattr(__main__, "send_steadily", steady)
+        monkeypatch.setattr(__main__, "change_steadily", dies)
+        began = time.monotonic()
+        with pytest.raises(TypeError, match="unsupported operand"):
+            __main__.run(settings)
+        assert time.monotonic() - began < settings.max_s / 2
+        assert [record["type"] for record in log(settings)] == ["begin"]
 
 
 class TestPace:

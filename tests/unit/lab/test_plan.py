@@ -60,8 +60,8 @@ def test_hosts_file_names_every_host_by_both_names_and_versions() -> None:
 
 def test_a_site_is_found_by_its_name_or_a_host_of_it() -> None:
     assert plan.site_of("beta") is plan.site_of("mail-b") is plan.BETA
-    with pytest.raises(LabError, match="mail-c"):
-        plan.site_of("mail-c")
+    with pytest.raises(LabError, match="mail-d"):
+        plan.site_of("mail-d")
     with pytest.raises(LabError, match="alpha"):
         plan.host("alpha")
 

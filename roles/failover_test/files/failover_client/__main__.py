@@ -7,8 +7,10 @@ import imaplib
 import json
 import random
 import sys
-import threading
 import time
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,11 @@ SEVERAL = 5  # every fifth message goes to two recipients
 
 def run(settings: Settings) -> None:
     """Put the group under load until told to stop, and log everything."""
-    journal = Journal(settings.directory / "log.jsonl")
+    with closing(Journal(settings.directory / "log.jsonl")) as journal:
+        _load(settings, journal)
+
+
+def _load(settings: Settings, journal: Journal) -> None:
     context = tls_context(settings)
     samples = load_samples(settings.samples)
 
@@ -35,24 +41,21 @@ def run(settings: Settings) -> None:
 
     stop = Stop(settings.directory / "stop", settings.max_s, enough)
     journal.write({"type": "begin", **stamp(), "run": settings.run, "samples": len(samples)})
-    threads = [
-        threading.Thread(
-            target=send_steadily, args=(settings, journal, context, stop, worker, samples)
-        )
-        for worker in range(settings.smtp_workers)
+    common = settings, journal, context, stop
+    jobs = [
+        partial(send_steadily, *common, worker, samples) for worker in range(settings.smtp_workers)
     ]
-    threads += [
-        threading.Thread(target=change_steadily, args=(settings, journal, context, stop, worker))
-        for worker in range(settings.imap_workers)
-    ]
+    jobs += [partial(change_steadily, *common, worker) for worker in range(settings.imap_workers)]
     if settings.big_message_bytes:
-        threads.append(threading.Thread(target=send_big, args=(settings, journal, context, stop)))
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+        jobs.append(partial(send_big, *common))
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        running = [pool.submit(job) for job in jobs]
+        # A worker that dies ends the run: the others alone would prove less than it says.
+        wait(running, return_when=FIRST_EXCEPTION)
+        stop.abort()
+    for worker in running:
+        worker.result()
     journal.write({"type": "end", **stamp()})
-    journal.close()
 
 
 def send_steadily(

@@ -21,10 +21,17 @@ class Stop:
         self._file = file
         self._deadline = time.monotonic() + max_s
         self._enough = enough
+        self._aborted = False
+
+    def abort(self) -> None:
+        """End the run now."""
+        self._aborted = True
 
     def __call__(self) -> bool:
         """Return True when the worker shall end."""
-        return time.monotonic() >= self._deadline or (self._enough() and self._file.exists())
+        if self._aborted or time.monotonic() >= self._deadline:
+            return True
+        return self._enough() and self._file.exists()
 
 
 class Pace:
