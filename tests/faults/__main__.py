@@ -16,10 +16,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from tests.faults import field as place
 from tests.faults import load, report
 from tests.faults.actions import all_taken_back
-from tests.faults.catalogue import BY_NAME, FAULTS, SELECTION, WITNESS
-from tests.faults.field import NODES, ROOT, Field, FieldError
+from tests.faults.catalogue import BY_NAME, FAULTS, SELECTION, THREE, WITNESS
+from tests.faults.field import ROOT, Field, FieldError
 from tests.faults.schedule import schedule
 from tests.faults.trial import Result, make
 
@@ -32,7 +33,9 @@ def about(field: Field) -> dict[str, Any]:
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
-    versions = field.run(NODES[0], "dpkg-query -W -f '${Package} ${Version}\\n' $@", *PACKAGES)
+    versions = field.run(
+        field.nodes[0], "dpkg-query -W -f '${Package} ${Version}\\n' $@", *PACKAGES
+    )
     return {
         "commit": commit or None,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -74,6 +77,7 @@ def main() -> int:
     parser.add_argument(
         "--witness", action="store_true", help="the faults of a group whose coordinator is etcd"
     )
+    parser.add_argument("--three", action="store_true", help="the faults of three mail hosts")
     parser.add_argument("--output", type=Path, default=BUILD / "transport.json")
     parser.add_argument("--list", action="store_true", help="print the faults' names and end")
     options = parser.parse_args()
@@ -81,16 +85,16 @@ def main() -> int:
         print("\n".join(BY_NAME))
         return 0
     seed = random.SystemRandom().randrange(1_000_000) if options.seed is None else options.seed
-    catalogue = WITNESS if options.witness else FAULTS
+    catalogue = THREE if options.three else WITNESS if options.witness else FAULTS
     faults = list(SELECTION) if options.selection else [fault.name for fault in catalogue]
     faults = options.fault or faults
     trials = options.trials or (len(faults) if options.selection else report.GOAL_TRIALS)
     print(f"seed {seed}, {trials} trials of {len(faults)} faults", flush=True)
-    field = Field(options.lab)
+    field = Field(options.lab, place.THREE if options.three else place.INVENTORY)
     try:
         field.wait_protected(60)
         load.install(field)
-        for node in NODES:
+        for node in field.nodes:
             field.run(node, "sync")  # only what a trial writes may be lost in its power cut
         results = campaign(field, seed, faults, trials, options.output)
     except FieldError as error:

@@ -7,9 +7,10 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
-from tests.faults.field import NODES, WITNESS, Field, FieldError, wait
+from tests.faults.field import WITNESS, Field, FieldError, wait
 from tests.lab.umbra_lab.links import Settings
 
 Action = Callable[[Field, random.Random], None]
@@ -86,6 +87,11 @@ def shadow(field: Field) -> str:
     return field.shadow
 
 
+def follower(field: Field) -> str:
+    """The shadow of three that changes did not wait for as the trial began."""
+    return field.follower
+
+
 def witness(field: Field) -> str:
     """The host that only votes."""
     return WITNESS
@@ -93,7 +99,7 @@ def witness(field: Field) -> str:
 
 def both_back(field: Field, chance: random.Random) -> None:
     """Boot both nodes, in either order."""
-    for node in chance.sample(NODES, 2):
+    for node in chance.sample(field.nodes, len(field.nodes)):
         field.lab("power-on", node)
 
 
@@ -210,7 +216,7 @@ def cut_off(side: Side) -> Action:
     """No packet between that host's site and the others'; clients reach it."""
 
     def act(field: Field, chance: random.Random) -> None:
-        for other in {*NODES, WITNESS} - {side(field)}:
+        for other in {*field.voters} - {side(field)}:
             field.lab("wan", "cut", side(field), other)
 
     return act
@@ -220,7 +226,7 @@ def cut_one_way(side: Side) -> Action:
     """No packet from that node to the other one; those back arrive."""
 
     def act(field: Field, chance: random.Random) -> None:
-        (other,) = set(NODES) - {side(field)}
+        (other,) = set(field.nodes) - {side(field)}
         field.lab("wan", "cut", side(field), other, "--one-way")
 
     return act
@@ -259,10 +265,8 @@ def link_flaps(field: Field, chance: random.Random) -> None:
 
 def all_ways_healed(field: Field, chance: random.Random) -> None:
     """Packets everywhere."""
-    hosts = (*NODES, WITNESS)
-    for number, host in enumerate(hosts):
-        for other in hosts[number + 1 :]:
-            field.lab("wan", "heal", host, other)
+    for host, other in combinations(field.voters, 2):
+        field.lab("wan", "heal", host, other)
 
 
 def wan_cut(field: Field, chance: random.Random) -> None:
@@ -293,6 +297,24 @@ def taken_over(field: Field, chance: random.Random) -> None:
         return status is not None and status["primary"] == field.shadow
 
     wait(done, 30, lambda: f"{field.shadow} has not taken over: {field.why()}")
+
+
+def _wait_protects(field: Field, primary: str, shadow: str) -> None:
+    def done() -> bool:
+        status = field.status(primary)
+        return status is not None and shadow in status["protected_set"] and status["protected"]
+
+    wait(done, 30, lambda: f"{shadow} does not protect {primary}: {field.why()}")
+
+
+def replaced(field: Field, chance: random.Random) -> None:
+    """Nobody does anything; changes wait for the shadow that only followed."""
+    _wait_protects(field, field.primary, field.follower)
+
+
+def replaced_after_takeover(field: Field, chance: random.Random) -> None:
+    """The same for the new primary."""
+    _wait_protects(field, field.shadow, field.follower)
 
 
 def handed_over(field: Field, chance: random.Random) -> None:
@@ -346,7 +368,7 @@ def voters(signal: str, *sides: Side) -> Action:
     """A signal to every member of the coordinator, or to those named."""
 
     def act(field: Field, chance: random.Random) -> None:
-        for host in [side(field) for side in sides] or (*NODES, WITNESS):
+        for host in [side(field) for side in sides] or field.voters:
             field.run(host, "systemctl kill -s $1 $2", signal, VOTER)
 
     return act
@@ -356,14 +378,18 @@ def leader(side: Side) -> Action:
     """Have that host's member lead the coordinator."""
 
     def act(field: Field, chance: random.Random) -> None:
-        members = json.loads(field.run(WITNESS, "umbra-etcdctl member list -w json"))["members"]
+        members = json.loads(field.run(field.voters[-1], "umbra-etcdctl member list -w json"))[
+            "members"
+        ]
         [wanted] = [member["ID"] for member in members if member["name"] == side(field)]
-        for member in json.loads(field.run(WITNESS, "umbra-etcdctl endpoint status -w json")):
+        for member in json.loads(
+            field.run(field.voters[-1], "umbra-etcdctl endpoint status -w json")
+        ):
             leads = member["Status"]["leader"]
             if leads == member["Status"]["header"]["member_id"]:
                 if leads != wanted:  # only the leader itself can give the lead away
                     command = "umbra-etcdctl --endpoints $1 move-leader $2"
-                    field.run(WITNESS, command, member["Endpoint"], f"{wanted:x}")
+                    field.run(field.voters[-1], command, member["Endpoint"], f"{wanted:x}")
                 return
         raise FieldError("no member leads the coordinator")
 
@@ -385,16 +411,24 @@ def failed_over(field: Field, chance: random.Random) -> None:
     wait(done, 15, lambda: f"{field.shadow} could not be promoted")
 
 
-def switched_over(field: Field, chance: random.Random) -> None:
+def switched_to(side: Side) -> Action:
     """An operator moves the primary; a refusal for a moment's reason is tried again."""
 
-    def done() -> bool:
-        done = field.call(
-            field.shadow, "umbractl", "switchover", field.shadow, timeout=120, check=False
-        )
-        return done.returncode == 0
+    def act(field: Field, chance: random.Random) -> None:
+        to = side(field)
 
-    wait(done, 60, lambda: f"the primary could not be moved: {field.why()}")
+        def done() -> bool:
+            done = field.call(to, "umbractl", "switchover", to, timeout=120, check=False)
+            return done.returncode == 0
+
+        wait(done, 60, lambda: f"the primary could not be moved: {field.why()}")
+
+    return act
+
+
+def switched_over(field: Field, chance: random.Random) -> None:
+    """An operator moves the primary to the shadow."""
+    switched_to(shadow)(field, chance)
 
 
 def switchover_begun(field: Field, chance: random.Random) -> None:
@@ -492,24 +526,26 @@ QUEUE = Disk("/var/spool/postfix", 128, (DOVECOT, AGENT))
 
 def held_queue_dropped(field: Field, chance: random.Random) -> None:
     """Drop a former primary's queue, as docs/operations.md has an administrator do it."""
-    field.run(field.shadow, "postsuper -d ALL hold")
+    for node in field.nodes:
+        if node != field.primary:
+            field.run(node, "postsuper -d ALL hold")
 
 
 def all_taken_back(field: Field) -> None:
     """Undo whatever a trial that broke off may have left; FieldError if that does not help."""
     field.lab("up")
-    for node in NODES:
+    for node in field.nodes:
         if field.call(node, "touch", "/root/faults", check=False).returncode:  # its disk has failed
             field.lab("power-off", node)
             field.lab("power-on", node)
     all_ways_healed(field, random.Random())
     field.lab(
         "wan", "set", "--loss", "0", "--rate", "0", "--delay", str(DELAY_MS), "--jitter", "0",
-        "--between", *NODES,
+        "--between", *field.nodes[:2],
     )  # fmt: skip
-    field.run(WITNESS, _CONTINUE, VOTER)
-    for node in NODES:
+    for node in field.voters:
         field.run(node, _CONTINUE, AGENT, VOTER)
+    for node in field.nodes:
         put_back(field, node)
         for disk in (STORE, MAIL, QUEUE):
             disk.restore(field, node)
@@ -518,5 +554,5 @@ def all_taken_back(field: Field) -> None:
             "nft delete table inet faults; systemctl start dovecot; postsuper -d ALL hold",
             check=False,
         )
-    field.run(NODES[0], "umbractl unpause", check=False)
+    field.run(field.nodes[0], "umbractl unpause", check=False)
     field.wait_protected(120)

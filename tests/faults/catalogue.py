@@ -16,6 +16,7 @@ from tests.faults.actions import (
     HELPER,
     POSTFIX,
     Action,
+    follower,
     primary,
     shadow,
     witness,
@@ -303,6 +304,47 @@ WITNESS: tuple[Fault, ...] = (
 )  # fmt: skip
 """For a lab whose group has the coordinator etcd (``--witness``): nobody moves a hand."""
 
+THREE: tuple[Fault, ...] = (
+    Fault(
+        "power cut, primary of three, taken over", (do.power_cut(primary),),
+        (do.taken_over, do.power_back(primary)),
+        heals=60, moves=True, after=(do.held_queue_dropped,),
+    ),
+    Fault(
+        "cut off, primary of three, taken over", (do.cut_off(primary),),
+        (do.taken_over, do.all_ways_healed),
+        heals=60, moves=True, after=(do.held_queue_dropped,),
+    ),
+    Fault(
+        "power cut, shadow of three, replaced", (do.power_cut(shadow),),
+        (do.replaced, do.power_back(shadow)), heals=60,
+    ),
+    Fault(
+        "link cut, of three, shadow replaced", (do.wan_cut,), (do.replaced, do.wan_healed),
+        heals=60,
+    ),
+    Fault(
+        "agent killed, shadow of three", (do.main_killed(AGENT, shadow),), heals=60,
+    ),
+    Fault(
+        "power cut, follower", (do.power_cut(follower),), (do.power_back(follower),),
+        stands=(3.0, 6.0), heals=60, refuses=1.0,
+    ),
+    Fault(
+        "frozen, follower", (do.frozen(follower),), (do.thawed(follower),),
+        stands=(3.0, 6.0), heals=60, refuses=1.0,
+    ),
+    Fault(
+        # What the former primary has changed last and told nobody, two others have to agree on.
+        "power cut, primary of three, replaced and back", (do.power_cut(primary),),
+        (do.taken_over, do.replaced_after_takeover, do.power_back(primary)),
+        heals=60, moves=True, after=(do.held_queue_dropped,),
+    ),
+    Fault("switchover, of three", (do.switched_over,), heals=60, moves=True),
+    Fault("switchover to the follower", (do.switched_to(follower),), heals=60, moves=True),
+)  # fmt: skip
+"""For a lab with three mail hosts and the coordinator etcd (``--three``)."""
+
 ENDURANCE: tuple[Fault, ...] = (
     Fault(
         "line of 2 % loss and 50 ms jitter for an hour",
@@ -312,7 +354,7 @@ ENDURANCE: tuple[Fault, ...] = (
 )  # fmt: skip
 """With a witness, too; each only when it is named (``--fault``)."""
 
-BY_NAME = {fault.name: fault for fault in (*FAULTS, *WITNESS, *ENDURANCE)}
+BY_NAME = {fault.name: fault for fault in (*FAULTS, *WITNESS, *THREE, *ENDURANCE)}
 
 SELECTION = (
     "agent killed, primary",

@@ -1,4 +1,4 @@
-"""The pair under test, as an operator reaches it: commands in hosts, roles, waiting for a state."""
+"""The group under test, as an operator reaches it: commands in hosts, roles, waiting."""
 
 from __future__ import annotations
 
@@ -19,15 +19,22 @@ from tests.lab.umbra_lab.shell import LabError
 ROOT = Path(__file__).resolve().parents[2]
 LAB = ROOT / "tests" / "lab" / "lab"
 INVENTORY = ROOT / "inventories" / "lab"
+THREE = ROOT / "tests" / "integration" / "three" / "inventory"
+"""The inventory of three mail hosts, without a witness."""
 
-_hosts = yaml.safe_load((INVENTORY / "hosts.yml").read_text())
+
+def _hosts(inventory: Path, group: str) -> dict[str, str]:
+    """Return the addresses of a group's hosts by name."""
+    groups = yaml.safe_load((inventory / "hosts.yml").read_text())
+    hosts = groups.get(group, {}).get("hosts", {})
+    return {name: host["ansible_host"] for name, host in hosts.items()}
+
+
 _mail = yaml.safe_load((INVENTORY / "group_vars" / "all" / "mailboxes.yml").read_text())
-ADDRESSES: dict[str, str] = {
-    name: host["ansible_host"] for name, host in _hosts["umbra_nodes"]["hosts"].items()
-}
+ADDRESSES = _hosts(INVENTORY, "umbra_nodes")
 NODES = tuple(ADDRESSES)
-WITNESS: str = next(iter(_hosts["umbra_witness"]["hosts"]))
-CLIENT: str = next(iter(_hosts["umbra_outside"]["hosts"]))
+(WITNESS,) = _hosts(INVENTORY, "umbra_witness")
+(CLIENT,) = _hosts(INVENTORY, "umbra_outside")
 PASSWORD: str = _mail["lab_password"]
 MAILBOXES: tuple[str, ...] = tuple(item["address"] for item in _mail["mail_server_mailboxes"])
 
@@ -49,12 +56,18 @@ class FieldError(Exception):
 
 
 class Field:
-    """A lab and who is primary in it now."""
+    """A lab and who is primary in it now.
 
-    def __init__(self, lab: str) -> None:
+    :param inventory: what its group was set up with.
+    """
+
+    def __init__(self, lab: str, inventory: Path = INVENTORY) -> None:
         self.name = lab
         self._lab = Lab(lab)
-        self.primary, self.shadow = NODES
+        self.addresses = _hosts(inventory, "umbra_nodes")
+        self.nodes = tuple(self.addresses)
+        self.voters = (*self.nodes, *_hosts(inventory, "umbra_witness"))
+        self.primary, self.shadow = self.nodes[:2]
         self.since = ""
         """When the trial began, as the agents write times."""
 
@@ -115,17 +128,28 @@ class Field:
     def protected(self) -> bool:
         """Whether every node says that the group is protected, and agrees on who is primary."""
         with ThreadPoolExecutor() as pool:
-            seen = list(pool.map(self.status, NODES))
+            seen = list(pool.map(self.status, self.nodes))
         known = [status for status in seen if status and status["protected"]]
-        if len(known) < len(NODES) or len({status["primary"] for status in known}) != 1:
+        if len(known) < len(seen) or len({status["primary"] for status in known}) != 1:
             return False
-        self.primary = known[0]["primary"]
-        (self.shadow,) = set(NODES) - {self.primary}
+        primary = known[0]["primary"]
+        (leading,) = (status for status in known if status["node"] == primary)
+        others = [node["node"] for node in leading["nodes"] if node["node"] != primary]
+        shadows = leading["protected_set"] or others
+        if not all(node["reachable"] for node in leading["nodes"]):
+            return False
+        self.primary, self.shadow = primary, shadows[0]
         return True
+
+    @property
+    def follower(self) -> str:
+        """The shadow of a group of three that changes do not wait for."""
+        (name,) = set(self.nodes) - {self.primary, self.shadow}
+        return name
 
     def why(self) -> str:
         """What the nodes say instead, for a report."""
-        seen = {node: self.status(node) for node in NODES}
+        seen = {node: self.status(node) for node in self.nodes}
         return "; ".join(
             f"{node}: {', '.join(status['reasons']) or 'protected' if status else 'no answer'}"
             for node, status in seen.items()

@@ -12,10 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from tests.faults.field import (
-    ADDRESSES,
     CLIENT,
     MAILBOXES,
-    NODES,
     PASSWORD,
     ROOT,
     Field,
@@ -77,8 +75,8 @@ def install(field: Field) -> None:
     with tarfile.open(fileobj=archive, mode="w") as tar:
         for path in sorted((FILES / "failover_client").glob("*.py")):
             tar.add(path, f"failover_client/{path.name}")
-    authority = field.run(NODES[0], "cat /etc/ssl/umbra/ca.crt")
-    for host in (CLIENT, *NODES):
+    authority = field.run(field.nodes[0], "cat /etc/ssl/umbra/ca.crt")
+    for host in (CLIENT, *field.nodes):
         command = field.enter(host, "sh", "-c", f"mkdir -p {DIRECTORY} && tar -C {DIRECTORY} -xf -")
         subprocess.run(command, input=archive.getvalue(), check=True, timeout=60)
     field.run(CLIENT, f"cat > {DIRECTORY}/ca.crt", text=authority)
@@ -87,7 +85,7 @@ def install(field: Field) -> None:
 class Load:
     """Messages sent, and changes made by IMAP, from outside, from ``start`` to ``stop``.
 
-    :param targets: whom clients try, by name; default: both nodes.
+    :param targets: whom clients try, by name; default: all nodes.
     :param rate: messages a second in all, and changes.
     :param changes: whether there are changes.
     :param max_s: it ends by itself after so many seconds.
@@ -98,14 +96,14 @@ class Load:
         field: Field,
         run: str,
         *,
-        targets: Mapping[str, str] = ADDRESSES,
+        targets: Mapping[str, str] | None = None,
         rate: float = RATE,
         changes: bool = True,
         max_s: float = LONGEST_S,
     ) -> None:
         self._field = field
         self._run = run
-        self._settings = settings(run, targets, rate, max_s, changes=changes)
+        self._settings = settings(run, targets or field.addresses, rate, max_s, changes=changes)
         self._directory = f"{DIRECTORY}/{run}"
         self._process: subprocess.Popen[str] | None = None
 
@@ -165,8 +163,8 @@ def read(field: Field, run: str) -> dict[str, dict[str, Any]]:
         " && cat view-$run.json && rm view-$run.json"
     )
     with ThreadPoolExecutor() as pool:
-        views = pool.map(lambda node: json.loads(field.run(node, script, run, *USERS)), NODES)
-        return dict(zip(NODES, views, strict=True))
+        views = pool.map(lambda node: json.loads(field.run(node, script, run, *USERS)), field.nodes)
+        return dict(zip(field.nodes, views, strict=True))
 
 
 def clean(field: Field, run: str) -> None:
@@ -203,6 +201,8 @@ def settle(field: Field, seconds: float) -> list[str]:
             found.append(f"{held} messages are on hold on the primary")
         status = field.status(field.primary)
         for node in status["nodes"] if status else []:
+            if node["lag_changes"]:
+                found.append(f"{node['lag_changes']} changes never come to {node['node']}")
             if node["shadow_messages"]:
                 copies = node["shadow_messages"]
                 found.append(f"{copies} shadow messages are never discarded on {node['node']}")

@@ -15,7 +15,7 @@ from plugins.module_utils import _accounting as accounting
 from tests.faults import load
 from tests.faults.actions import Action
 from tests.faults.catalogue import Fault
-from tests.faults.field import NODES, Field, FieldError
+from tests.faults.field import Field, FieldError
 from tests.faults.schedule import Plan
 
 SETTLE_S = 20.0
@@ -185,7 +185,7 @@ def keep(
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "result.json").write_text(json.dumps(result.to_json(), indent=2) + "\n")
     (directory / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    for node in NODES:
+    for node in ground.nodes:
         (directory / f"{node}.json").write_text(json.dumps(views.get(node, {})))
         units = " ".join(f"-u {unit}" for unit in UNITS)
         script = (

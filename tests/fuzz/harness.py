@@ -173,7 +173,7 @@ class Shadow:
             if epoch < 1:
                 raise PeerError("stale-epoch", "over")
 
-        handlers = ShadowService(self.store, lambda: 1).handlers()
+        handlers = ShadowService(self.store, lambda: 1, lambda node: True).handlers()
         hello = {"version": frames.VERSION, "group": "g", "node": "b", "storage_id": "t"}
         identity = Mock(name_of=lambda tls: "a")
         self.server = PeerServer("", 0, identity, hello, check_epoch, handlers)

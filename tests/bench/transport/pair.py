@@ -228,7 +228,7 @@ async def _shadow(directory: Path) -> None:
         port = probe.getsockname()[1]
     store = ShadowStore(directory / "held", keep=True)
     await store.open()
-    handlers = ShadowService(store, lambda: EPOCH).handlers()
+    handlers = ShadowService(store, lambda: EPOCH, lambda node: True).handlers()
     identity = Identity(directory / "b", {"a": None})
     server = PeerServer("127.0.0.1", port, identity, _hello("b"), any_epoch, handlers)
     await server.start()

@@ -315,6 +315,35 @@ def test_a_switchover_takes_it_back(group: str, other: str) -> None:
     lab.wait("the group is protected", lambda: lab.status(group)["protected"], 30)
 
 
+def queued(node: str) -> int:
+    """How many messages Postfix goes on with."""
+    places = " ".join(f"/var/spool/postfix/{name}" for name in ("incoming", "active", "deferred"))
+    return int(lab.run(node, f"find {places} -type f -perm -u+x | wc -l"))
+
+
+def test_what_was_handed_over_is_not_lost_with_the_new_primary(group: str, other: str) -> None:
+    """The new primary dies before it has carried on what it took over."""
+    lab.run(
+        group,
+        "for n in $(seq 200); do echo | sendmail -f root@example.org user$n@outside.example & "
+        "[ $((n % 10)) = 0 ] && wait; done; wait",
+    )
+    lab.wait("all are queued", lambda: queued(group) == 200, 60)
+    # What was queued before it had a copy would not be handed over.
+    lab.wait("the group is protected", lambda: lab.status(group)["protected"])
+    lab.run(group, "umbractl switchover %s > /dev/null 2>&1 &", other)
+    lab.wait(f"{other} serves", lambda: serves(other), 20)
+    lab.power(other, on=False)
+    try:
+        lab.wait(f"{group} serves", lambda: serves(group), TAKEOVER)
+        lab.wait("it goes on with all of them", lambda: queued(group) == 200, 60)
+    finally:
+        lab.power(other, on=True)
+    lab.wait("the group is protected", lambda: lab.status(group)["protected"], 90)
+    for node in lab.NODES:
+        lab.run(node, "postsuper -d ALL")
+
+
 def test_a_person_promotes_only_after_the_hook_has_switched_the_primary_off(
     group: str, other: str
 ) -> None:

@@ -208,6 +208,10 @@ class Host(NodeHelper):
         for key in ids:
             self.queue_ids[key] = "hold"
 
+    async def queue_release(self, ids: Sequence[str]) -> None:
+        for key in ids:
+            self.queue_ids[key] = "deferred"
+
     async def queue_delete(self, ids: Sequence[str]) -> None:
         for key in ids:
             self.queue_ids.pop(key)
@@ -226,10 +230,18 @@ class Parts:
 
     def __init__(self) -> None:
         self.taken: list[tuple[str, Mapping[str, Sequence[str]] | None]] = []
+        self.left = 0
+        self.came_back: set[str] = set()
         self.resumed: list[str] = []
 
-    def covered(self, peer: str) -> set[str]:
-        return {"Q1"}
+    def covered(self, peer: str) -> Mapping[str, str]:
+        return {"Q1": "s1"}
+
+    async def outstanding(self) -> int:
+        return self.left
+
+    async def passed_on(self, shadow_ids: Mapping[str, str], since: int) -> set[str]:
+        return {key for key, value in shadow_ids.items() if value in self.came_back}
 
     def gave_up(self) -> None: ...
 
@@ -360,6 +372,9 @@ class Node:
             await group.merged()
             return {}
 
+        async def outstanding(peer: PeerIdentity, args: Any, exchange: Any) -> dict[str, Any]:
+            return {"messages": self.parts.left}
+
         def status() -> dict[str, Any]:
             durable = group.state.durable
             return {
@@ -373,6 +388,7 @@ class Node:
             "merged": merged,
             "status": heartbeat.answer(group, status),
             "shadow-store": merged,
+            "shadow-outstanding": outstanding,
         }
         self.up = True
         self._task = asyncio.create_task(self._run(status))
@@ -380,6 +396,7 @@ class Node:
     async def _run(self, status: Callable[[], dict[str, Any]]) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.group.run())
+            tasks.create_task(self.handover.left_behind.run())
             for link in self.group.links.values():
                 tasks.create_task(heartbeat.watch(link, self.group, status, self.config.heartbeat))
 

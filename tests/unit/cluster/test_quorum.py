@@ -280,8 +280,10 @@ def test_a_switchover_moves_the_primary(group: Play, queue: dict[str, str]) -> N
         assert field.b.serves
         assert field.b.parts.resumed == ["a"]
         assert field.b.parts.taken == [("a", {key: ["x@example.org"] for key in queue})]
-        assert not field.a.host.queue_ids
+        # Until the new primary has brought it to this node again, the file here is the second copy.
+        assert field.a.host.queue_ids == dict.fromkeys(queue, "hold")
         await field.protected(field.b, 3)
+        await field.until(lambda: not field.a.host.queue_ids, 3)
         gave = field.a.group.state.durable
         assert (gave.merged, gave.acted) == (True, 0)
         change = field.b.group.state.durable.last_change
@@ -291,6 +293,43 @@ def test_a_switchover_moves_the_primary(group: Play, queue: dict[str, str]) -> N
         assert back["epoch"] == 3
         await field.protected(field.a, 3)
         assert field.longest_gap < 1.0
+
+    group(scenario)
+
+
+@pytest.mark.parametrize("came_back", [False, True])
+def test_what_was_handed_over_is_not_lost_with_the_new_primary(
+    group: Play, came_back: bool
+) -> None:
+    async def scenario(field: Field) -> None:
+        field.a.host.queue_ids = {"Q1": "deferred", "Q2": "deferred"}  # no copy of Q2 elsewhere
+        field.b.parts.left = 1  # it carries Q1 on
+        await field.a.handover.run("b", dry_run=False, timeout_s=10)
+        await field.protected(field.b, 3)
+        await asyncio.sleep(1.5)
+        assert field.a.host.queue_ids == {"Q1": "hold", "Q2": "hold"}
+        if came_back:
+            field.a.parts.came_back = {"s1"}
+        await field.b.power_cut()
+        await field.until(lambda: field.a.serves, 2 * D)
+        wanted = {"Q2": "hold"} if came_back else {"Q1": "deferred", "Q2": "hold"}
+        await field.until(lambda: field.a.host.queue_ids == wanted, 3)
+
+    group(scenario)
+
+
+def test_a_switchover_waits_for_what_is_being_taken_over(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        field.a.parts.left = 3
+        with pytest.raises(Refused, match="3 messages of the former primary"):
+            await field.a.handover.run("b", dry_run=False, timeout_s=0.5)
+        assert field.a.serves
+        moving = asyncio.create_task(field.a.handover.run("b", dry_run=False, timeout_s=10))
+        await asyncio.sleep(0.5)
+        assert field.a.serves
+        field.a.parts.left = 0
+        await moving
+        assert field.b.serves
 
     group(scenario)
 

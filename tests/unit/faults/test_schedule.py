@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from tests.faults.catalogue import BY_NAME, ENDURANCE, FAULTS, SELECTION, WITNESS
+from tests.faults.catalogue import BY_NAME, ENDURANCE, FAULTS, SELECTION, THREE, WITNESS
 from tests.faults.schedule import EARLIEST_S, LATEST_S, plan, schedule
 
 NAMES = [fault.name for fault in FAULTS]
@@ -38,6 +38,6 @@ def test_a_single_trial_can_be_made_again_alone() -> None:
 
 
 def test_names_are_told_apart_and_the_selection_exists() -> None:
-    assert len(BY_NAME) == len(FAULTS) + len(WITNESS) + len(ENDURANCE)
+    assert len(BY_NAME) == len((*FAULTS, *WITNESS, *THREE, *ENDURANCE))
     assert set(SELECTION) <= set(BY_NAME)
     assert len(set(SELECTION)) == len(SELECTION)

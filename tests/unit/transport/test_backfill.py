@@ -49,7 +49,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     own, shadow = ShadowStore(tmp_path / "own"), ShadowStore(tmp_path / "shadow")
     await own.open()
     await shadow.open()
-    link = FakeLink("b", ShadowService(shadow, lambda: 2).handlers())
+    link = FakeLink("b", ShadowService(shadow, lambda: 2, lambda node: True).handlers())
 
     async def queue_ids() -> set[str]:
         return set()
@@ -108,3 +108,33 @@ async def test_another_shadow_may_need_the_own_copy(bench: Bench) -> None:
     assert [holding.count for holding in await bench.own.stats()] == [1]
     await bench.back_fill.run(bench.link)  # type: ignore[arg-type]
     assert [holding.count for holding in await bench.shadow.stats()] == [1]
+
+
+async def test_a_shadow_gets_what_the_queue_has_and_it_was_not_there_to_take(bench: Bench) -> None:
+    own = await bench.alone(b"own", "q1")
+    taken_over = await bench.alone(b"taken over", "old", origin="c", state=State.HELD)
+    await bench.alone(b"finished", "q9")
+    bench.own._keep = True
+    await bench.own.claim("c", None, narrow)
+    await bench.own.note_queue_id(taken_over, "q2")
+    await bench.own.discard([taken_over], origin="c", state=State.RESUBMITTING)
+    await bench.own.discard([own], origin="a", state=State.UNSHADOWED)
+    there = await bench.alone(b"there already", "q3")
+    await bench.own.discard([there], origin="a", state=State.UNSHADOWED)
+    bench.discarder.add("b", "q3", there)
+    await bench.back_fill.run_queue(bench.link, {"q1", "q2", "q3", "q4"})  # type: ignore[arg-type]
+    held = {
+        copy.queue_id: copy.shadow_id async for page in bench.shadow.copies("a") for copy in page
+    }
+    assert held == {"q1": own, "q2": taken_over}
+    assert bench.discarder.covered("b") == {"q1": own, "q2": taken_over, "q3": there}
+    meta = await bench.shadow.find(taken_over)
+    assert meta is not None
+    assert await content(bench.shadow.content(meta)) == b"taken over"
+
+
+async def test_what_nothing_can_copy_is_said(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    await bench.back_fill.run_queue(bench.link, {"q4"})  # type: ignore[arg-type]
+    assert "b has no copy of 1 messages of the queue" in caplog.text

@@ -14,9 +14,10 @@ from tests.unit.transport.support import ENVELOPE, FakeLink
 from umbra import config
 from umbra.cluster.group import Group
 from umbra.peer.exchange import PeerError
+from umbra.peer.identity import PeerIdentity
 from umbra.transport import ids, part
 from umbra.transport.part import HEADROOM, Messages
-from umbra.transport.resubmit import Report
+from umbra.transport.resubmit import Report, narrow
 
 RAW: dict[str, Any] = {
     "group": "mail",
@@ -44,6 +45,13 @@ class PlayedGroup:
         self.synchronous = True
         self.statuses: dict[str, dict[str, Any]] = {"b": {"load": ""}}
         self.epoch = 1
+        self.leading: str | None = "b"
+
+    def primary(self) -> str | None:
+        return self.leading
+
+    def whole_since(self) -> int:
+        return 5
 
     def is_primary(self) -> bool:
         return True
@@ -210,3 +218,62 @@ async def test_only_a_failover_waits_before_it_resubmits(
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     await made.close()
+
+
+async def test_the_primary_has_former_primaries_copies_dropped_once_all_is_carried_on(
+    tmp_path: Path, group: PlayedGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("umbra.transport.part.STATS_INTERVAL", 0.01)
+    told: list[dict[str, Any]] = []
+
+    async def settled(peer: PeerIdentity, args: Any, exchange: Any) -> dict[str, Any]:
+        told.append(dict(args))
+        if len(told) == 1:
+            raise PeerError("refused", "b has not heard yet")
+        return {}
+
+    group.links["b"] = FakeLink("b", {"shadow-settled": settled})
+    made = messages(tmp_path, group)
+    await made.open()
+    writer = made._store.begin(ids.new(), origin="c", queue_id="q", envelope=ENVELOPE, epoch=1)
+    await writer.commit()
+    made._unsettled = {"b"}
+    task = asyncio.create_task(made._tell_settled())
+    await asyncio.sleep(0.1)
+    assert not told, "what was not claimed yet is not carried on"
+    for meta in await made._store.settle("a", 0):
+        assert meta.queue_id == "q"
+    await asyncio.sleep(0.2)
+    assert told == [{"since": 5}] * 2
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await made.close()
+
+
+async def test_what_is_outstanding_is_told_to_the_former_primary(
+    made: Messages, group: PlayedGroup
+) -> None:
+    async def outstanding() -> int:
+        handler = made.handlers()["shadow-outstanding"]
+        return int((await handler(PeerIdentity("b", "s"), {}, cast(Any, None)))["messages"])
+
+    assert await outstanding() == 0
+    writer = made._store.begin(ids.new(), origin="b", queue_id="q", envelope=ENVELOPE, epoch=1)
+    await writer.commit()
+    assert await outstanding() == 1, "not claimed yet"
+    await made._store.claim("b", None, narrow)
+    assert await outstanding() == 1
+    await made.give_back()
+    await made._store.settle("a", 0)
+    assert await outstanding() == 0
+
+
+async def test_only_the_primary_settles(made: Messages, group: PlayedGroup) -> None:
+    settled = made.handlers()["shadow-settled"]
+    for leading, since, wrong in (("b", 1, None), (None, 1, "not primary"), ("b", "1", "epoch")):
+        group.leading = leading
+        if wrong is None:
+            assert await settled(PeerIdentity("b", "s"), {"since": since}, cast(Any, None))
+            continue
+        with pytest.raises(PeerError, match=wrong):
+            await settled(PeerIdentity("b", "s"), {"since": since}, cast(Any, None))

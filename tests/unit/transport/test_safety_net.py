@@ -41,7 +41,9 @@ class Bench:
         self.path = path / "milter.sock"
         self.own = ShadowStore(path / "own", keep=True)
         self.shadow = ShadowStore(path / "shadow", keep=True)
-        self.link = FakeLink("b", ShadowService(self.shadow, lambda: 7).handlers())
+        self.link = FakeLink(
+            "b", ShadowService(self.shadow, lambda: 7, lambda node: True).handlers()
+        )
         self.group = FakeGroup(self.link)
         self.files = {"4abcDEF"}
         holders: list[Holder] = [LocalHolder(self.own, "a")]

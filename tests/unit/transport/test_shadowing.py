@@ -73,7 +73,7 @@ async def bench(tmp_path: Path, policy: ShadowPolicy) -> AsyncIterator[Bench]:
     await own.open()
     await shadow.open()
     bench: Bench
-    link = FakeLink("b", ShadowService(shadow, lambda: bench.epoch).handlers())
+    link = FakeLink("b", ShadowService(shadow, lambda: bench.epoch, lambda node: True).handlers())
     group = FakeGroup(link)
 
     async def queue_ids() -> set[str]:
@@ -273,7 +273,7 @@ async def test_promoted_while_it_stored_the_shadow_does_not_acknowledge(bench: B
 async def test_every_shadow_must_have_it(bench: Bench, tmp_path: Path) -> None:
     third = ShadowStore(tmp_path / "third")
     await third.open()
-    other = FakeLink("c", ShadowService(third, lambda: 7).handlers())
+    other = FakeLink("c", ShadowService(third, lambda: 7, lambda node: True).handlers())
     bench.discarder = bench.shadowing.discarder = Discarder(
         [LocalHolder(bench.own, "a"), PeerHolder(bench.link), PeerHolder(other)],  # type: ignore[arg-type]
         bench.discarder._queue_ids,
@@ -406,7 +406,7 @@ async def test_ten_large_messages_at_once_need_little_memory(bench: Bench) -> No
 async def second(tmp_path: Path, bench: Bench) -> AsyncIterator[FakeLink]:
     store = ShadowStore(tmp_path / "second")
     await store.open()
-    link = FakeLink("c", ShadowService(store, lambda: bench.epoch).handlers())
+    link = FakeLink("c", ShadowService(store, lambda: bench.epoch, lambda node: True).handlers())
     bench.group.peers.append(link)
     bench.discarder._holders["c"] = PeerHolder(link)  # type: ignore[arg-type]
     bench.discarder._copies["c"] = Copies()

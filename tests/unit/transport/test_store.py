@@ -205,6 +205,35 @@ async def test_the_life_of_a_resubmission(store: ShadowStore) -> None:
     assert (meta.state, meta.origin, meta.queue_id) == (State.UNSHADOWED, "b", "4new")
 
 
+async def test_what_was_taken_over_and_not_carried_on_is_given_back(store: ShadowStore) -> None:
+    waiting, carried_on = await put(store, b"1", queue_id="q1"), await put(store, b"2")
+    await store.claim("a", None, narrow)
+    await store.note_queue_id(waiting, "4new")
+    await store.keep_unshadowed(carried_on, "4two", origin="b")
+    assert await store.give_back() == 1
+    meta = await found(store, waiting)
+    assert (meta.state, meta.origin, meta.queue_id, meta.new_queue_id) == (
+        State.HELD, "a", "q1", "",
+    )  # fmt: skip
+    assert (await found(store, carried_on)).state is State.UNSHADOWED
+    assert await store.give_back() == 0
+
+
+async def test_copies_for_former_primaries_go_when_all_is_settled(store: ShadowStore) -> None:
+    async def held(origin: str, epoch: int) -> str:
+        shadow_id = ids.new()
+        writer = store.begin(shadow_id, origin=origin, queue_id="q", envelope=ENVELOPE, epoch=epoch)
+        await writer.write(b"x")
+        await writer.commit()
+        return shadow_id
+
+    gone = {await held("a", 3), await held("c", 4)}
+    # The primary's own, and one from before a promotion by force: nobody else may have it.
+    kept = [await held("b", 4), await held("a", 2)]
+    assert {meta.shadow_id for meta in await store.settle("b", 3)} == gone
+    assert [(await found(store, shadow_id)).state for shadow_id in kept] == [State.HELD] * 2
+
+
 # -- group commit
 
 

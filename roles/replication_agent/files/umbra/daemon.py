@@ -133,6 +133,7 @@ class Agent:
             self._switchover = Switchover(config, group, *parts)
         group.catch_up = self._catch_up
         group.on_opening = self._messages.resubmit
+        group.on_shadow = self._messages.give_back
         self._service = ServiceAddress(config, group, helper)
         self._mailboxes.being_delivered = self._messages.being_delivered
         self._composer = Composer(
@@ -202,6 +203,7 @@ class Agent:
                     tasks.create_task(self._messages.run()),
                     tasks.create_task(self._mailboxes.run()),
                     tasks.create_task(self._service.run()),
+                    tasks.create_task(self._switchover.left_behind.run()),
                     tasks.create_task(self._watchdog()),
                     *(
                         tasks.create_task(

@@ -101,6 +101,10 @@ async def _nothing(peer: str) -> None:
     pass
 
 
+async def _never_mind() -> None:
+    pass
+
+
 async def _nothing_else(ailments: Sequence[str]) -> None:
     pass
 
@@ -111,6 +115,7 @@ class Group:
     Its maker sets ``links``; ``catch_up``, which copies to a peer what it lacks and calls its
     second argument at a moment when nothing is missing there; ``on_lost`` (peer, reason) and
     ``on_demotion``, called when a peer is no longer waited for and when this node stops to serve;
+    ``on_shadow``, called when this node has become a shadow and holds its queue;
     ``on_opening``, called when this node serves again after a start or a handover that came to
     nothing (a promotion has its own order of steps); ``before_disconnect``, called with the
     next primary's name when this one has closed for a planned change and its clients still are
@@ -131,6 +136,7 @@ class Group:
         self.on_ailing: Callable[[Sequence[str]], Awaitable[None]] = _nothing_else
         self.limits: Callable[[], Sequence[str]] = lambda: ()
         self.on_opening: Callable[[], None] = lambda: None
+        self.on_shadow: Callable[[], Awaitable[None]] = _never_mind
         self.before_disconnect: Callable[[str], Awaitable[None]] = _nothing
         self._lock = asyncio.Lock()
         self._changed = asyncio.Event()
@@ -277,6 +283,25 @@ class Group:
     def lease(self) -> float:
         """For how long the ports may stay open after this node's right has ended (seconds)."""
         return self._config.fence.hold
+
+    def primary(self) -> str | None:
+        """Return the other node that is primary, as far as this one has heard."""
+        claims = [
+            (int(status["epoch"]), name)
+            for name, status in self.statuses.items()
+            if status.get("role") == Role.PRIMARY and self.answers(name)
+        ]
+        return max(claims)[1] if claims else None
+
+    def whole_since(self) -> int:
+        """Return since which epoch each acknowledged message has come to this primary.
+
+        Without a coordinator that is known of the primary before this one only, and only if it
+        has handed over.
+        """
+        change = self.state.durable.last_change
+        planned = change is not None and change.planned
+        return self.epoch - 1 if planned else self.epoch
 
     def answers(self, peer: str) -> bool:
         """Whether ``peer`` answers now."""
@@ -439,6 +464,7 @@ class Group:
             await self._shut()
             if state.phase is Phase.SHADOW and not self._queue_held and not self.switching:
                 await self._hold_queue()
+                await self.on_shadow()
                 self._queue_held = True
         # STARTING: a restart of the agent alone must not cut clients; the fence's hold bounds it.
 

@@ -163,10 +163,11 @@ class Handover(Switchover):
             await self._take_back()
             raise
         self._messages.gave_up()
+        epoch = group.epoch
         try:
             link = group.links[to]
             answer = await link.request(
-                "handover-finish", {"epoch": group.epoch}, timeout=HANDOVER_TIMEOUT
+                "handover-finish", {"epoch": epoch}, timeout=HANDOVER_TIMEOUT
             )
             log.info("%s opened within %.3f s of its word", to, float(answer["seconds"]))
         except (PeerError, KeyError, TypeError, ValueError) as error:
@@ -174,7 +175,7 @@ class Handover(Switchover):
         change = replace(change, outage_s=round(time.monotonic() - began, 4))
         await quorum.changed(change)
         steps.done("hand over")
-        await self._tidy(covered & remaining.keys(), remaining.keys() - covered)
+        await self._tidy(covered, remaining.keys(), epoch)
         steps.done("tidy")
         return change
 

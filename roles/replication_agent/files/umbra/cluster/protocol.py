@@ -1002,6 +1002,9 @@ def _phase_of_shadow(
                 Phase.SYNCING,
                 f"the key is of epoch {known.epoch}; {state.durable.epoch} is over it",
             )
+        others = ", ".join(sorted(member.node for member in known.protected))
+        if others:
+            return Phase.SYNCING, f"{known.holder} waits for {others}; this node follows"
         return Phase.SYNCING, f"{known.holder} has not taken this node into the protected set"
     if silent_enough(config, state, now):
         reason = hindrance(config, known, wall)

@@ -403,6 +403,11 @@ class QuorumGroup(Group):
             return p.entitled(state, state.known)
         return self._durable.merged
 
+    def whole_since(self) -> int:
+        """Return the epoch of the last promotion by force, since which the key has decided."""
+        known = self.driver.state.known
+        return known.forced if known is not None else self.epoch
+
     def _is_unshared(self) -> bool:
         """Whether this node may have acknowledged what its successors never had."""
         state = self.driver.state

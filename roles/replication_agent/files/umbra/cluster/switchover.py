@@ -10,8 +10,8 @@ On the primary, in this order (docs/operations.md shows what a failure at each s
 6. hand over: the candidate is told the new epoch and which recipients of which messages are not
    delivered yet. It makes both durable,
    opens its ports and answers.
-7. tidy: queue files that the new primary has taken over are deleted here; others are held for the
-   administrator.
+7. tidy: queue files are held, those that the new primary has taken over until another node has
+   them too (``left_behind``), others for the administrator.
 
 Until 5 a failure takes everything back. After 5 only the candidate's word counts: if it took over,
 all is well; if it did not, the right is taken back
@@ -30,6 +30,7 @@ from typing import Any, Protocol
 
 from umbra.cluster import machine
 from umbra.cluster.group import Group, now
+from umbra.cluster.left_behind import LeftBehind
 from umbra.cluster.machine import NotNow
 from umbra.cluster.state import Change, Phase, Role
 from umbra.config import Config, StonithUse
@@ -47,6 +48,7 @@ MESSAGES_TIMEOUT = 5.0
 CHANGES_TIMEOUT = 10.0
 HANDOVER_TIMEOUT = 10.0
 OUTCOME_TIMEOUT = 15.0
+OUTSTANDING_PAUSE = 0.2
 PREPARED_FOR = 60.0
 
 
@@ -60,8 +62,16 @@ class Refused(Exception):
 class Messages(Protocol):
     """What a switchover needs of the transport."""
 
-    def covered(self, peer: str) -> set[str]:
-        """Return the queue ids of this node's messages that ``peer`` has a copy of."""
+    def covered(self, peer: str) -> Mapping[str, str]:
+        """Return which of this node's messages ``peer`` has a copy of: shadow ids by queue id."""
+        ...
+
+    async def outstanding(self) -> int:
+        """Return how many messages this node alone has, or has still to carry on. StoreError."""
+        ...
+
+    async def passed_on(self, shadow_ids: Mapping[str, str], since: int) -> set[str]:
+        """Return the queue ids of what came here as a copy; see ``left_behind``."""
         ...
 
     def gave_up(self) -> None:
@@ -141,6 +151,7 @@ class Switchover:
         self._messages = messages
         self._mailboxes = mailboxes
         self._running = asyncio.Lock()
+        self.left_behind = LeftBehind(group, helper, messages)
 
     def handlers(self) -> dict[str, Handler]:
         """Return the operations of the peer link."""
@@ -198,7 +209,7 @@ class Switchover:
             await self._prepare(to, steps, timeout_s)
             self._group.switching = True
             change = await self._change(to, steps)
-        except (NotNow, PeerError, HelperError, OSError) as error:
+        except (NotNow, PeerError, StoreError, HelperError, OSError) as error:
             raise Refused(f"{error}.") from None
         finally:
             self._group.switching = False
@@ -210,6 +221,12 @@ class Switchover:
         }
 
     async def _prepare(self, to: str, steps: Steps, timeout_s: float) -> None:
+        # What is in this node's store only would be nobody's to deliver.
+        deadline = time.monotonic() + timeout_s
+        while count := await self._messages.outstanding():
+            if time.monotonic() > deadline:
+                raise Refused(f"{count} messages of the former primary are not carried on yet.")
+            await asyncio.sleep(OUTSTANDING_PAUSE)
         await self._group.links[to].request(
             "handover-prepare", {}, timeout=min(PREPARE_TIMEOUT, timeout_s)
         )
@@ -238,7 +255,7 @@ class Switchover:
             await group.apply(machine.TakenOver(change))
         self._messages.gave_up()
         steps.done("hand over")
-        await self._tidy(covered & remaining.keys(), remaining.keys() - covered)
+        await self._tidy(covered, remaining.keys(), group.state.durable.epoch)
         steps.done("tidy")
         return change
 
@@ -325,18 +342,20 @@ class Switchover:
                     " `umbractl open --force`."
                 )
 
-    async def _tidy(self, taken: Set[str], left: Set[str]) -> None:
-        """Delete what the new primary has taken over; hold the rest for the administrator.
+    async def _tidy(self, covered: Mapping[str, str], queue: Set[str], epoch: int) -> None:
+        """Hold the queue: what the primary of ``epoch`` has taken over, and what it has no copy of.
 
         Dying before it is done leaves queue files here that the next promotion of this node would
         deliver again; so an agent that finds itself a shadow puts all of its queue on hold.
         """
+        left = queue - covered.keys()
         try:
-            await self._helper.queue_delete(sorted(taken))
-            await self._helper.queue_hold(sorted(left))
+            await self._helper.queue_hold(sorted(queue))
         except HelperError as error:
             log.error("the queue could not be tidied after the handover: %s", error)
             return
+        taken = {key: shadow_id for key, shadow_id in covered.items() if key in queue}
+        self.left_behind.put(taken, epoch)
         if left:
             log.warning("%d messages without a copy are on hold: %s", len(left), ", ".join(left))
 

@@ -143,6 +143,11 @@ class NodeHelper:
         if ids:
             await self._ask("queue-hold", ids=list(ids))
 
+    async def queue_release(self, ids: Sequence[str]) -> None:
+        """Release queue files from hold."""
+        if ids:
+            await self._ask("queue-release", ids=list(ids))
+
     async def aliases(self, keys: Sequence[str]) -> Mapping[str, str]:
         """Return what Postfix's virtual alias maps say of ``keys``."""
         # A key that no line of postmap can carry is in no map.

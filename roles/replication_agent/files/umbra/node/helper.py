@@ -244,6 +244,11 @@ class Helper:
         await run("postsuper", "-h", "-", stdin="\n".join(_queue_ids(request)) + "\n")
         return {}
 
+    async def do_queue_release(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Release the queue files ``ids`` from hold."""
+        await run("postsuper", "-H", "-", stdin="\n".join(_queue_ids(request)) + "\n")
+        return {}
+
     async def do_aliases(self, request: dict[str, Any]) -> dict[str, Any]:
         """Return what Postfix's virtual alias maps say of ``keys``, {key: value}."""
         keys = request.get("keys")

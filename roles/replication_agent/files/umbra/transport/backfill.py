@@ -1,8 +1,9 @@
-"""Copies to a shadow that is back what was accepted while the group was alone."""
+"""Copies to a shadow that is back what was accepted while the group was alone, or without it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 
 from umbra.peer.link import PeerLink
@@ -10,6 +11,8 @@ from umbra.transport import metrics, wire
 from umbra.transport.discard import Discarder
 from umbra.transport.store import Meta, ShadowStore, State
 from umbra.transport.tracking import BACK_FILLED, track
+
+log = logging.getLogger(__name__)
 
 TIMEOUT = 240.0
 
@@ -65,6 +68,22 @@ class BackFill:
             holding for holding in await self._store.stats() if holding.state is State.RESUBMITTING
         ]
         return BackFilled(copied, complete=not on_its_way and not waiting)
+
+    async def run_queue(self, peer: PeerLink, queue_ids: Set[str]) -> None:
+        """Copy what ``peer`` lacks of these queue files, which it was not there to take.
+
+        The safety net has their content. PeerError or StoreError ends it, as before.
+        """
+        left = queue_ids - self._discarder.covered(peer.name).keys()
+        if not left:
+            return
+        async for meta in self._store.kept(left):
+            await self._copy(peer, meta)
+        if left := left - self._discarder.covered(peer.name).keys():
+            log.warning(
+                "%s has no copy of %d messages of the queue, and nothing here can make one: %s",
+                peer.name, len(left), ", ".join(sorted(left)[:20]),
+            )  # fmt: skip
 
     async def _copy(self, peer: PeerLink, meta: Meta) -> None:
         args, head = wire.arguments(meta.shadow_id, meta.queue_id, meta.envelope)

@@ -258,9 +258,10 @@ class Discarder:
         """Return by holder how many messages in the queue it keeps a copy of."""
         return {name: len(copies) for name, copies in self._copies.items()}
 
-    def covered(self, holder: str) -> set[str]:
-        """Return the queue ids of the messages that ``holder`` surely has a copy of."""
-        return self._copies[holder].sure()
+    def covered(self, holder: str) -> dict[str, str]:
+        """Return the messages that ``holder`` surely has a copy of: shadow ids by queue id."""
+        known = self._copies[holder].known()
+        return {queue_id: known[queue_id] for queue_id in self._copies[holder].sure()}
 
     async def run(self) -> None:
         """Discard once an interval and reconcile now and then, until cancelled."""

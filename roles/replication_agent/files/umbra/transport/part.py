@@ -14,7 +14,9 @@ from umbra.api.report import Check
 from umbra.cluster.group import Group
 from umbra.config import Config, ShadowPolicy
 from umbra.node.client import NodeHelper
-from umbra.peer.exchange import PeerError
+from umbra.node.helper import HelperError
+from umbra.peer.exchange import Exchange, PeerError
+from umbra.peer.identity import PeerIdentity
 from umbra.peer.link import PeerLink
 from umbra.peer.server import Handler
 from umbra.transport import selection, view
@@ -37,6 +39,7 @@ log = logging.getLogger(__name__)
 STATS_INTERVAL = 1.0
 BACK_FILL_PAUSE = 0.2
 BACK_FILL_TIMEOUT = 3600.0
+SETTLE_TIMEOUT = 30.0
 HEADROOM = 32 * 1024 * 1024
 """Bytes of room under which new messages are refused at MAIL; those that have begun still fit."""
 MAX_AGE = 4 * 3600.0
@@ -146,7 +149,9 @@ class Messages:
             accepted=self._once.accepted,
         )
         self._milter = MilterServer(paths.milter, self._shadowing)
-        self._service = ShadowService(self._store, lambda: group.epoch, self._full)
+        self._service = ShadowService(
+            self._store, lambda: group.epoch, lambda node: group.primary() == node, self._full
+        )
         self._back_fill = BackFill(
             config.node, self._store, self._discarder, lambda: self._shadowing.storing_alone
         )
@@ -173,6 +178,7 @@ class Messages:
         self._own = 0
         self._room = HEADROOM
         self._resubmit_at = 0.0
+        self._unsettled: set[str] = set()
 
     async def open(self) -> None:
         """Open the store."""
@@ -192,7 +198,7 @@ class Messages:
 
     def handlers(self) -> dict[str, Handler]:
         """Return the operations of the peer link."""
-        return self._service.handlers()
+        return {**self._service.handlers(), "shadow-outstanding": self._handle_outstanding}
 
     async def run(self) -> None:
         """Discard, resubmit, keep, purge and count, until cancelled."""
@@ -201,6 +207,7 @@ class Messages:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._discarder.run())
             tasks.create_task(self._resubmit_when_told())
+            tasks.create_task(self._tell_settled())
             tasks.create_task(self._net.run())
             tasks.create_task(self._count())
 
@@ -316,10 +323,13 @@ class Messages:
             async with asyncio.timeout(BACK_FILL_TIMEOUT):
                 while True:
                     if (await self._back_fill.run(self._group.links[peer])).complete:
-                        return
+                        break
                     await asyncio.sleep(BACK_FILL_PAUSE)
         except TimeoutError:
             raise PeerError("timeout", f"the back-fill of {peer} did not end") from None
+        # It was empty, or another shadow was there when it was not. New messages go to it already.
+        await self._net.flush()
+        await self._back_fill.run_queue(self._group.links[peer], await self._committed_ids())
 
     async def prove_caught_up(self, peer: str) -> None:
         """Copy what is left, if anything, at once. PeerError if that is not the end of it."""
@@ -331,14 +341,52 @@ class Messages:
     async def take_over(self, origin: str, remaining: Mapping[str, Sequence[str]] | None) -> None:
         """Make ``origin``'s messages this node's to resubmit; see ``cluster.switchover``."""
         self._discarder.forget()
+        self._unsettled.clear()
         if remaining is None:
             pause = self._config.transport.resubmit_after
             self._resubmit_at = asyncio.get_running_loop().time() + pause
         await self._resubmitter.claim(origin, remaining)
 
-    def covered(self, peer: str) -> set[str]:
-        """Return the queue ids of this node's messages that ``peer`` has a copy of."""
+    def covered(self, peer: str) -> Mapping[str, str]:
+        """Return which of this node's messages ``peer`` has a copy of: shadow ids by queue id."""
         return self._discarder.covered(peer)
+
+    async def outstanding(self) -> int:
+        """Return how many messages this node alone has, or has still to carry on. StoreError."""
+        rows = await self._store.stats()
+        return sum(row.count for row in rows if row.state in (State.RESUBMITTING, State.UNSHADOWED))
+
+    async def _handle_outstanding(
+        self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+    ) -> dict[str, Any]:
+        """``shadow-outstanding``: how many of a former primary's ``messages`` are left to it still.
+
+        Those that this node has not claimed yet count too.
+        """
+        try:
+            rows = await self._store.stats()
+            messages = await self.outstanding()
+        except StoreError as error:
+            raise PeerError("store-failed", str(error)) from None
+        unclaimed = (row for row in rows if (row.origin, row.state) == (peer.node, State.HELD))
+        return {"messages": messages + sum(row.count for row in unclaimed)}
+
+    async def passed_on(self, shadow_ids: Mapping[str, str], since: int) -> set[str]:
+        """Return the queue ids of what came here as a copy; see ``cluster.left_behind``."""
+        found = [(key, await self._store.find(value)) for key, value in shadow_ids.items()]
+        return {key for key, meta in found if meta is not None and meta.epoch >= since}
+
+    async def give_back(self) -> None:
+        """Hold what was taken over and not carried on yet for whose it was: a shadow again.
+
+        HelperError if that has to be tried again.
+        """
+        try:
+            count = await self._store.give_back()
+        except StoreError as error:
+            raise HelperError(str(error)) from None
+        if count:
+            log.warning("%d messages that were being taken over wait for a primary", count)
 
     def gave_up(self) -> None:
         """Forget the copies elsewhere: they are the new primary's."""
@@ -368,11 +416,34 @@ class Messages:
             except StoreError as error:
                 log.error("messages of the former primary cannot be claimed: %s", error)
             report = await self._resubmitter.run()
+            if self._group.is_primary():
+                self._unsettled = set(self._group.links)
             if report.resubmitted or report.duplicates or report.finished_before:
                 log.info(
                     "resubmitted %d messages, dropped %d duplicates, %d were finished before",
                     report.resubmitted, report.duplicates, report.finished_before,
                 )  # fmt: skip
+
+    async def _tell_settled(self) -> None:
+        """Have the other shadows drop the copies of what former primaries had left.
+
+        An agent that dies before tells them after its start: it looks what is to be resubmitted.
+        """
+        while True:
+            await asyncio.sleep(STATS_INTERVAL)
+            for peer in self._unsettled & {link.name for link in self._group.shadows()}:
+                try:
+                    rows = await self._store.stats()
+                    left = sum(row.count for row in rows if row.state is not State.DELIVERED)
+                    if left or not self._group.is_primary():
+                        break
+                    args = {"since": self._group.whole_since()}
+                    link = self._group.links[peer]
+                    await link.request("shadow-settled", args, timeout=SETTLE_TIMEOUT)
+                except (PeerError, StoreError) as error:
+                    log.info("%s keeps the copies of former primaries: %s", peer, error)
+                else:
+                    self._unsettled.discard(peer)
 
     async def replay(
         self, recipient: str, since: float, until: float, *, dry_run: bool

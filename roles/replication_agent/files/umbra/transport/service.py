@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from umbra.peer.server import Handler
 from umbra.transport import metrics, wire
 from umbra.transport.envelope import Envelope, EnvelopeError
 from umbra.transport.ids import valid
-from umbra.transport.store import ShadowStore, StoreError, StoreFull
+from umbra.transport.store import Gone, ShadowStore, StoreError, StoreFull
 from umbra.transport.tracking import DISCARDED, track
 
 RECEIVE_TIMEOUT = 300.0
@@ -40,14 +40,20 @@ class ShadowService:
     """Handlers for the peer server.
 
     :param epoch: returns the highest epoch this node knows.
+    :param leads: whether a node is the primary, as far as this one has heard.
     :param full: whether the shadow queue has its full size.
     """
 
     def __init__(
-        self, store: ShadowStore, epoch: Callable[[], int], full: Callable[[], bool] = bool
+        self,
+        store: ShadowStore,
+        epoch: Callable[[], int],
+        leads: Callable[[str], bool],
+        full: Callable[[], bool] = bool,
     ) -> None:
         self._store = store
         self._epoch = epoch
+        self._leads = leads
         self._full = full
         self.running = 0
         """How many messages are coming in now."""
@@ -58,6 +64,7 @@ class ShadowService:
             "shadow-store": self.store,
             "shadow-list": self.list,
             "shadow-discard": self.discard,
+            "shadow-settled": self.settled,
         }
 
     async def store(
@@ -143,13 +150,29 @@ class ShadowService:
         delivered = args.get("delivered", True) is not False
         with _told():
             gone = await self._store.discard(shadow_ids, origin=peer.node, delivered=delivered)
-        for meta in gone:
-            metrics.DISCARDED.inc()
-            track(
-                DISCARDED,
-                meta.queue_id,
-                meta.message_id,
-                meta.shadow_id,
-                f"origin={peer.node}",
-            )
+        _tell(gone, peer.node)
         return {"discarded": len(gone)}
+
+    async def settled(
+        self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+    ) -> dict[str, Any]:
+        """``shadow-settled``: the primary has carried on what former ones had left.
+
+        So the copies here that were made for them have done their duty. ``since``: the epoch since
+        which each acknowledged message has come to the primary; older copies stay.
+        """
+        since = args.get("since")
+        if not isinstance(since, int):
+            raise PeerError("protocol", "since must be an epoch")
+        if not self._leads(peer.node):
+            raise PeerError("refused", f"{peer.node} is not primary, as far as is known here")
+        with _told():
+            gone = await self._store.settle(peer.node, since)
+        _tell(gone, "a former primary")
+        return {"discarded": len(gone)}
+
+
+def _tell(gone: Iterable[Gone], origin: str) -> None:
+    for meta in gone:
+        metrics.DISCARDED.inc()
+        track(DISCARDED, meta.queue_id, meta.message_id, meta.shadow_id, f"origin={origin}")

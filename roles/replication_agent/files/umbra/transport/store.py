@@ -19,9 +19,9 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -380,6 +380,40 @@ class ShadowStore:
 
         return await self._write(run, settled=self._unlink)
 
+    async def give_back(self) -> int:
+        """Take ``claim`` back: hold for its origin what is not resubmitted yet; return how much.
+
+        A file that Postfix has made of it already is forgotten: on a shadow it is on hold.
+        """
+        return await self._write(
+            lambda database: (
+                database.execute(
+                    "UPDATE message SET state = ?, new_queue_id = '' WHERE state = ?",
+                    (State.HELD, State.RESUBMITTING),
+                ).rowcount
+            )
+        )
+
+    async def settle(self, origin: str, since: int) -> list[Gone]:
+        """Discard what is held for others than ``origin``, stored under epoch ``since`` or later.
+
+        Return what it was. It was delivered, or ``origin`` has it.
+        """
+        now = time.time()
+
+        def run(database: sqlite3.Connection) -> list[Gone]:
+            rows = database.execute(
+                "SELECT shadow_id, origin FROM message"
+                " WHERE state = ? AND origin <> ? AND epoch >= ?",
+                (State.HELD, origin, since),
+            ).fetchall()
+            gone: list[Gone] = []
+            for shadow_id, other in rows:
+                gone += self._discard(database, shadow_id, other, State.HELD, True, now)
+            return gone
+
+        return await self._write(run, settled=self._unlink)
+
     async def note_queue_id(self, shadow_id: str, new_queue_id: str) -> None:
         """Note the queue id under which a resubmitted message is offered to Postfix."""
         await self._write(
@@ -440,6 +474,23 @@ class ShadowStore:
             last = rows[-1][0]
             for row in rows:
                 yield _meta(row)
+
+    async def kept(self, queue_ids: Set[str]) -> AsyncIterator[Meta]:
+        """Give what the safety net has of these queue files; ``queue_id`` is the one asked for."""
+        last = 0
+        while True:
+            rows = await self._read(
+                "SELECT number, shadow_id, queue_id, new_queue_id FROM message"
+                " WHERE number > ? AND state = ? ORDER BY number LIMIT ?",
+                (last, State.DELIVERED, PAGE),
+            )
+            if not rows:
+                return
+            last = rows[-1][0]
+            for _, shadow_id, *names in rows:
+                for queue_id in queue_ids & set(names):
+                    if meta := await self.find(shadow_id):
+                        yield replace(meta, queue_id=queue_id)
 
     async def delivered(
         self, addresses: Sequence[str], since: str, until: str

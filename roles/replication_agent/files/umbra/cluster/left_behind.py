@@ -1,0 +1,98 @@
+"""What a former primary's queue still has of what it has handed over.
+
+The new primary has it durably, and carries it on: that brings it to a shadow again, one message
+after the other. Until then the queue file here, which is on hold, is the other copy. Then it is
+deleted. If the new primary is lost before and this node takes over, what was not carried on there
+is released here, and Postfix goes on with it.
+
+If this agent dies before, the files stay on hold for the administrator, as after a failover.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Protocol
+
+from umbra.cluster.group import Group
+from umbra.node.client import NodeHelper
+from umbra.node.helper import HelperError
+from umbra.peer.exchange import PeerError
+from umbra.transport.store import StoreError
+
+log = logging.getLogger(__name__)
+
+INTERVAL = 1.0
+TIMEOUT = 5.0
+
+
+class Messages(Protocol):
+    """What this needs of the transport."""
+
+    async def passed_on(self, shadow_ids: Mapping[str, str], since: int) -> set[str]:
+        """Return the queue ids of what came back here, as a shadow's copy, since that epoch.
+
+        :param shadow_ids: by queue id. StoreError if that cannot be told.
+        """
+        ...
+
+
+class LeftBehind:
+    """Queue files of a former primary. Losing the object loses nothing but their tidying."""
+
+    def __init__(self, group: Group, helper: NodeHelper, messages: Messages) -> None:
+        self._group = group
+        self._helper = helper
+        self._messages = messages
+        self._files: Mapping[str, str] = {}
+        self._since = 0
+        self._put = asyncio.Event()
+
+    def put(self, files: Mapping[str, str], since: int) -> None:
+        """Tidy these up when it is time to: shadow ids by queue id.
+
+        They are on hold, and were handed over to the primary of epoch ``since``.
+        """
+        self._files, self._since = dict(files), since
+        self._put.set()
+
+    async def run(self) -> None:
+        """Do that, until cancelled."""
+        while True:
+            await self._put.wait()
+            self._put.clear()
+            while self._files:
+                try:
+                    if self._group.is_primary():
+                        await self._release()
+                    elif await self._carried_on():
+                        await self._helper.queue_delete(sorted(self._files))
+                        self._files = {}
+                except (PeerError, HelperError, StoreError) as error:
+                    log.info("what was handed over stays on hold here for now: %s", error)
+                if self._files:
+                    await asyncio.sleep(INTERVAL)
+
+    async def _carried_on(self) -> bool:
+        """Whether the primary, whoever that is by now, has nothing left that only it has."""
+        primary = self._group.primary()
+        if primary is None:
+            return False
+        link = self._group.links[primary]
+        answer = await link.request("shadow-outstanding", {}, timeout=TIMEOUT)
+        return answer.get("messages") == 0
+
+    async def _release(self) -> None:
+        """Go on with what the lost primary had not carried on.
+
+        With what it had, this node goes on by the copy. One that it had delivered elsewhere, and
+        that the safety net does not keep, is repeated.
+        """
+        passed_on = await self._messages.passed_on(self._files, self._since)
+        await self._helper.queue_delete(sorted(passed_on))
+        left = sorted(self._files.keys() - passed_on)
+        await self._helper.queue_release(left)
+        self._files = {}
+        if left:
+            log.warning("%d messages that had been handed over are this node's again", len(left))
