@@ -13,7 +13,7 @@ export LAB
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 lab := tests/lab/lab --name $(LAB)
 
-.PHONY: help venv collection lab lab-shell lab-down demo test lint unit gates sanity integration faults faults-witness model fuzz bench-transport bench-mailbox bench-failover changelog lock root
+.PHONY: help venv collection lab lab-shell lab-down demo test lint unit gates sanity integration faults faults-witness faults-three model fuzz bench-transport bench-mailbox bench-failover changelog lock root
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^##-/ { printf "\n%s\n", substr($$0, 6) } \
@@ -67,6 +67,14 @@ faults-witness: root collection ## The same where a witness decides and nobody m
 	    -e '{"replication_agent_client_probes": ["203.0.113.72"]}'
 	@python -m tests.faults --lab faults --witness --trials $(TRIALS) $(if $(SEED),--seed $(SEED)) \
 	    $(if $(FAULT),--fault "$(FAULT)") --output build/faults/witness.json
+	@tests/lab/lab --name faults down
+
+faults-three: root collection ## The same with three mail hosts at three sites
+	@tests/lab/lab prerequisites && tests/lab/lab --name faults up --hosts mail-a,mail-b,mail-c,client
+	@tests/lab/lab --name faults control -- ansible-playbook -i tests/integration/three/inventory umbra.mail.site \
+	    -e replication_agent_coordinator=etcd -e replication_agent_failover_limit=1000
+	@python -m tests.faults --lab faults --three --trials $(TRIALS) $(if $(SEED),--seed $(SEED)) \
+	    $(if $(FAULT),--fault "$(FAULT)") --output build/faults/three.json
 	@tests/lab/lab --name faults down
 
 model: root collection ## Random mailbox operations, without and with faults: each OK is held against the shadow's disk

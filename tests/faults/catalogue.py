@@ -7,7 +7,7 @@ node is primary then (None: either). docs/faults.md is made of the same names.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tests.faults import actions as do
 from tests.faults.actions import (
@@ -304,7 +304,10 @@ WITNESS: tuple[Fault, ...] = (
 )  # fmt: skip
 """For a lab whose group has the coordinator etcd (``--witness``): nobody moves a hand."""
 
-THREE: tuple[Fault, ...] = (
+THREE: tuple[Fault, ...] = tuple(
+    # Three mail hosts have less of the same cores.
+    replace(fault, rate=RATE / 2)
+    for fault in (
     Fault(
         "power cut, primary of three, taken over", (do.power_cut(primary),),
         (do.taken_over, do.power_back(primary)),
@@ -342,6 +345,7 @@ THREE: tuple[Fault, ...] = (
     ),
     Fault("switchover, of three", (do.switched_over,), heals=60, moves=True),
     Fault("switchover to the follower", (do.switched_to(follower),), heals=60, moves=True),
+    )
 )  # fmt: skip
 """For a lab with three mail hosts and the coordinator etcd (``--three``)."""
 

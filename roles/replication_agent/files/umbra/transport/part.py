@@ -416,8 +416,7 @@ class Messages:
             except StoreError as error:
                 log.error("messages of the former primary cannot be claimed: %s", error)
             report = await self._resubmitter.run()
-            if self._group.is_primary():
-                self._unsettled = set(self._group.links)
+            self._unsettled = set(self._group.links)
             if report.resubmitted or report.duplicates or report.finished_before:
                 log.info(
                     "resubmitted %d messages, dropped %d duplicates, %d were finished before",
