@@ -304,7 +304,7 @@ def _wait_protects(field: Field, primary: str, shadow: str) -> None:
         status = field.status(primary)
         return status is not None and shadow in status["protected_set"] and status["protected"]
 
-    wait(done, 30, lambda: f"{shadow} does not protect {primary}: {field.why()}")
+    wait(done, 60, lambda: f"{shadow} does not protect {primary}: {field.why()}")
 
 
 def replaced(field: Field, chance: random.Random) -> None:

@@ -331,11 +331,11 @@ THREE: tuple[Fault, ...] = tuple(
     ),
     Fault(
         "power cut, follower", (do.power_cut(follower),), (do.power_back(follower),),
-        stands=(3.0, 6.0), heals=60, refuses=1.0,
+        stands=(3.0, 6.0), heals=60, refuses=2.0,
     ),
     Fault(
         "frozen, follower", (do.frozen(follower),), (do.thawed(follower),),
-        stands=(3.0, 6.0), heals=60, refuses=1.0,
+        stands=(3.0, 6.0), heals=60, refuses=2.0,
     ),
     Fault(
         # What the former primary has changed last and told nobody, two others have to agree on.

@@ -318,6 +318,22 @@ def test_what_was_handed_over_is_not_lost_with_the_new_primary(
     group(scenario)
 
 
+def test_what_was_handed_over_is_not_sent_again_after_a_switch_back(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        field.a.host.queue_ids = {"Q1": "deferred"}
+        field.b.parts.left = 1
+        await field.a.handover.run("b", dry_run=False, timeout_s=10)
+        await field.protected(field.b, 3)
+        assert field.a.host.queue_ids == {"Q1": "hold"}
+        field.b.parts.left = 0
+        await field.b.handover.run("a", dry_run=False, timeout_s=10)
+        assert field.a.serves
+        await asyncio.sleep(1.5)
+        assert not field.a.host.queue_ids
+
+    group(scenario)
+
+
 def test_a_switchover_waits_for_what_is_being_taken_over(group: Play) -> None:
     async def scenario(field: Field) -> None:
         field.a.parts.left = 3

@@ -25,6 +25,7 @@ class Peer:
         self.unshared = True
         self.settled: list[bool] = []
         self.led = 0
+        self.spread: list[str] = []
 
     async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
         self.done.append((user, merge))
@@ -59,7 +60,9 @@ async def begin(record: Record) -> None:
 
 def carrier(peer: Peer, path: Path) -> tuple[RecordingCarrier, Record]:
     record = Record(path, "mail-a")
-    made = RecordingCarrier(peer, "mail-a", record, peer, begin, peer, lambda: peer.unshared)
+    made = RecordingCarrier(
+        peer, "mail-a", record, peer, begin, peer, lambda: peer.unshared, peer.spread.append
+    )
     return made, record
 
 
@@ -82,6 +85,15 @@ async def test_what_the_peer_brings_is_on_disk_before_it_is_merged(tmp_path: Pat
         "message 17", "flags of message 3", "mailbox",
     ]  # fmt: skip
     assert peer.done == [("u1", True)]
+    assert peer.spread == ["u1"], "other peers lack it"
+
+
+async def test_who_is_not_merged_is_no_news_for_other_peers(tmp_path: Path) -> None:
+    peer = Peer()
+    made, _ = carrier(peer, tmp_path)
+    assert (await made.sync("u1", "", merge=True)).outcome is Outcome.EQUAL
+    await made.sync("u1", "state")
+    assert peer.spread == []
 
 
 @pytest.mark.parametrize("unshared", [True, False])

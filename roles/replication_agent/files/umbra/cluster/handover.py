@@ -201,6 +201,7 @@ class Handover(Switchover):
             }
         except (KeyError, TypeError, ValueError) as error:
             raise PeerError("protocol", f"a handover that makes no sense: {error!r}") from None
+        await self.left_behind.finish()
         self._given = _Given(peer.node, epoch, remaining)
         return {}
 

@@ -57,6 +57,14 @@ class LeftBehind:
         self._files, self._since = dict(files), since
         self._put.set()
 
+    async def finish(self) -> None:
+        """Tidy up now: the primary hands over, so it has nothing left to carry on."""
+        files, self._files = self._files, {}
+        try:
+            await self._helper.queue_delete(sorted(files))
+        except HelperError as error:
+            log.error("%d messages stay on hold here, although delivered: %s", len(files), error)
+
     async def run(self) -> None:
         """Do that, until cancelled."""
         while True:

@@ -348,6 +348,8 @@ class Switchover:
         Dying before it is done leaves queue files here that the next promotion of this node would
         deliver again; so an agent that finds itself a shadow puts all of its queue on hold.
         """
+        if self._group.is_primary():
+            return  # the new primary is lost already, and this node has gone on
         left = queue - covered.keys()
         try:
             await self._helper.queue_hold(sorted(queue))
@@ -389,6 +391,7 @@ class Switchover:
             raise PeerError(
                 "refused", f"{peer.node} cannot hand over from {change.old} to {change.new}"
             )
+        await self.left_behind.finish()
         try:
             # The right first: only then can no other message of the old primary arrive here. Dying
             # before the claim leaves a primary that claims at its start, without knowing who of

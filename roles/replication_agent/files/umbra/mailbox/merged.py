@@ -125,6 +125,7 @@ class RecordingCarrier:
     :param settler: prepares the merge of what differs.
     :param unshared: whether the peer may have told somebody of a change that this node lacks. If
         not, the flags of its messages do not count.
+    :param merged: called after it: what the peer brought, other peers lack.
     """
 
     def __init__(
@@ -136,6 +137,7 @@ class RecordingCarrier:
         begin: Callable[[Record], Awaitable[None]],
         settler: Settler,
         unshared: Callable[[], bool],
+        merged: Callable[[str], None],
     ) -> None:
         self._carrier = carrier
         self._peer = peer
@@ -144,6 +146,7 @@ class RecordingCarrier:
         self._begin = begin
         self._settler = settler
         self._unshared = unshared
+        self._merged = merged
 
     async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
         """See ``Carrier.sync``. A merge that cannot be written down is not made."""
@@ -170,7 +173,11 @@ class RecordingCarrier:
                 await self._settler.settle(user, found, ours=not self._unshared())
             except (DoveadmError, PeerError, OSError) as error:
                 return SyncResult.of(error)
-        return await self._carrier.sync(user, state, merge=merge)
+        try:
+            return await self._carrier.sync(user, state, merge=merge)
+        finally:
+            if merge:  # also one that failed half-way
+                self._merged(user)
 
     def progress(self, user: str) -> float:
         """See ``Carrier.progress``."""

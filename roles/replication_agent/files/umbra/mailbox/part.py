@@ -148,6 +148,7 @@ class Mailboxes:
             recording = RecordingCarrier(
                 settled, name, self._merged[name], self._verifier, self._begin_merge,
                 settlers[name], functools.partial(self._unshared, name),
+                functools.partial(self._spread, name),
             )  # fmt: skip
             # Second copies go first, so that they are not told as merged.
             whole = self._mergers[name] = copies.CopiesCarrier(
@@ -226,6 +227,11 @@ class Mailboxes:
             "take-flags": self._flags_handler.take,
             "sync-state": StateHandler(self._ledger),
         }
+
+    def _spread(self, merged_with: str, user: str) -> None:
+        for name, peer in self._peers.items():
+            if name != merged_with:
+                peer.recheck([user])
 
     def _unshared(self, peer: str) -> bool:
         return bool(self._group.statuses.get(peer, {}).get("unshared", True))
