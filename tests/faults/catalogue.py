@@ -31,6 +31,7 @@ class Fault:
     :param refuses: for how long at most no message may be taken; None for as long as it lasts.
     :param unsure: in an answer: whoever gets it does not know. The message may be there.
     :param rate: messages a second, and changes.
+    :param settles: for how long at most something may be in transit when the load has ended.
     :param changes: False where only messages can be held to it: a primary's Dovecot says OK to a
         change of flags that finds no room, and forgets it.
     """
@@ -47,6 +48,7 @@ class Fault:
     unsure: str = ""
     rate: float = RATE
     changes: bool = True
+    settles: float = 20.0
 
 
 def _parts(unit: str, word: str, names: tuple[str, ...], side: do.Side) -> list[Fault]:
@@ -305,8 +307,8 @@ WITNESS: tuple[Fault, ...] = (
 """For a lab whose group has the coordinator etcd (``--witness``): nobody moves a hand."""
 
 THREE: tuple[Fault, ...] = tuple(
-    # Three mail hosts have less of the same cores.
-    replace(fault, rate=RATE / 2)
+    # Three mail hosts have less of the same cores, and one more that may have to catch up.
+    replace(fault, rate=3.0, heals=2 * fault.heals, settles=3 * fault.settles)
     for fault in (
     Fault(
         "power cut, primary of three, taken over", (do.power_cut(primary),),

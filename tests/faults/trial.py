@@ -18,7 +18,6 @@ from tests.faults.catalogue import Fault
 from tests.faults.field import Field, FieldError
 from tests.faults.schedule import Plan
 
-SETTLE_S = 20.0
 COUNTED = (
     "lost", "duplicated", "changes_lost", "altered", "unexpected", "refused_but_present",
     "nodes_differ", "uids_changed",
@@ -141,7 +140,7 @@ def make(ground: Field, fault: Fault, plan: Plan, run: str, evidence: Path) -> R
         healed_ns = time.monotonic_ns()
         generator.wait_for_more(generator.taken())
         log = generator.stop()
-        reasons = load.settle(ground, SETTLE_S)
+        reasons = load.settle(ground, fault.settles)
         ground.wait_protected(fault.heals)
         views = load.read(ground, run)
         most_turns = 1 if fault.moves is False else 2

@@ -761,6 +761,25 @@ def test_the_limit_of_automatic_changes_is_the_inventory_s(group: Play) -> None:
     group(scenario, limit=1)
 
 
+def test_who_is_catching_up_begins_again_when_the_right_has_ended(group: Play) -> None:
+    """Else it is copied to for a long time, without the messages that come meanwhile."""
+
+    async def scenario(field: Field) -> None:
+        async def long(peer: str, protect: Any) -> None:
+            await asyncio.sleep(60)
+
+        await whole(field)
+        field.a.group.catch_up = long
+        await field.nodes["c"].crash()
+        await field.until(lambda: len(field.register.record.protected) == 1, D)
+        field.nodes["c"].start()
+        await field.until(lambda: "c" in field.a.group._catching_up, 3)
+        await field.a.handover.run("b", dry_run=False, timeout_s=10)
+        await field.until(lambda: not field.a.group._catching_up, 1)
+
+    group(scenario, names="abc")
+
+
 def test_three_nodes_one_of_which_is_cut_off(group: Play) -> None:
     async def scenario(field: Field) -> None:
         c = field.nodes["c"]

@@ -298,6 +298,9 @@ class QuorumGroup(Group):
         closes = old.phase in OPEN_PHASES and new.phase not in OPEN_PHASES
         if closes:
             self._ready = 0
+            # Whoever was catching up is waited for no more: it has to begin again.
+            for task in self._catching_up.values():
+                task.cancel()
             self._waited.clear()
             self._kept.clear()
         lost = sorted(left & self._waited - self._kept)
