@@ -761,12 +761,16 @@ def test_the_limit_of_automatic_changes_is_the_inventory_s(group: Play) -> None:
     group(scenario, limit=1)
 
 
-def test_who_is_catching_up_begins_again_when_the_right_has_ended(group: Play) -> None:
+def test_who_is_waited_for_no_more_begins_its_catch_up_again(group: Play) -> None:
     """Else it is copied to for a long time, without the messages that come meanwhile."""
 
     async def scenario(field: Field) -> None:
         async def long(peer: str, protect: Any) -> None:
             await asyncio.sleep(60)
+
+        async def silent(*_: Any) -> dict[str, Any]:
+            await asyncio.sleep(60)
+            return {}
 
         await whole(field)
         field.a.group.catch_up = long
@@ -774,6 +778,12 @@ def test_who_is_catching_up_begins_again_when_the_right_has_ended(group: Play) -
         await field.until(lambda: len(field.register.record.protected) == 1, D)
         field.nodes["c"].start()
         await field.until(lambda: "c" in field.a.group._catching_up, 3)
+        first = field.a.group._catching_up["c"]
+        renew, field.nodes["c"].handlers["renew"] = field.nodes["c"].handlers["renew"], silent
+        await field.until(first.done, 3)
+        assert field.a.group.synchronous() == ["b"]
+        field.nodes["c"].handlers["renew"] = renew
+        await field.until(lambda: field.a.group.synchronous() == ["b", "c"], 3)
         await field.a.handover.run("b", dry_run=False, timeout_s=10)
         await field.until(lambda: not field.a.group._catching_up, 1)
 

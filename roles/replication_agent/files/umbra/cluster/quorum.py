@@ -17,7 +17,7 @@ import logging
 import secrets
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -298,9 +298,7 @@ class QuorumGroup(Group):
         closes = old.phase in OPEN_PHASES and new.phase not in OPEN_PHASES
         if closes:
             self._ready = 0
-            # Whoever was catching up is waited for no more: it has to begin again.
-            for task in self._catching_up.values():
-                task.cancel()
+            self._break_off(self._catching_up)
             self._waited.clear()
             self._kept.clear()
         lost = sorted(left & self._waited - self._kept)
@@ -319,6 +317,7 @@ class QuorumGroup(Group):
             self._opening = asyncio.create_task(self._open(), name="opening")
         if closes:
             self.on_demotion()
+        self._break_off(lost)
         for name in lost:
             self.links[name].cut()
             self.on_lost(name, self._why[name])
@@ -329,6 +328,12 @@ class QuorumGroup(Group):
             # It gave its role away and has all that the new primary has.
             self._handed_over = True
             self.driver.note(p.Reconciled())
+
+    def _break_off(self, peers: Iterable[str]) -> None:
+        """End the catch-up of those who are waited for no more: they have to begin again."""
+        for name in peers:
+            if task := self._catching_up.get(name):
+                task.cancel()
 
     def _tell(self, state: p.State) -> None:
         known = state.known
