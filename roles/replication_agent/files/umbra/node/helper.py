@@ -240,7 +240,7 @@ class Helper:
         return {}
 
     async def do_queue_hold(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Put the queue files ``ids`` on hold: only an administrator releases them."""
+        """Put the queue files ``ids`` on hold."""
         await run("postsuper", "-h", "-", stdin="\n".join(_queue_ids(request)) + "\n")
         return {}
 
