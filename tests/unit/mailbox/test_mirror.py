@@ -297,6 +297,34 @@ async def test_a_lost_peer_is_noticed_at_once(tmp_path: Path) -> None:
         assert peer.phase is Phase.RECORDING
 
 
+@pytest.mark.parametrize("outcome", [Outcome.FAILED, Outcome.LOST, None])
+async def test_a_sync_that_broke_off_is_followed_by_one_from_scratch(
+    tmp_path: Path, outcome: Outcome | None
+) -> None:
+    """It may have been applied in part: dsync would not send the flags of what it has saved."""
+
+    world = World()
+    async with mirror(world, tmp_path) as peer:
+        assert await change(world, peer, "u1") is Verdict.MIRRORED
+        assert await change(world, peer, "u1") is Verdict.MIRRORED
+        assert world.syncs[-1] == ("u1", "state")
+        if outcome is None:  # this process dies with it
+            world.delay = lambda user: 60.0
+            running = asyncio.create_task(change(world, peer, "u1"))
+            await asyncio.sleep(0.05)
+            assert await peer._ledger.state(peer.peer, "u1") == ""
+            running.cancel()
+            return
+        answers = iter([outcome])
+        world.outcome = lambda user: next(answers, Outcome.SYNCED)
+        await change(world, peer, "u1")
+        if outcome is Outcome.LOST:
+            await peer.catch_up(world.protect, everyone=False, binding="one")
+        assert world.syncs[-2:] == [("u1", "state"), ("u1", "")]
+        assert await change(world, peer, "u1") is Verdict.MIRRORED
+        assert world.syncs[-1] == ("u1", "state")
+
+
 async def test_changed_meanwhile_runs_again(tmp_path: Path) -> None:
     world = World()
     async with mirror(world, tmp_path) as peer:

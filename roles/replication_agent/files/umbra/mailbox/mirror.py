@@ -420,8 +420,11 @@ class PeerMirror:
             self._before.pop(user, None)
         state = await self._ledger.state(self.peer, user)
         if not state and self._inherited is not None and user not in self._without:
-            self._without.add(user)  # if the sync fails, the next one compares everything
             state = await self._inherited(user)
+        # A sync that breaks off, this process with it or not, may have been applied in part, which
+        # the state does not tell: flags of messages that it has saved would never be sent again.
+        self._ledger.keep(self.peer, user, None)
+        self._without.add(user)
         result = await self._carrier.sync(user, state)
         if result.outcome in (Outcome.SYNCED, Outcome.CHANGED):
             self._ledger.keep(self.peer, user, result.state)
