@@ -16,11 +16,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tests.faults import field as place
 from tests.faults import load, report
 from tests.faults.actions import all_taken_back
 from tests.faults.catalogue import BY_NAME, FAULTS, SELECTION, THREE, WITNESS
-from tests.faults.field import ROOT, Field, FieldError
+from tests.faults.field import INVENTORY, INVENTORY_THREE, ROOT, Field, FieldError
 from tests.faults.schedule import schedule
 from tests.faults.trial import Result, make
 
@@ -90,7 +89,7 @@ def main() -> int:
     faults = options.fault or faults
     trials = options.trials or (len(faults) if options.selection else report.GOAL_TRIALS)
     print(f"seed {seed}, {trials} trials of {len(faults)} faults", flush=True)
-    field = Field(options.lab, place.THREE if options.three else place.INVENTORY)
+    field = Field(options.lab, INVENTORY_THREE if options.three else INVENTORY)
     try:
         field.wait_protected(60)
         load.install(field)

@@ -378,18 +378,15 @@ def leader(side: Side) -> Action:
     """Have that host's member lead the coordinator."""
 
     def act(field: Field, chance: random.Random) -> None:
-        members = json.loads(field.run(field.voters[-1], "umbra-etcdctl member list -w json"))[
-            "members"
-        ]
+        voter = field.voters[-1]
+        members = json.loads(field.run(voter, "umbra-etcdctl member list -w json"))["members"]
         [wanted] = [member["ID"] for member in members if member["name"] == side(field)]
-        for member in json.loads(
-            field.run(field.voters[-1], "umbra-etcdctl endpoint status -w json")
-        ):
+        for member in json.loads(field.run(voter, "umbra-etcdctl endpoint status -w json")):
             leads = member["Status"]["leader"]
             if leads == member["Status"]["header"]["member_id"]:
                 if leads != wanted:  # only the leader itself can give the lead away
                     command = "umbra-etcdctl --endpoints $1 move-leader $2"
-                    field.run(field.voters[-1], command, member["Endpoint"], f"{wanted:x}")
+                    field.run(voter, command, member["Endpoint"], f"{wanted:x}")
                 return
         raise FieldError("no member leads the coordinator")
 

@@ -306,10 +306,7 @@ WITNESS: tuple[Fault, ...] = (
 )  # fmt: skip
 """For a lab whose group has the coordinator etcd (``--witness``): nobody moves a hand."""
 
-THREE: tuple[Fault, ...] = tuple(
-    # Three mail hosts have less of the same cores, and one more that may have to catch up.
-    replace(fault, rate=3.0, heals=2 * fault.heals, settles=3 * fault.settles)
-    for fault in (
+_THREE = (
     Fault(
         "power cut, primary of three, taken over", (do.power_cut(primary),),
         (do.taken_over, do.power_back(primary)),
@@ -347,8 +344,13 @@ THREE: tuple[Fault, ...] = tuple(
     ),
     Fault("switchover, of three", (do.switched_over,), heals=60, moves=True),
     Fault("switchover to the follower", (do.switched_to(follower),), heals=60, moves=True),
-    )
 )  # fmt: skip
+
+THREE: tuple[Fault, ...] = tuple(
+    # Three mail hosts have less of the same cores, and one more that may have to catch up.
+    replace(fault, rate=3.0, heals=2 * fault.heals, settles=3 * fault.settles)
+    for fault in _THREE
+)
 """For a lab with three mail hosts and the coordinator etcd (``--three``)."""
 
 ENDURANCE: tuple[Fault, ...] = (

@@ -19,7 +19,7 @@ from tests.lab.umbra_lab.shell import LabError
 ROOT = Path(__file__).resolve().parents[2]
 LAB = ROOT / "tests" / "lab" / "lab"
 INVENTORY = ROOT / "inventories" / "lab"
-THREE = ROOT / "tests" / "integration" / "three" / "inventory"
+INVENTORY_THREE = ROOT / "tests" / "integration" / "three" / "inventory"
 """The inventory of three mail hosts, without a witness."""
 
 

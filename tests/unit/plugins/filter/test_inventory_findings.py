@@ -276,6 +276,19 @@ def test_even_number_of_voters(world: World) -> None:
     )
 
 
+def test_an_even_number_of_mail_hosts_that_vote(world: World) -> None:
+    for number, name in enumerate(("mail-c", "mail-d"), 20):
+        world.groups["umbra_nodes"].append(name)
+        world.hostvars[name] = {**HOSTVARS["mail-b"], "ansible_host": f"203.0.113.{number}"}
+    world.groups["umbra_witness"] = []
+    assert world.findings() == []
+    world.set("replication_agent_coordinator", "etcd")
+    assert world.only() == (
+        "mail-a, mail-b, mail-c and mail-d are 4 voters, which can tie; add or remove one host in"
+        " umbra_witness, or set replication_agent_coordinator to static."
+    )
+
+
 def test_witness_that_is_also_a_node(world: World) -> None:
     world.groups["umbra_witness"] = ["mail-b"]
     assert world.findings()[0] == (

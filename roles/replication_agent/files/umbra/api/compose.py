@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from umbra.api.report import Check, GroupReport, NodeReport
-from umbra.cluster.group import Group
+from umbra.cluster.group import Group, primary_of
 from umbra.cluster.state import Role
 from umbra.config import Config
 
@@ -83,7 +83,7 @@ class Composer:
         statuses = {self._config.node: own}
         for peer in self._config.peers:
             statuses[peer.name] = self._group.statuses.get(peer.name, {"site": peer.site})
-        primary = self._primary(statuses)
+        primary = primary_of(statuses, self._reachable)
         leading = statuses[primary] if primary else {}
         reasons = list(leading.get("reasons", ()))
         if primary is None:
@@ -115,14 +115,6 @@ class Composer:
 
     def _reachable(self, name: str) -> bool:
         return name == self._config.node or self._group.answers(name)
-
-    def _primary(self, statuses: Mapping[str, Mapping[str, Any]]) -> str | None:
-        claims = [
-            (int(status["epoch"]), name)
-            for name, status in statuses.items()
-            if status.get("role") == Role.PRIMARY and self._reachable(name)
-        ]
-        return max(claims)[1] if claims else None
 
     def _node(self, name: str, status: Mapping[str, Any], leading: Mapping[str, Any]) -> NodeReport:
         changes, seconds = leading.get("lag", {}).get(name, (0, 0.0))

@@ -97,16 +97,20 @@ class Work:
         return True
 
 
-async def _nothing(peer: str) -> None:
+async def _nothing(*_: object) -> None:
     pass
 
 
-async def _never_mind() -> None:
-    pass
-
-
-async def _nothing_else(ailments: Sequence[str]) -> None:
-    pass
+def primary_of(
+    statuses: Mapping[str, Mapping[str, Any]], reachable: Callable[[str], bool]
+) -> str | None:
+    """Return who is primary by what the nodes say of themselves: the highest epoch counts. Pure."""
+    claims = [
+        (int(status["epoch"]), name)
+        for name, status in statuses.items()
+        if status.get("role") == Role.PRIMARY and reachable(name)
+    ]
+    return max(claims)[1] if claims else None
 
 
 class Group:
@@ -133,10 +137,10 @@ class Group:
         self.on_lost: Callable[[str, str], None] = lambda peer, reason: None
         self.on_demotion: Callable[[], None] = lambda: None
         self.fitness = Fitness(config.handover, helper)
-        self.on_ailing: Callable[[Sequence[str]], Awaitable[None]] = _nothing_else
+        self.on_ailing: Callable[[Sequence[str]], Awaitable[None]] = _nothing
         self.limits: Callable[[], Sequence[str]] = lambda: ()
         self.on_opening: Callable[[], None] = lambda: None
-        self.on_shadow: Callable[[], Awaitable[None]] = _never_mind
+        self.on_shadow: Callable[[], Awaitable[None]] = _nothing
         self.before_disconnect: Callable[[str], Awaitable[None]] = _nothing
         self._lock = asyncio.Lock()
         self._changed = asyncio.Event()
@@ -286,12 +290,7 @@ class Group:
 
     def primary(self) -> str | None:
         """Return the other node that is primary, as far as this one has heard."""
-        claims = [
-            (int(status["epoch"]), name)
-            for name, status in self.statuses.items()
-            if status.get("role") == Role.PRIMARY and self.answers(name)
-        ]
-        return max(claims)[1] if claims else None
+        return primary_of(self.statuses, self.answers)
 
     def whole_since(self) -> int:
         """Return since which epoch each acknowledged message has come to this primary.

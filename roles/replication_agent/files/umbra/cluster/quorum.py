@@ -298,7 +298,7 @@ class QuorumGroup(Group):
         closes = old.phase in OPEN_PHASES and new.phase not in OPEN_PHASES
         if closes:
             self._ready = 0
-            self._break_off(self._catching_up)
+            self._end_catch_up(self._catching_up)
             self._waited.clear()
             self._kept.clear()
         lost = sorted(left & self._waited - self._kept)
@@ -317,7 +317,7 @@ class QuorumGroup(Group):
             self._opening = asyncio.create_task(self._open(), name="opening")
         if closes:
             self.on_demotion()
-        self._break_off(lost)
+        self._end_catch_up(lost)
         for name in lost:
             self.links[name].cut()
             self.on_lost(name, self._why[name])
@@ -329,7 +329,7 @@ class QuorumGroup(Group):
             self._handed_over = True
             self.driver.note(p.Reconciled())
 
-    def _break_off(self, peers: Iterable[str]) -> None:
+    def _end_catch_up(self, peers: Iterable[str]) -> None:
         """End the catch-up of those who are waited for no more: they have to begin again."""
         for name in peers:
             if task := self._catching_up.get(name):

@@ -28,9 +28,8 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any, Protocol
 
-from umbra.cluster import machine
+from umbra.cluster import left_behind, machine
 from umbra.cluster.group import Group, now
-from umbra.cluster.left_behind import LeftBehind
 from umbra.cluster.machine import NotNow
 from umbra.cluster.state import Change, Phase, Role
 from umbra.config import Config, StonithUse
@@ -59,7 +58,7 @@ class Refused(Exception):
     """
 
 
-class Messages(Protocol):
+class Messages(left_behind.Messages, Protocol):
     """What a switchover needs of the transport."""
 
     def covered(self, peer: str) -> Mapping[str, str]:
@@ -68,10 +67,6 @@ class Messages(Protocol):
 
     async def outstanding(self) -> int:
         """Return how many messages this node alone has, or has still to carry on. StoreError."""
-        ...
-
-    async def passed_on(self, shadow_ids: Mapping[str, str], since: int) -> set[str]:
-        """Return the queue ids of what came here as a copy; see ``left_behind``."""
         ...
 
     def gave_up(self) -> None:
@@ -151,7 +146,7 @@ class Switchover:
         self._messages = messages
         self._mailboxes = mailboxes
         self._running = asyncio.Lock()
-        self.left_behind = LeftBehind(group, helper, messages)
+        self.left_behind = left_behind.LeftBehind(group, helper, messages)
 
     def handlers(self) -> dict[str, Handler]:
         """Return the operations of the peer link."""

@@ -186,9 +186,9 @@ class Copies:
         """Return all copies: shadow ids by queue id."""
         return self._settled | self._fresh
 
-    def sure(self) -> set[str]:
-        """Return the queue ids of the copies that are surely there."""
-        return self.known().keys() - self._doubtful
+    def sure(self) -> dict[str, str]:
+        """Return the copies that are surely there: shadow ids by queue id."""
+        return {key: value for key, value in self.known().items() if key not in self._doubtful}
 
     def compare(self, before: dict[str, str], held: dict[str, str]) -> list[str]:
         """Take over what the holder says it has; return the queue ids it should have and has not.
@@ -260,8 +260,7 @@ class Discarder:
 
     def covered(self, holder: str) -> dict[str, str]:
         """Return the messages that ``holder`` surely has a copy of: shadow ids by queue id."""
-        known = self._copies[holder].known()
-        return {queue_id: known[queue_id] for queue_id in self._copies[holder].sure()}
+        return self._copies[holder].sure()
 
     async def run(self) -> None:
         """Discard once an interval and reconcile now and then, until cancelled."""
@@ -313,7 +312,7 @@ class Discarder:
                     "%d copies at %s wait for their discard: %s", len(ripe) - start, name, error
                 )
                 return
-            self._doubt |= not copies.sure().issuperset(queue_id for queue_id, _ in batch)
+            self._doubt |= not copies.sure().keys() >= {queue_id for queue_id, _ in batch}
             copies.remove(queue_id for queue_id, _ in batch)
 
     async def reconcile(self, holder: str) -> Reconciled:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,7 +32,7 @@ from umbra.transport.resubmit import Resubmission, Resubmitter
 from umbra.transport.safety_net import SafetyNet
 from umbra.transport.service import MAX_STORES, ShadowService
 from umbra.transport.shadowing import Shadowing
-from umbra.transport.store import ShadowStore, State, StoreError
+from umbra.transport.store import Holding, ShadowStore, State, StoreError
 
 log = logging.getLogger(__name__)
 
@@ -219,9 +219,7 @@ class Messages:
                 held = [row for row in rows if row.state is State.HELD]
                 self._held = sum(row.count for row in held), sum(row.bytes for row in held)
                 self._oldest = min((row.oldest for row in held), default=None)
-                self._own = sum(
-                    row.count for row in rows if row.state in (State.RESUBMITTING, State.UNSHADOWED)
-                )
+                self._own = _alone(rows)
             await asyncio.sleep(STATS_INTERVAL)
 
     def held(self) -> tuple[int, int]:
@@ -353,8 +351,7 @@ class Messages:
 
     async def outstanding(self) -> int:
         """Return how many messages this node alone has, or has still to carry on. StoreError."""
-        rows = await self._store.stats()
-        return sum(row.count for row in rows if row.state in (State.RESUBMITTING, State.UNSHADOWED))
+        return _alone(await self._store.stats())
 
     async def _handle_outstanding(
         self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
@@ -365,11 +362,10 @@ class Messages:
         """
         try:
             rows = await self._store.stats()
-            messages = await self.outstanding()
         except StoreError as error:
             raise PeerError("store-failed", str(error)) from None
         unclaimed = (row for row in rows if (row.origin, row.state) == (peer.node, State.HELD))
-        return {"messages": messages + sum(row.count for row in unclaimed)}
+        return {"messages": _alone(rows) + sum(row.count for row in unclaimed)}
 
     async def passed_on(self, shadow_ids: Mapping[str, str], since: int) -> set[str]:
         """Return the queue ids of what came here as a copy; see ``cluster.left_behind``."""
@@ -430,19 +426,20 @@ class Messages:
         """
         while True:
             await asyncio.sleep(STATS_INTERVAL)
-            for peer in self._unsettled & {link.name for link in self._group.shadows()}:
+            for link in self._group.shadows():
+                if link.name not in self._unsettled:
+                    continue
                 try:
                     rows = await self._store.stats()
                     left = sum(row.count for row in rows if row.state is not State.DELIVERED)
                     if left or not self._group.is_primary():
                         break
                     args = {"since": self._group.whole_since()}
-                    link = self._group.links[peer]
                     await link.request("shadow-settled", args, timeout=SETTLE_TIMEOUT)
                 except (PeerError, StoreError) as error:
-                    log.info("%s keeps the copies of former primaries: %s", peer, error)
+                    log.info("%s keeps the copies of former primaries: %s", link.name, error)
                 else:
-                    self._unsettled.discard(peer)
+                    self._unsettled.discard(link.name)
 
     async def replay(
         self, recipient: str, since: float, until: float, *, dry_run: bool
@@ -463,3 +460,8 @@ class Messages:
 
     async def _committed_ids(self) -> set[str]:
         return await self._helper.committed()
+
+
+def _alone(rows: Iterable[Holding]) -> int:
+    """Return how many messages of a store no other node has, or are not taken over yet."""
+    return sum(row.count for row in rows if row.state in (State.RESUBMITTING, State.UNSHADOWED))
