@@ -238,12 +238,20 @@ def _expressions(path: Path) -> Iterator[str]:
     text = re.sub(r"(?m)^\s*#.*$", "", path.read_text())
     yield from (found[1] for found in re.finditer(r"\{[{%]-?(.*?)-?[%}]\}", text, re.DOTALL))
     if path.parent.name in ("tasks", "handlers"):
-        for task in tasks(load(path)):
-            asserted = task.get("ansible.builtin.assert") or {}
-            bare = [task.get(key) for key in ("when", "until", "changed_when", "failed_when")]
-            for condition in [*bare, asserted.get("that")]:
-                conditions = condition if isinstance(condition, list) else [condition]
-                yield from (f"({one})" for one in conditions)
+        yield from _conditions(load(path))
+
+
+def _conditions(node: Any) -> Iterator[str]:
+    """The bare conditions below a parsed task file, those of blocks too."""
+    if isinstance(node, list):
+        for item in node:
+            yield from _conditions(item)
+    elif isinstance(node, dict):
+        for key in ("when", "until", "changed_when", "failed_when", "that"):
+            found = node.get(key)
+            yield from (f"({one})" for one in (found if isinstance(found, list) else [found]))
+        for value in node.values():
+            yield from _conditions(value)
 
 
 def typed_values_are_cast(root: Path) -> Findings:

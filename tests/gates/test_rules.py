@@ -125,6 +125,7 @@ BAD: dict[Rule, list[tuple[str, str, str | None, str]]] = {
     rules.typed_values_are_cast: [
         (TASKS, "x_n | int + 1", "x_n + 1", "x_n is not cast"),
         (TASKS, "register: __x_said", "when: x_n > 1", "x_n is not cast"),
+        (TASKS, "name: Block", "name: Block\n  when: not x_n", "x_n is not cast"),
         (TASKS, "register: __x_said", "when: [x_a == 'x_n', x_n | int > 1, x_n]", "x_n is not"),
     ],
     rules.plays_have_names: [(PLAYBOOK, "name: Play\n  ", "", "play 1 has no name")],

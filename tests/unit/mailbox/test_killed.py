@@ -36,7 +36,7 @@ async def client(peer, number):
         sys.stdout.flush()
 
 async def main():
-    ledger = Ledger(Path(sys.argv[1]))
+    ledger = Ledger(Path(sys.argv[1]), Path(sys.argv[1]))
     await ledger.open()
     world = World()
     peer = PeerMirror("mail-b", world, ledger, world, world, workers=4, timeout=5)
@@ -50,7 +50,7 @@ KILLS = 8
 
 async def changed(directory: Path) -> set[str]:
     """What an agent that starts finds noted."""
-    ledger = Ledger(directory)
+    ledger = Ledger(directory, directory)
     await ledger.open()
     try:
         return set(ledger.changed("mail-b"))

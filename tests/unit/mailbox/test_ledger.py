@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from umbra.mailbox.dropped import Dropped
 from umbra.mailbox.ledger import Ledger
 
 PACKAGE = Path(__file__).parents[3] / "roles/replication_agent/files"
@@ -22,7 +23,7 @@ from pathlib import Path
 from umbra.mailbox.ledger import Ledger
 
 async def main():
-    ledger = Ledger(Path(sys.argv[1]))
+    ledger = Ledger(Path(sys.argv[1]), Path(sys.argv[1]))
     await ledger.open()
     async def one(number):
         user = f"user{number}@example.org"
@@ -42,7 +43,7 @@ asyncio.run(main())
 
 
 async def opened(path: Path) -> Ledger:
-    ledger = Ledger(path)
+    ledger = Ledger(path, path)
     await ledger.open()
     return ledger
 
@@ -177,3 +178,95 @@ def test_killed(tmp_path: Path, lines: int) -> None:
         await ledger.close()
 
     asyncio.run(check())
+
+
+DROPPER = """
+import asyncio, sys
+from pathlib import Path
+from umbra.mailbox.ledger import Ledger
+
+async def main():
+    ledger = Ledger(Path(sys.argv[1]), Path(sys.argv[2]))
+    await ledger.open()
+    for user in ("a@example.org", "b@example.org", "c@example.org"):
+        ledger.keep("mail-b", user, "s1")
+    await ledger.flag("mail-b", ["a@example.org"])  # the states are on disk with it
+    ledger.keep("mail-b", "a@example.org", None)
+    ledger.keep("mail-b", "b@example.org", None)
+    ledger.keep("mail-b", "b@example.org", "s2")  # a sync that ended well
+    print("dropped", flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+def drop_and_die(path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", DROPPER, str(path / "disk"), str(path)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(PACKAGE)},
+        text=True,
+    ) as dropper:
+        assert dropper.stdout is not None
+        assert dropper.stdout.readline() == "dropped\n"
+        dropper.send_signal(signal.SIGKILL)
+
+
+async def states(path: Path) -> list[str]:
+    ledger = Ledger(path / "disk", path)
+    await ledger.open()
+    found = [await ledger.state("mail-b", f"{name}@example.org") for name in "abc"]
+    await ledger.close()
+    return found
+
+
+def test_a_dropped_state_does_not_come_back_with_kill_9(tmp_path: Path) -> None:
+    """Nor one that followed it and was not written yet: that is the older one on disk."""
+    drop_and_die(tmp_path)
+    assert asyncio.run(states(tmp_path)) == ["", "", "s1"]
+    assert asyncio.run(states(tmp_path)) == ["", "", "s1"]
+
+
+def test_a_record_that_cannot_be_read_drops_all(tmp_path: Path) -> None:
+    drop_and_die(tmp_path)
+    with (tmp_path / "dropped.0").open("ab") as record:
+        record.write(b'["mail-b", "c@exam')
+    assert asyncio.run(states(tmp_path)) == ["", "", ""]
+
+
+async def test_what_was_dropped_is_noted_until_it_is_written(tmp_path: Path) -> None:
+    """Also while the disk fails, and what comes in the middle of a commit waits for the next."""
+    ledger = await opened(tmp_path)
+    commit, fails = ledger._commit, 2
+
+    def failing(*args: object) -> None:
+        nonlocal fails
+        ledger._dropped.note(("mail-b", f"during{fails}"))
+        if fails:
+            fails -= 1
+            raise sqlite3.OperationalError("disk I/O error")
+        commit(*args)  # type: ignore[arg-type]
+
+    def noted() -> set[str]:
+        other = Dropped(tmp_path)
+        found = other.open()
+        other.close()
+        assert found is not None
+        return {user for _, user in found}
+
+    ledger._commit = failing  # type: ignore[method-assign,assignment]
+    ledger.keep("mail-b", "a", None)
+    assert noted() == {"a"}
+    for number in range(2):
+        with pytest.raises(sqlite3.OperationalError):
+            await ledger._write()
+        ledger.keep("mail-b", f"after{number}", None)
+    assert noted() == {"a", "during2", "after0", "during1", "after1"}
+    await ledger._write()
+    assert "a" not in noted()
+    assert noted() >= {"during0"}
+    await ledger._write()
+    await ledger._write()
+    assert noted() == {"during0"}
+    await ledger.close()

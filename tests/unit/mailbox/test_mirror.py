@@ -110,7 +110,7 @@ class World:
 async def mirror(
     world: World, path: Path, *, workers: int = 2, patience: float = 5.0, protected: bool = True
 ) -> AsyncIterator[PeerMirror]:
-    ledger = Ledger(path)
+    ledger = Ledger(path, path)
     await ledger.open()
     peer = PeerMirror("mail-b", world, ledger, world, world, workers=workers, timeout=patience)
     task = asyncio.create_task(peer.run())
@@ -777,7 +777,7 @@ async def two_mirrors(
     path: Path, copies: int
 ) -> AsyncIterator[tuple[Mirror, dict[str, World], dict[str, PeerMirror]]]:
     worlds = {name: World() for name in ("mail-b", "mail-c")}
-    ledger = Ledger(path)
+    ledger = Ledger(path, path)
     await ledger.open()
     peers = {
         name: PeerMirror(name, world, ledger, world, world, workers=2, timeout=0.5)

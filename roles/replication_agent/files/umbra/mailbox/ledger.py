@@ -12,7 +12,8 @@ The argument that no change is forgotten:
 * A state ("the last sync ended here") may be lost or old: then dsync compares more than it needs
   to. It must never be newer than the peer's mailboxes, so states hold for one binding only: a
   text made of everything that makes them void when it changes (both storage ids, both boot ids,
-  the epoch). Another binding drops them all.
+  the epoch). Another binding drops them all. One that is dropped for a reason of its own is noted
+  in memory that outlives this process (``dropped``) before anything is done without it.
 
 SQLite runs in one thread of its own. All that waits is written in one transaction: one sync to
 disk serves all changes that came meanwhile.
@@ -29,6 +30,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
+
+from umbra.mailbox.dropped import Dropped, Key
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -47,17 +50,17 @@ CACHED_STATES = 8192
 # States wait this long (seconds) to be written together; losing them is harmless.
 STATE_DELAY = 1.0
 
-Key = tuple[str, str]
-
 
 class Ledger:
     """The durable ledger. All methods are called in the event loop.
 
     :param directory: ``/var/lib/umbra/mirror``; made if it is missing.
+    :param memory: ``/run/umbra``, a directory that is empty after a boot.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, memory: Path) -> None:
         self._path = directory / "ledger.sqlite"
+        self._dropped = Dropped(memory)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         self._db: sqlite3.Connection | None = None
         self._flagged: set[Key] = set()  # as on disk
@@ -96,8 +99,19 @@ class Ledger:
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
         self._db.executescript(SCHEMA)
+        self._drop(self._dropped.open())
+        self._dropped.clear()
         rows = self._db.execute("SELECT peer, user FROM changed").fetchall()
         return rows, self._db.execute("SELECT peer, value FROM binding").fetchall()
+
+    def _drop(self, keys: set[Key] | None) -> None:
+        """Drop what a process that died had no more time to drop here."""
+        assert self._db is not None
+        if keys is None:
+            log.error("it is not known whose states hold, so none does")
+            self._db.execute("DELETE FROM state")
+        elif keys:
+            self._commit({}, dict.fromkeys(keys), durable=False)
 
     def _set_aside(self) -> None:
         if self._db is not None:
@@ -116,6 +130,7 @@ class Ledger:
             await self._writer
         if self._db is not None:
             await self._call(self._db.close)
+            self._dropped.close()
         self._thread.shutdown()
 
     # changed users
@@ -206,9 +221,11 @@ class Ledger:
         return str(row[0]) if row else ""
 
     def keep(self, peer: str, user: str, state: str | None) -> None:
-        """Keep the state of a sync, or forget it (None)."""
+        """Keep the state of a sync, or drop it (None), so that no later process finds it."""
         key = (peer, user)
         self._dirty[key] = state
+        if state is None and not self._dropped.note(key):
+            self._urgent.set()  # a process that dies within the next milliseconds leaves it
         self._states.pop(key, None)
         if state is not None:
             self._states[key] = state
@@ -239,6 +256,7 @@ class Ledger:
         self._writing, self._flags = self._flags, {}
         self._written, self._waiting = self._waiting, []
         flags, states, self._dirty = self._writing, self._dirty, {}
+        self._dropped.turn()
         durable = bool(self._written)
         try:
             await self._call(lambda: self._commit(flags, states, durable))
@@ -249,6 +267,7 @@ class Ledger:
             self._writing, self._written = {}, []
             self._wake.set()
             raise
+        self._dropped.written()
         self._flagged |= {key for key, value in flags.items() if value}
         self._flagged -= {key for key, value in flags.items() if not value}
         for future in self._written:

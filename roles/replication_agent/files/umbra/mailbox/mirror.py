@@ -422,8 +422,7 @@ class PeerMirror:
         if not state and self._inherited is not None and user not in self._without:
             state = await self._inherited(user)
         # A sync that breaks off may have been applied in part, which the state does not tell: flags
-        # of messages that it has saved would never be sent again. On disk within a second: a
-        # process that dies sooner leaves the old state.
+        # of messages that it has saved would never be sent again.
         self._ledger.keep(self.peer, user, None)
         self._without.add(user)
         result = await self._carrier.sync(user, state)

@@ -117,7 +117,7 @@ class Mailboxes:
         self._events = paths.events
         self._dsync = paths.run / "dsync"
         self._doveadm = Doveadm()
-        self._ledger = Ledger(paths.state / "mirror")
+        self._ledger = Ledger(paths.state / "mirror", paths.run)
         self._seeds = Seeds(paths.state / "mirror")
         self._pacers = {name: Pacer(functools.partial(self._rate, name)) for name in group.links}
         self._carriers = [
