@@ -27,7 +27,9 @@ BOUNDS = {
 """Seconds, p50 and p99."""
 
 PARTS = ("noticed", "decided", "first message", "first change")
+STEPS = ("drain", "close", "flush", "hand over")
 _STATE = re.compile(r"state: (\S+) \(")
+_STEP = re.compile(r"switchover: (.+) took ([\d.]+) s")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,12 @@ def parts(
     return {name: round(step, 3) for name, step in zip(PARTS, steps, strict=True)}
 
 
+def steps(lines: Iterable[str]) -> dict[str, float]:
+    """How long each step of a switchover took, by the former primary's journal: seconds."""
+    found = (_STEP.search(line) for line in lines)
+    return {step[1]: float(step[2]) for step in found if step and step[1] in STEPS}
+
+
 def summary(changes: Sequence[Change]) -> list[dict[str, Any]]:
     """One row for each kind, profile and delay."""
     rows = []
@@ -88,7 +96,7 @@ def summary(changes: Sequence[Change]) -> list[dict[str, Any]]:
             }  # fmt: skip
         row["parts"] = {
             part: spread([c.parts[part] for c in cell if part in c.parts])
-            for part in PARTS
+            for part in (*PARTS, *STEPS)
             if any(part in c.parts for c in cell)
         }
         rows.append(row)

@@ -145,6 +145,9 @@ class Cell:
                 parts = figures.parts(
                     self._wall(began), states, self._wall(first[0]), self._wall(first[1])
                 )
+        else:
+            old = next(node for node in NODES if node != new)
+            parts = figures.steps(line for _, line in self._journal(old, began, end))
         return Change(
             kind, self._profile, self._delay_ms, number,
             figures.window(messages, began, end), figures.window(changes, began, end),

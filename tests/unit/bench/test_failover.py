@@ -41,6 +41,18 @@ def test_the_parts_of_an_outage_add_up_to_it() -> None:
     assert sum(list(parts.values())[:3]) == pytest.approx(3.2)
 
 
+def test_the_steps_of_a_switchover_are_those_of_its_outage() -> None:
+    lines = [
+        "switchover: prepare took 1.200 s",
+        "switchover: drain took 0.010 s",
+        "switchover: close took 0.250 s",
+        "another line",
+        "switchover: hand over took 0.100 s",
+        "switchover: tidy took 0.300 s",
+    ]
+    assert figures.steps(lines) == {"drain": 0.01, "close": 0.25, "hand over": 0.1}
+
+
 def test_a_promotion_that_was_not_seen_has_no_parts() -> None:
     assert figures.parts(100.0, [(102.5, "state: candidate (x)")], 103, 104) == {}
 
