@@ -425,6 +425,22 @@ async def test_a_ping_that_hangs_is_ended(ping: Path, monkeypatch: pytest.Monkey
     assert time.monotonic() - began < 5
 
 
+async def test_postfix_starts_although_systemd_counts_its_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+
+    async def run(*argv: str, **_: object) -> str:
+        said.append(argv[1])
+        if said == ["start"]:
+            raise HelperError("start of the service was attempted too often")
+        return ""
+
+    monkeypatch.setattr(helper, "run", run)
+    assert await ask({"do": "postfix-start"}) == {"ok": True}
+    assert said == ["start", "reset-failed", "start"]
+
+
 @pytest.fixture
 def systemd(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """What systemd says of the hook's unit; with `error` its start fails so."""

@@ -816,6 +816,8 @@ class QuorumGroup(Group):
                 await self._leave(peer, "the agent has just started and compares the copies")
         finally:
             await started
+        # A key that has just become protected needs the shadow's next answer, and clients wait.
+        await self.driver.until(lambda: epoch != self.epoch or self.driver.may_act(), RETRY_PAUSE)
         if epoch != self.epoch or not self.driver.may_act():
             raise NotPrimary("the right to act has ended meanwhile")
         self._ready, self._ever_open, self._was_serving = epoch, True, True

@@ -184,10 +184,12 @@ class Helper:
 
     async def do_postfix_start(self, request: dict[str, Any]) -> dict[str, Any]:
         """Start Postfix; harmless if it runs."""
-        # Several changes of role within seconds must not run into systemd's limit of starts.
-        with contextlib.suppress(HelperError):
+        try:
+            await run("systemctl", "start", "postfix.service")
+        except HelperError:
+            # Several changes of role within seconds must not run into systemd's limit of starts.
             await run("systemctl", "reset-failed", "postfix.service")
-        await run("systemctl", "start", "postfix.service")
+            await run("systemctl", "start", "postfix.service")
         return {}
 
     async def do_postfix_stop(self, request: dict[str, Any]) -> dict[str, Any]:
