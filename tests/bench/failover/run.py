@@ -227,7 +227,7 @@ def main() -> int:
     place, ground = Place(name), Field(name)
     try:
         if not options.lab:
-            place.lab("up")
+            place.lab("up", "--disks", ",".join(NODES))
         load_before = os.getloadavg()[0]
         changes, failed = measure(ground, place, options)
         about = place.about("tests.bench.failover.run", NODES[0])

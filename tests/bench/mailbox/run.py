@@ -235,10 +235,12 @@ def main() -> int:
     parts = options.only or PARTS
     try:
         if not options.lab:
-            hosts = "mail-a,mail-b,witness,client"
-            if "latency" in parts:
-                hosts += "," + ",".join(scene.OLD)
-            place.lab("up", "--wan-delay", "0", "--hosts", hosts)
+            stores = [*scene.MAIL, *(scene.OLD if "latency" in parts else ())]
+            place.lab(
+                "up", "--wan-delay", "0", "--hosts", ",".join([*stores, "witness", "client"]),
+                # What one writes to disk, no other waits for.
+                "--disks", ",".join(stores),
+            )  # fmt: skip
             place.lab(
                 "control", "--", "ansible-playbook", "-i", "inventories/lab", "umbra.mail.site"
             )
