@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,12 @@ from umbra.cluster.group import Group
 from umbra.cluster.machine import NotNow
 from umbra.cluster.state import Change, Durable, Mode, Phase, Role
 from umbra.cluster.static import StateFile
+from umbra.cluster.switchover import Switchover
 from umbra.config import Fence, Peer
 from umbra.node.client import NodeHelper
+from umbra.node.helper import HelperError
 from umbra.peer.exchange import PeerError
+from umbra.peer.identity import PeerIdentity
 from umbra.transport.ports import NotPrimary
 
 AT = "2026-01-01T00:00:00.000Z"
@@ -218,3 +221,60 @@ async def test_a_primary_starts_a_postfix_that_was_killed_and_no_other(disk: Dis
     finally:
         tending.cancel()
         await asyncio.gather(tending, return_exceptions=True)
+
+
+async def test_a_node_that_asks_for_the_outcome_takes_no_role_by_an_operation(disk: Disk) -> None:
+    disk.save(Durable("a1", 1, Role.SHADOW, Mode.PROTECTED, AT))
+    group = make(disk)
+    await group.apply(machine.Promote(2, Change("b", "a", AT, planned=True), protected=True))
+    said = status(epoch=1, state="handing-over", handing_to="a")
+    await group.heard_from("b", said, answered=False)
+    with pytest.raises(PeerError):
+        await group.check_epoch("b", "shadow-discard", 3)
+    assert group.is_primary()
+    assert group.epoch == 4
+
+
+class Messages:
+    """The transport, as far as a handover asks for it."""
+
+    def __init__(self) -> None:
+        self.steps: list[str] = []
+
+    async def take_over(self, origin: str, remaining: object) -> None:
+        self.steps.append(f"took over from {origin}")
+
+    def resubmit(self) -> None:
+        self.steps.append("resubmits")
+
+
+class Mailboxes:
+    """The mirror, as far as a handover asks for it."""
+
+    async def resume(self, peer: str, epoch: int) -> None: ...
+
+
+async def test_what_was_taken_over_is_carried_on_though_opening_fails_at_first(disk: Disk) -> None:
+    disk.save(Durable("a1", 1, Role.SHADOW, Mode.PROTECTED, AT))
+    group, messages = make(disk), Messages()
+    helper = group._helper
+    switchover = Switchover(CONFIG, group, helper, messages, Mailboxes())  # type: ignore[arg-type]
+
+    async def fails() -> None:
+        raise HelperError("Postfix does not start")
+
+    helper.postfix_start = fails  # type: ignore[method-assign]
+    change = Change("b", "a", AT, planned=True)
+    args = {"epoch": 2, "change": change.to_json(), "elapsed_s": 0.0}
+    with pytest.raises(PeerError, match="Postfix does not start"):
+        await switchover.handle_handover(PeerIdentity("b", "beta"), args, NoRows())  # type: ignore[arg-type]
+    assert group.is_primary()
+    assert messages.steps == ["took over from b", "resubmits"]
+
+
+class NoRows:
+    """An exchange that brings nothing."""
+
+    async def receive_lines(self) -> AsyncIterator[dict[str, Any]]:
+        return
+        yield {}

@@ -23,8 +23,9 @@ def node(name: str, role: Role, mode: Mode = Mode.PROTECTED, epoch: int = 1) -> 
 def seen(state: State, *, answered: bool = True) -> machine.PeerSeen:
     durable = state.durable
     return machine.PeerSeen(
-        state.node, durable.epoch, durable.role, state.phase, durable.storage_id, answered
-    )
+        state.node, durable.epoch, durable.role, state.phase, durable.storage_id, answered,
+        durable.handing_to,
+    )  # fmt: skip
 
 
 def protected_pair() -> tuple[State, State]:
@@ -175,6 +176,24 @@ def test_the_right_comes_back_only_after_the_other_has_seen_a_higher_epoch() -> 
         step(b, machine.Promote(2, Change("a", "b", AT, planned=True), protected=True))
     a = step(a, seen(b))
     assert a.serving
+
+
+def test_a_third_node_does_not_carry_the_question_for_the_outcome_as_an_answer() -> None:
+    """A raised epoch is for the node that was offered the role; from another it would end it."""
+    a = step(step(protected_three(), machine.Drain()), machine.GiveUp("b", AT))
+    b, c = (step(node(name, Role.SHADOW), machine.Started()) for name in "bc")
+    change = Change("a", "b", AT, planned=True)
+    b = step(b, machine.Promote(a.durable.offered, change, protected=True))
+    a = step(a, machine.Reclaim())
+    assert a.durable.epoch > b.durable.epoch
+    c = step(c, seen(a, answered=False))
+    b = step(b, seen(c))
+    assert b.serving
+    b = step(b, seen(a, answered=False))
+    assert b.serving
+    a = step(a, seen(b))
+    assert a.durable.role is Role.SHADOW
+    assert a.durable.merged
 
 
 def test_only_a_lost_right_leaves_mailboxes_to_be_merged() -> None:

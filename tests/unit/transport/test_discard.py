@@ -335,3 +335,35 @@ async def test_a_full_disk_of_the_shadow_is_told_as_such(
     with pytest.raises(PeerError) as caught:
         await link.request("shadow-discard", {"shadow_ids": [ids.new()]}, timeout=5)
     assert caught.value.code == "store-full"
+
+
+async def test_what_shadows_have_is_the_primarys_to_judge(
+    link: FakeLink, shadow: ShadowStore, queue: Queue, tmp_path: Path
+) -> None:
+    """A former primary's queue files go when an administrator deletes them; the copies stay."""
+    own = ShadowStore(tmp_path / "own")
+    await own.open()
+    acts = False
+    discarder = Discarder(
+        [LocalHolder(own, "a"), PeerHolder(link)],  # type: ignore[arg-type]
+        queue,
+        acts=lambda: acts,
+    )
+    shadow_id = await held(shadow, "q1")
+    discarder.add("b", "q1", shadow_id)
+    for _ in range(3):
+        await discarder.discard()
+    assert await left(shadow) == ["q1"]
+    acts = True
+    for _ in range(3):
+        await discarder.discard()
+    assert await left(shadow) == []
+    await own.close()
+
+
+def test_a_copy_that_was_in_doubt_is_sure_once_it_was_made() -> None:
+    copies = Copies()
+    copies.add("q1", "s1", sure=False)
+    assert copies.sure() == {}
+    copies.add("q1", "s1", sure=True)
+    assert copies.sure() == {"q1": "s1"}

@@ -477,3 +477,41 @@ async def test_too_many_messages_at_once_are_refused_at_mail(
     assert (await other.mail())[0] == b"c"
     await other.close()
     await client.close()
+
+
+async def test_a_shadow_that_joins_counts_on_what_is_acknowledged_from_then_on(
+    bench: Bench, second: FakeLink
+) -> None:
+    """What was under way to the others is refused, and its sender comes again."""
+    bench.group.peers.remove(second)
+    inner = bench.link.handlers["shadow-store"]
+
+    async def joined(peer: object, args: object, exchange: object) -> dict[str, object]:
+        bench.group.peers = [bench.link, second]
+        return await inner(peer, args, exchange)  # type: ignore[arg-type]
+
+    bench.link.handlers = {"shadow-store": joined}
+    [(kind, text)] = await bench.deliver()
+    assert (kind, text[:3]) == (b"y", b"451")
+    shadow_id_of(await bench.deliver())
+
+
+async def test_a_message_counts_as_on_its_way_from_before_the_group_is_alone(bench: Bench) -> None:
+    """Else a shadow that is back at once is proven to have everything, and lacks it."""
+    bench.link.fail = lambda op: PeerError("unreachable", "gone")
+    counted = []
+    failed, write = bench.group.shadow_failed, bench.own._write
+
+    async def alone(peer: str, reason: str) -> None:
+        counted.append(bench.shadowing.storing_alone)
+        await failed(peer, reason)
+
+    async def stored(*args: object, **named: object) -> object:
+        counted.append(bench.shadowing.storing_alone)
+        return await write(*args, **named)  # type: ignore[arg-type]
+
+    bench.group.shadow_failed = alone  # type: ignore[method-assign]
+    bench.own._write = stored  # type: ignore[method-assign, assignment]
+    shadow_id_of(await bench.deliver())
+    assert len(counted) == 2
+    assert all(counted)

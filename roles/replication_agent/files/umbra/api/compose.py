@@ -57,6 +57,7 @@ class Composer:
             "node": state.node,
             "site": self._config.site,
             "storage_id": state.durable.storage_id,
+            "handing_to": state.durable.handing_to,
             "epoch": state.durable.epoch,
             "role": state.durable.role,
             "state": state.phase,

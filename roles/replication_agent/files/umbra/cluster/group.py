@@ -15,7 +15,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -398,6 +398,7 @@ class Group:
                 Phase(status["state"]),
                 str(status["storage_id"]),
                 answered,
+                status.get("handing_to"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise PeerError(
@@ -415,9 +416,12 @@ class Group:
         if epoch > self.epoch:
             view = self.state.peers.get(peer)
             storage = view.storage_id if view else ""
-            await self.apply(
-                machine.PeerSeen(peer, epoch, Role.PRIMARY, Phase.PRIMARY, storage, False)
-            )
+            # A node that has offered its role and raised its epoch only asks for the outcome.
+            role, phase, to = Role.PRIMARY, Phase.PRIMARY, None
+            if view is not None and view.phase is Phase.HANDING_OVER:
+                role, phase = view.role, view.phase
+                to = self.statuses[peer].get("handing_to")
+            await self.apply(machine.PeerSeen(peer, epoch, role, phase, storage, False, to))
         if epoch < self.epoch:
             raise PeerError(
                 "stale-epoch", f"epoch {epoch} of {peer} is over; here it is {self.epoch}"
@@ -442,7 +446,8 @@ class Group:
             self._start_catching_up()
             if self.state.phase is Phase.HANDING_OVER and not self.switching:
                 # An agent that died in the middle of a handover asks what became of it.
-                await self.apply(machine.Reclaim())
+                with suppress(NotNow):  # the outcome came first
+                    await self.apply(machine.Reclaim())
             try:
                 async with asyncio.timeout(RETRY_PAUSE if self.effect_error else self._tend_pause):
                     await self._changed.wait()
@@ -463,6 +468,8 @@ class Group:
             await self._shut()
             if state.phase is Phase.SHADOW and not self._queue_held and not self.switching:
                 await self._hold_queue()
+                if self.state.phase is not Phase.SHADOW:
+                    return  # promoted meanwhile: what it has taken over stays its own
                 await self.on_shadow()
                 self._queue_held = True
         # STARTING: a restart of the agent alone must not cut clients; the fence's hold bounds it.

@@ -221,7 +221,7 @@ class Handover(Switchover):
 
     async def _promoted(self, epoch: int, former: str | None) -> Collection[str]:
         """Take over what the former primary left, before this node serves."""
-        given, self._given = self._given, None
+        given = self._given
         by_word, self._by_word = self._by_word, False
         if (
             given is not None
@@ -230,7 +230,9 @@ class Handover(Switchover):
         ):
             await self._mailboxes.resume(given.by, epoch)
             await self._messages.take_over(given.by, given.remaining)
+            self._given = None  # not before: what fails is tried again with it
             return (given.by,)
+        self._given = None
         if former is not None and not self._quorum.planned and not by_word:
             await self._shoot_lost(former)
         for origin in self._group.links:

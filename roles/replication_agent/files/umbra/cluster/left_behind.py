@@ -54,7 +54,9 @@ class LeftBehind:
 
         They are on hold, and were handed over to the primary of epoch ``since``.
         """
-        self._files, self._since = dict(files), since
+        # What could not be tidied up since an earlier handover stays to be.
+        self._since = min(since, self._since) if self._files else since
+        self._files = {**self._files, **files}
         self._put.set()
 
     async def finish(self) -> None:
@@ -72,11 +74,12 @@ class LeftBehind:
             self._put.clear()
             while self._files:
                 try:
+                    files = self._files
                     if self._group.is_primary():
-                        await self._release()
+                        await self._release(files)
                     elif await self._carried_on():
-                        await self._helper.queue_delete(sorted(self._files))
-                        self._files = {}
+                        await self._helper.queue_delete(sorted(files))
+                        self._forget(files)
                 except (PeerError, HelperError, StoreError) as error:
                     log.info("what was handed over stays on hold here for now: %s", error)
                 if self._files:
@@ -91,16 +94,20 @@ class LeftBehind:
         answer = await link.request("shadow-outstanding", {}, timeout=TIMEOUT)
         return answer.get("messages") == 0
 
-    async def _release(self) -> None:
+    def _forget(self, files: Mapping[str, str]) -> None:
+        # Not all: a handover may have put others meanwhile.
+        self._files = {key: value for key, value in self._files.items() if key not in files}
+
+    async def _release(self, files: Mapping[str, str]) -> None:
         """Go on with what the lost primary had not carried on.
 
         With what it had, this node goes on by the copy. One that it had delivered elsewhere, and
         that the safety net does not keep, is repeated.
         """
-        passed_on = await self._messages.passed_on(self._files, self._since)
+        passed_on = await self._messages.passed_on(files, self._since)
         await self._helper.queue_delete(sorted(passed_on))
-        left = sorted(self._files.keys() - passed_on)
+        left = sorted(files.keys() - passed_on)
         await self._helper.queue_release(left)
-        self._files = {}
+        self._forget(files)
         if left:
             log.warning("%d messages that had been handed over are this node's again", len(left))

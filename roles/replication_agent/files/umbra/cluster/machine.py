@@ -33,6 +33,7 @@ class PeerSeen:
     """A peer said this of itself.
 
     :param answered: it answered a request of ours; one that only asks us may not hear us.
+    :param handing_to: whom it has offered the role and does not know the outcome.
     """
 
     peer: str
@@ -41,6 +42,7 @@ class PeerSeen:
     phase: Phase
     storage_id: str
     answered: bool
+    handing_to: str | None = None
 
 
 @dataclass(frozen=True)
@@ -272,6 +274,9 @@ def _superseded(state: State, seen: PeerSeen, mode: Mode) -> State:
         # It offered us the right, we took it, and the answer was lost: it only asks for the
         # outcome. Say it under an epoch that it accepts.
         return replace(state, durable=replace(state.durable, epoch=seen.epoch + 1))
+    if seen.phase is Phase.HANDING_OVER and seen.handing_to not in (None, state.node):
+        # Its raised epoch is a question to another. Repeated here, it would end that one's right.
+        return state
     durable = replace(state.durable, epoch=max(seen.epoch, state.durable.epoch))
     if durable.role is Role.SHADOW and not (durable.handing_to and seen.role is Role.PRIMARY):
         return replace(state, durable=durable)

@@ -791,7 +791,7 @@ class QuorumGroup(Group):
         """Begin to act: take over, leave behind whom that needs, open."""
         async with self._opening_lock:
             epoch = self.epoch
-            while epoch == self.epoch and self.driver.may_act():
+            while epoch == self.epoch and _holds(self.driver.state):
                 try:
                     await self._open_under(epoch)
                     return
@@ -800,6 +800,10 @@ class QuorumGroup(Group):
                 except (StoreError, PeerError, OSError) as error:
                     log.error("this node does not open yet: %s", error)
                     self.effect_error = str(error)
+                except Exception as error:
+                    # It goes on renewing its right, so nobody would come in its place.
+                    log.exception("this node does not open yet")
+                    self.effect_error = repr(error)
                 await asyncio.sleep(RETRY_PAUSE)
 
     async def _open_under(self, epoch: int) -> None:

@@ -397,8 +397,12 @@ class Switchover:
             except BaseException:
                 self._mailboxes.stop()
                 raise
-            await self._messages.take_over(peer.node, remaining)
-            await self._open()
+            try:
+                await self._messages.take_over(peer.node, remaining)
+                await self._open()
+            finally:
+                # Also if this node opens later: what it has taken over is its to carry on.
+                self._messages.resubmit()
             outage = round(elapsed + time.monotonic() - began, 4)
             await self._group.apply(machine.Opened(outage))
         except (NotNow, StoreError, OSError) as error:
@@ -410,7 +414,6 @@ class Switchover:
         # First Postfix: the service address, which comes with the ports, leads to what runs.
         await self._helper.postfix_start()
         await self._helper.ports_open(self._config.fence.ports, self._config.fence.hold)
-        self._messages.resubmit()
 
     # -- the operator's word
 
@@ -461,9 +464,12 @@ class Switchover:
         try:
             # +2: over everything that the lost primary may have offered to another.
             await group.apply(machine.Promote(group.epoch + 2, change, protected=False))
-            for origin in group.links:
-                await self._messages.take_over(origin, None)
-            await self._open()
+            try:
+                for origin in group.links:
+                    await self._messages.take_over(origin, None)
+                await self._open()
+            finally:
+                self._messages.resubmit()
         except (NotNow, StoreError, OSError) as error:
             raise Refused(f"{error}.") from None
         return {

@@ -426,7 +426,8 @@ class PeerMirror:
         self._ledger.keep(self.peer, user, None)
         self._without.add(user)
         result = await self._carrier.sync(user, state)
-        if result.outcome in (Outcome.SYNCED, Outcome.CHANGED):
+        # From scratch again until that has gone through: only then are flags and scripts compared.
+        if result.outcome is Outcome.SYNCED or (result.outcome is Outcome.CHANGED and state):
             self._ledger.keep(self.peer, user, result.state)
         return result
 

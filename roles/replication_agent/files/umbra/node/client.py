@@ -11,6 +11,9 @@ from typing import Any
 from umbra.node.helper import MAX_REQUEST, MAX_TICKLES, STONITH_TIMEOUT, HelperError
 from umbra.node.packets import Connection
 
+BATCH = 5000
+"""Queue ids in one request, which has a bound."""
+
 
 class NodeHelper:
     """Asks the helper for effects, each over a connection of its own.
@@ -135,18 +138,19 @@ class NodeHelper:
 
     async def queue_delete(self, ids: Sequence[str]) -> None:
         """Delete queue files."""
-        if ids:
-            await self._ask("queue-delete", ids=list(ids))
+        await self._ask_for_ids("queue-delete", ids)
 
     async def queue_hold(self, ids: Sequence[str]) -> None:
         """Put queue files on hold."""
-        if ids:
-            await self._ask("queue-hold", ids=list(ids))
+        await self._ask_for_ids("queue-hold", ids)
 
     async def queue_release(self, ids: Sequence[str]) -> None:
         """Release queue files from hold."""
-        if ids:
-            await self._ask("queue-release", ids=list(ids))
+        await self._ask_for_ids("queue-release", ids)
+
+    async def _ask_for_ids(self, do: str, ids: Sequence[str]) -> None:
+        for start in range(0, len(ids), BATCH):
+            await self._ask(do, ids=list(ids[start : start + BATCH]))
 
     async def aliases(self, keys: Sequence[str]) -> Mapping[str, str]:
         """Return what Postfix's virtual alias maps say of ``keys``."""

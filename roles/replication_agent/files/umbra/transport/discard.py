@@ -49,9 +49,13 @@ QueueIds = Callable[[], Awaitable[set[str]]]
 
 
 class Holder(Protocol):
-    """A place where copies are kept. Errors are PeerError or StoreError."""
+    """A place where copies are kept. Errors are PeerError or StoreError.
+
+    ``own``: on this node.
+    """
 
     name: str
+    own: bool
 
     async def listing(self) -> dict[str, str]:
         """Return what is kept there for this node: shadow ids by queue id."""
@@ -67,6 +71,8 @@ class Holder(Protocol):
 
 class PeerHolder:
     """A shadow."""
+
+    own = False
 
     def __init__(self, link: PeerLink) -> None:
         self.name = link.name
@@ -93,6 +99,8 @@ class PeerHolder:
 
 class LocalHolder:
     """The own store, for messages that no shadow has yet."""
+
+    own = True
 
     def __init__(self, store: ShadowStore, node: str) -> None:
         self.name = node
@@ -146,7 +154,9 @@ class Copies:
     def add(self, queue_id: str, shadow_id: str, *, sure: bool) -> None:
         """There is (if not ``sure``, may be) a copy of the message in this queue file."""
         self._fresh[queue_id] = shadow_id
-        if not sure:
+        if sure:
+            self._doubtful.discard(queue_id)
+        else:
             self._doubtful.add(queue_id)
 
     def refused(self, queue_id: str) -> None:
@@ -219,15 +229,23 @@ class Discarder:
 
     :param queue_ids: lists the queue files that exist now. It must raise, not return less, when a
         directory cannot be read.
+    :param acts: whether this node is primary. If not, what shadows have is not its to judge: the
+        new primary may need it, whatever has become of the queue files here.
     :param interval: seconds between two listings; none is made while no copy is outstanding.
     """
 
     def __init__(
-        self, holders: Iterable[Holder], queue_ids: QueueIds, *, interval: float = 1.0
+        self,
+        holders: Iterable[Holder],
+        queue_ids: QueueIds,
+        *,
+        acts: Callable[[], bool] = lambda: True,
+        interval: float = 1.0,
     ) -> None:
         self._holders = {holder.name: holder for holder in holders}
         self._copies = {name: Copies() for name in self._holders}
         self._queue_ids = queue_ids
+        self._acts = acts
         self._interval = interval
         self._doubt = False
 
@@ -273,12 +291,16 @@ class Discarder:
                 self._doubt = False
                 reconcile_at = min(reconcile_at, loop.time() + DOUBT_INTERVAL)
             if loop.time() >= reconcile_at:
-                for name in self._holders:
+                for name in self._mine():
                     try:
                         await self.reconcile(name)
                     except (PeerError, StoreError) as error:
                         log.info("cannot compare with %s now: %s", name, error)
                 reconcile_at = loop.time() + RECONCILE_INTERVAL
+
+    def _mine(self) -> list[str]:
+        """Return the holders whose copies this node may judge now."""
+        return [name for name, holder in self._holders.items() if holder.own or self._acts()]
 
     async def discard(self) -> None:
         """List the queue once and discard what two listings in a row did not show.
@@ -294,7 +316,8 @@ class Discarder:
         except HelperError as error:
             log.warning("the queue cannot be listed, nothing is discarded: %s", error)
             return
-        for name, copies in self._copies.items():
+        for name in self._mine():
+            copies = self._copies[name]
             for delivered, ripe in copies.worth(copies.judge(present)):
                 await self._discard(name, copies, list(ripe.items()), delivered=delivered)
             metrics.OUTSTANDING.labels(name).set(len(copies))

@@ -131,7 +131,7 @@ class Messages:
             LocalHolder(self._store, config.node),
             *map(PeerHolder, group.links.values()),
         ]
-        self._discarder = Discarder(holders, self._queue_ids)
+        self._discarder = Discarder(holders, self._queue_ids, acts=group.is_primary)
         resubmissions: dict[str, Resubmission] = {}
         self._once = Once(mailboxes.delivered)
         self._once_server = OnceServer(paths.run / "delivery" / NAME, self._once)
@@ -326,6 +326,9 @@ class Messages:
         except TimeoutError:
             raise PeerError("timeout", f"the back-fill of {peer} did not end") from None
         # It was empty, or another shadow was there when it was not. New messages go to it already.
+        await self._copy_queue(peer)
+
+    async def _copy_queue(self, peer: str) -> None:
         await self._net.flush()
         await self._back_fill.run_queue(self._group.links[peer], await self._committed_ids())
 
@@ -333,6 +336,8 @@ class Messages:
         """Copy what is left, if anything, at once. PeerError if that is not the end of it."""
         if not (await self._back_fill.run(self._group.links[peer])).complete:
             raise PeerError("catch-up", f"there are still messages that {peer} lacks")
+        # What was acknowledged before it joined, and not committed yet when the queue was listed.
+        await self._copy_queue(peer)
 
     # -- promotion
 

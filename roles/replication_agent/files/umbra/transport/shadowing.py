@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from umbra.config import ShadowPolicy
@@ -206,6 +206,9 @@ class _Message:
                 # A drain waits for what has come so far, so it may be acknowledged.
                 if not self._group.may_acknowledge(self._epoch, self._holders):
                     raise _Refused(DEMOTED, "the epoch or the role changed meanwhile")
+                if not (self._alone_here or self._asked_of() <= set(self._holders)):
+                    # It has joined since, and counts on the messages that come from then on.
+                    raise _Refused(ALONE, "the shadows changed meanwhile")
             except _Refused as refused:
                 self.abort()
                 log.info("%s refused: %s", self._queue_id, refused)
@@ -220,6 +223,9 @@ class _Message:
         return milter.insert_header(ids.HEADER, self._shadow_id) + milter.ACCEPT
 
     # -- within
+
+    def _asked_of(self) -> set[str]:
+        return {peer.name for peer in self._group.shadows()}
 
     async def _keep(self) -> None:
         """Give the safety net what was accepted; what comes in by its own port is no news to it."""
@@ -375,7 +381,7 @@ class _Message:
         writer: ShadowWriter | None,
         envelope: Envelope,
     ) -> None:
-        reason = "; ".join(f"{name}: {error.text}" for name, error in failed.items())
+        reason = _reasons(failed)
         for name, error in failed.items():
             metrics.SHADOW_FAILED.labels(name, error.code).inc()
             track(
@@ -391,6 +397,24 @@ class _Message:
         needed = self._shadowing.policy is ShadowPolicy.DEFER and self._resubmission is None
         if needed and not self._shadowing.enough(holders):
             raise _Refused(ALONE, reason)
+        # Counted from before the group is alone: a shadow may be back, and its back-fill at its
+        # end, before the own store has the message.
+        self._shadowing.storing_alone += 1
+        try:
+            await self._without(failed, holders, needed, writer, envelope)
+        finally:
+            self._shadowing.storing_alone -= 1
+
+    async def _without(
+        self,
+        failed: dict[str, PeerError],
+        holders: set[str],
+        needed: bool,
+        writer: ShadowWriter | None,
+        envelope: Envelope,
+    ) -> None:
+        """Leave the failed ones behind; then the message is where it is, or in the own store."""
+        reason = _reasons(failed)
         try:
             async with asyncio.timeout(LIMIT):
                 for name, error in failed.items():
@@ -399,7 +423,7 @@ class _Message:
             raise _Refused(DEMOTED, str(error)) from None
         except TimeoutError:
             raise _Refused(ALONE, "the group could not be made alone in time") from None
-        left = {peer.name for peer in self._group.shadows()}
+        left = self._asked_of()
         if not left:
             await self._alone(writer, envelope, reason)
         elif left <= holders and (not needed or self._shadowing.enough(left)):
@@ -509,6 +533,10 @@ class _Message:
                 await writer.write(data)
         finally:
             reader.close()
+
+
+def _reasons(failed: Mapping[str, PeerError]) -> str:
+    return "; ".join(f"{name}: {error.text}" for name, error in failed.items())
 
 
 def _texts(values: Sequence[bytes]) -> tuple[str, ...]:
