@@ -162,9 +162,20 @@ def read(field: Field, run: str) -> dict[str, dict[str, Any]]:
         " --prefix failover-test-$run- --output view-$run.json $@"
         " && cat view-$run.json && rm view-$run.json"
     )
+
+    def view(node: str) -> dict[str, Any]:
+        try:
+            said = field.run(node, script, run, *USERS)
+        except FieldError as error:
+            # What is lost is missing the second time, too.
+            print(f"  a reading on {node} failed and is tried again: {error}", flush=True)
+            time.sleep(1)
+            said = field.run(node, script, run, *USERS)
+        found: dict[str, Any] = json.loads(said)
+        return found
+
     with ThreadPoolExecutor() as pool:
-        views = pool.map(lambda node: json.loads(field.run(node, script, run, *USERS)), field.nodes)
-        return dict(zip(field.nodes, views, strict=True))
+        return dict(zip(field.nodes, pool.map(view, field.nodes), strict=True))
 
 
 def clean(field: Field, run: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -293,6 +294,28 @@ def test_a_switchover_moves_the_primary(group: Play, queue: dict[str, str]) -> N
         assert back["epoch"] == 3
         await field.protected(field.a, 3)
         assert field.longest_gap < 1.0
+
+    group(scenario)
+
+
+def test_an_opening_that_fails_is_tried_again_with_what_was_handed_over(group: Play) -> None:
+    """The new primary renews its right meanwhile, so nobody else would come."""
+
+    async def scenario(field: Field) -> None:
+        field.a.host.queue_ids = {"Q1": "deferred"}
+        resume, fails = field.b.parts.resume, 1
+
+        async def resumes(peer: str, epoch: int) -> None:
+            nonlocal fails
+            if fails:
+                fails -= 1
+                raise sqlite3.OperationalError("disk I/O error")
+            await resume(peer, epoch)
+
+        field.b.parts.resume = resumes  # type: ignore[method-assign]
+        await field.a.handover.run("b", dry_run=False, timeout_s=10)
+        await field.until(lambda: field.b.serves, D)
+        assert field.b.parts.taken == [("a", {"Q1": ["x@example.org"]})]
 
     group(scenario)
 

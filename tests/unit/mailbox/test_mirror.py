@@ -830,3 +830,19 @@ async def test_two_copies_are_waited_for(tmp_path: Path) -> None:
         assert all(world.remote["u1"] == 1 for world in worlds.values())
         await peers["mail-c"].lose("gone")
         assert await both.changed("u1") is Verdict.RECORDED
+
+
+async def test_a_sync_from_scratch_that_something_changed_under_is_made_from_scratch_again(
+    tmp_path: Path,
+) -> None:
+    """With a state, flags and scripts would not be compared any more."""
+    world = World()
+    world.known = {"u1"}
+    answers = iter([Outcome.CHANGED])
+    world.outcome = lambda user: next(answers, Outcome.SYNCED)
+    async with mirror(world, tmp_path, protected=False) as peer:
+        await peer.catch_up(world.protect, everyone=True, binding="one")
+        assert world.syncs == [("u1", ""), ("u1", "")]
+        answers = iter([Outcome.CHANGED])
+        await asyncio.wait_for(peer.changed("u1"), 2)
+        assert world.syncs[2:] == [("u1", "state"), ("u1", "state")]

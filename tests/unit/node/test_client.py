@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from umbra.node.client import NodeHelper
+from umbra.node.client import BATCH, NodeHelper
+from umbra.node.helper import MAX_REQUEST
 
 
 class Helper:
@@ -16,10 +17,13 @@ class Helper:
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.ids: list[str] = []
         self.go = asyncio.Event()
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        do = json.loads(await reader.readline())["do"]
+        request = json.loads(await reader.readline())
+        do = request["do"]
+        self.ids += request.get("ids", [])
         self.asked.append(do)
         if do == "ports-open":
             await self.go.wait()
@@ -31,7 +35,7 @@ class Helper:
 @asynccontextmanager
 async def helper(path: Path) -> AsyncIterator[tuple[Helper, NodeHelper]]:
     fake = Helper()
-    async with await asyncio.start_unix_server(fake.answer, path / "socket"):
+    async with await asyncio.start_unix_server(fake.answer, path / "socket", limit=MAX_REQUEST):
         yield fake, NodeHelper(path / "socket")
 
 
@@ -62,3 +66,14 @@ async def test_an_opening_from_before_a_closing_is_void(tmp_path: Path) -> None:
         "ports-open", "ports-close", "ports-open",
     ]  # fmt: skip
     assert opened == [["ports-open"], ["ports-open"]]
+
+
+async def test_any_number_of_queue_files_can_be_named(tmp_path: Path) -> None:
+    """A request has a bound; a queue that is over it must not stay as it is."""
+    ids = [f"4jb5S{number:010}" for number in range(2 * BATCH + 1)]
+    async with helper(tmp_path) as (fake, client):
+        await client.queue_hold(ids)
+        assert fake.ids == ids
+        assert fake.asked.count("queue-hold") == 3
+        await client.queue_delete([])
+        assert "queue-delete" not in fake.asked
