@@ -106,10 +106,10 @@ def _group_findings(inventory: Inventory) -> Iterator[str]:
     voters = len(inventory.overlay)
     kinds = {inventory.value(host, COORDINATOR) or "static" for host in inventory.overlay}
     if (witnesses or "etcd" in kinds) and voters >= 3 and voters % 2 == 0:
-        way_out = "leave that group empty" if witnesses else f"set {COORDINATOR} to static"
+        way_out = ", or leave that group empty" if witnesses else ""
         yield (
             f"{_listed(inventory.overlay)} are {voters} voters, which can tie;"
-            f" add or remove one host in {WITNESS}, or {way_out}."
+            f" add or remove one host in {WITNESS}{way_out}."
         )
     if len(kinds) > 1:
         yield f"{COORDINATOR} is {_listed(sorted(map(str, kinds)))}; make it the same on all hosts."
@@ -149,6 +149,14 @@ def _role_findings(inventory: Inventory) -> Iterator[str]:
             yield (
                 f"Redundancy group {group} has {len(primaries)} primaries, {_listed(primaries)};"
                 " set umbra_role: shadow on all but one of them."
+            )
+        kinds = {inventory.value(host, COORDINATOR) or "static" for host in hosts}
+        if len(hosts) > 2 and kinds == {"static"}:
+            # A primary that comes back would take the third node, which may know as little as
+            # itself, for the rest of the group.
+            yield (
+                f"Redundancy group {group} has {len(hosts)} nodes, and {COORDINATOR} is static,"
+                " which is for two; set it to etcd."
             )
 
 
