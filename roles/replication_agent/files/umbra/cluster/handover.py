@@ -221,8 +221,13 @@ class Handover(Switchover):
 
     async def _promoted(self, epoch: int, former: str | None) -> Collection[str]:
         """Take over what the former primary left, before this node serves."""
+        whole = await self._take_over(epoch, former)
+        # Not before: what fails is tried again with it.
+        self._given, self._by_word = None, False
+        return whole
+
+    async def _take_over(self, epoch: int, former: str | None) -> Collection[str]:
         given = self._given
-        by_word, self._by_word = self._by_word, False
         if (
             given is not None
             and self._quorum.planned
@@ -230,10 +235,8 @@ class Handover(Switchover):
         ):
             await self._mailboxes.resume(given.by, epoch)
             await self._messages.take_over(given.by, given.remaining)
-            self._given = None  # not before: what fails is tried again with it
             return (given.by,)
-        self._given = None
-        if former is not None and not self._quorum.planned and not by_word:
+        if former is not None and not self._quorum.planned and not self._by_word:
             await self._shoot_lost(former)
         for origin in self._group.links:
             await self._messages.take_over(origin, None)
