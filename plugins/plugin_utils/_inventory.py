@@ -104,7 +104,7 @@ def _group_findings(inventory: Inventory) -> Iterator[str]:
             " put at least two mail hosts into it."
         )
     voters = len(inventory.overlay)
-    kinds = {inventory.value(host, COORDINATOR) or "static" for host in inventory.overlay}
+    kinds = _coordinators(inventory, inventory.overlay)
     if (witnesses or "etcd" in kinds) and voters >= 3 and voters % 2 == 0:
         way_out = ", or leave that group empty" if witnesses else ""
         yield (
@@ -118,6 +118,10 @@ def _group_findings(inventory: Inventory) -> Iterator[str]:
             f"{COORDINATOR} is etcd, but {_listed(inventory.overlay)} are no three voters;"
             f" name a host in {WITNESS}, or set static."
         )
+
+
+def _coordinators(inventory: Inventory, hosts: Iterable[str]) -> set[Any]:
+    return {inventory.value(host, COORDINATOR) or "static" for host in hosts}
 
 
 def _role_findings(inventory: Inventory) -> Iterator[str]:
@@ -150,8 +154,7 @@ def _role_findings(inventory: Inventory) -> Iterator[str]:
                 f"Redundancy group {group} has {len(primaries)} primaries, {_listed(primaries)};"
                 " set umbra_role: shadow on all but one of them."
             )
-        kinds = {inventory.value(host, COORDINATOR) or "static" for host in hosts}
-        if len(hosts) > 2 and kinds == {"static"}:
+        if len(hosts) > 2 and _coordinators(inventory, hosts) == {"static"}:
             # A primary that comes back would take the third node, which may know as little as
             # itself, for the rest of the group.
             yield (

@@ -397,23 +397,26 @@ class Switchover:
             except BaseException:
                 self._mailboxes.stop()
                 raise
-            try:
-                await self._messages.take_over(peer.node, remaining)
-                await self._open()
-            finally:
-                # Also if this node opens later: what it has taken over is its to carry on.
-                self._messages.resubmit()
+            await self._begin({peer.node: remaining})
             outage = round(elapsed + time.monotonic() - began, 4)
             await self._group.apply(machine.Opened(outage))
         except (NotNow, StoreError, OSError) as error:
             raise PeerError("failed", str(error)) from None
         return {"outage_s": outage}
 
-    async def _open(self) -> None:
-        # The tending loop opens the ports as well; doing it here keeps its pause out of the outage.
-        # First Postfix: the service address, which comes with the ports, leads to what runs.
-        await self._helper.postfix_start()
-        await self._helper.ports_open(self._config.fence.ports, self._config.fence.hold)
+    async def _begin(self, left: Mapping[str, Mapping[str, Sequence[str]] | None]) -> None:
+        """Take over what each former primary has left, and open. See ``Messages.take_over``."""
+        try:
+            for origin, remaining in left.items():
+                await self._messages.take_over(origin, remaining)
+            # The tending loop opens the ports as well; doing it here keeps its pause out of the
+            # outage. First Postfix: the service address, which comes with the ports, leads to what
+            # runs.
+            await self._helper.postfix_start()
+            await self._helper.ports_open(self._config.fence.ports, self._config.fence.hold)
+        finally:
+            # Also if this node opens later: what it has taken over is its to carry on.
+            self._messages.resubmit()
 
     # -- the operator's word
 
@@ -464,12 +467,7 @@ class Switchover:
         try:
             # +2: over everything that the lost primary may have offered to another.
             await group.apply(machine.Promote(group.epoch + 2, change, protected=False))
-            try:
-                for origin in group.links:
-                    await self._messages.take_over(origin, None)
-                await self._open()
-            finally:
-                self._messages.resubmit()
+            await self._begin(dict.fromkeys(group.links))
         except (NotNow, StoreError, OSError) as error:
             raise Refused(f"{error}.") from None
         return {

@@ -16,7 +16,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from umbra.config import ShadowPolicy
@@ -161,7 +162,7 @@ class _Message:
         self._first = True
         self._resubmission: Resubmission | None = None
         self._alone_here = False
-        self._holders: Collection[str] = ()
+        self._holders: set[str] = set()
         self._copy: ShadowWriter | None = None
         self._delivery: asyncio.Task[None] | None = None
 
@@ -206,7 +207,7 @@ class _Message:
                 # A drain waits for what has come so far, so it may be acknowledged.
                 if not self._group.may_acknowledge(self._epoch, self._holders):
                     raise _Refused(DEMOTED, "the epoch or the role changed meanwhile")
-                if not (self._alone_here or self._asked_of() <= set(self._holders)):
+                if not (self._alone_here or self._asked_of() <= self._holders):
                     # It has joined since, and counts on the messages that come from then on.
                     raise _Refused(ALONE, "the shadows changed meanwhile")
             except _Refused as refused:
@@ -330,13 +331,21 @@ class _Message:
         if peers:
             await self._to_shadows(peers, envelope)
         else:
-            # Counted from here, without a pause, until the store has it: the end of a back-fill
-            # must not miss it.
-            self._shadowing.storing_alone += 1
-            try:
+            with self._storing_alone():
                 await self._alone(None, envelope, "the group is alone")
-            finally:
-                self._shadowing.storing_alone -= 1
+
+    @contextmanager
+    def _storing_alone(self) -> Iterator[None]:
+        """Count the message as on its way into the own store.
+
+        From before the group is alone, or without a pause after it was seen to be, until the store
+        has it: a shadow may be back at once, and the end of its back-fill must not miss it.
+        """
+        self._shadowing.storing_alone += 1
+        try:
+            yield
+        finally:
+            self._shadowing.storing_alone -= 1
 
     async def _to_shadows(self, peers: Sequence[PeerLink], envelope: Envelope) -> None:
         writer: ShadowWriter | None = None
@@ -359,7 +368,8 @@ class _Message:
                     peer.name, self._queue_id, self._shadow_id, sure=peer.name not in failed
                 )
             if failed:
-                await self._failed(failed, {peer.name for peer in peers}, writer, envelope)
+                with self._storing_alone():
+                    await self._failed(failed, writer, envelope)
                 return
             if kept:
                 self._copy, writer = writer, None
@@ -377,11 +387,10 @@ class _Message:
     async def _failed(
         self,
         failed: dict[str, PeerError],
-        asked: set[str],
         writer: ShadowWriter | None,
         envelope: Envelope,
     ) -> None:
-        reason = _reasons(failed)
+        reason = "; ".join(f"{name}: {error.text}" for name, error in failed.items())
         for name, error in failed.items():
             metrics.SHADOW_FAILED.labels(name, error.code).inc()
             track(
@@ -393,28 +402,9 @@ class _Message:
             )
             if error.code == "stale-epoch":
                 raise _Refused(DEMOTED, reason)
-        holders = asked - failed.keys()
         needed = self._shadowing.policy is ShadowPolicy.DEFER and self._resubmission is None
-        if needed and not self._shadowing.enough(holders):
+        if needed and not self._shadowing.enough(self._holders):
             raise _Refused(ALONE, reason)
-        # Counted from before the group is alone: a shadow may be back, and its back-fill at its
-        # end, before the own store has the message.
-        self._shadowing.storing_alone += 1
-        try:
-            await self._without(failed, holders, needed, writer, envelope)
-        finally:
-            self._shadowing.storing_alone -= 1
-
-    async def _without(
-        self,
-        failed: dict[str, PeerError],
-        holders: set[str],
-        needed: bool,
-        writer: ShadowWriter | None,
-        envelope: Envelope,
-    ) -> None:
-        """Leave the failed ones behind; then the message is where it is, or in the own store."""
-        reason = _reasons(failed)
         try:
             async with asyncio.timeout(LIMIT):
                 for name, error in failed.items():
@@ -426,7 +416,7 @@ class _Message:
         left = self._asked_of()
         if not left:
             await self._alone(writer, envelope, reason)
-        elif left <= holders and (not needed or self._shadowing.enough(left)):
+        elif left <= self._holders and (not needed or self._shadowing.enough(left)):
             self._shadowed("+".join(sorted(left)))
         else:
             raise _Refused(ALONE, "the shadows changed meanwhile")
@@ -533,10 +523,6 @@ class _Message:
                 await writer.write(data)
         finally:
             reader.close()
-
-
-def _reasons(failed: Mapping[str, PeerError]) -> str:
-    return "; ".join(f"{name}: {error.text}" for name, error in failed.items())
 
 
 def _texts(values: Sequence[bytes]) -> tuple[str, ...]:
