@@ -252,9 +252,27 @@ def flags(node: str, message: str) -> set[str]:
     return set(rows[0].split()) - {"\\Recent"}
 
 
+def uid(node: str, message: str) -> int:
+    query = "doveadm -f tab fetch -u %s uid HEADER Message-ID %s"
+    return int(lab.run(node, query, FLAGGED, message).splitlines()[1])
+
+
+@dataclass(frozen=True)
+class Untold:
+    """A message that nobody was told of, and one that came to the new primary, with its UID."""
+
+    message: str
+    new: str
+    uid: int
+
+
 @pytest.fixture(scope="module")
-def untold(lost: Lost, group: str, other: str) -> str:
-    """The former primary is back, with changes that nobody was told of; returns such a message."""
+def untold(lost: Lost, group: str, other: str) -> Untold:
+    """The former primary is back, with changes that nobody was told of."""
+    new = lab.mail()
+    assert lab.send(other, [FLAGGED], new.content)[0] == 250
+    lab.wait("it is stored", lambda: lab.copies(other, FLAGGED, new.id))
+    found = uid(other, new.id)
     store(other, lost.flagged, "-FLAGS", "Later")
     store(other, lost.flagged, "+FLAGS", "\\Flagged")
     lab.power(group, on=True)
@@ -268,7 +286,7 @@ def untold(lost: Lost, group: str, other: str) -> str:
     mail = lab.mail()
     lab.run(group, f"printf %s | {doveadm}", mail.content.decode(), "save")
     lab.run(group, "systemctl enable --now umbra-agent.service")
-    return mail.id
+    return Untold(mail.id, new.id, found)
 
 
 def test_idle_clients_notice_within_a_second(lost: Lost, other: str) -> None:
@@ -285,7 +303,7 @@ def test_the_shadow_takes_over_by_itself(lost: Lost, other: str) -> None:
 
 
 def test_the_former_primary_comes_back_harmless(
-    lost: Lost, untold: str, group: str, other: str
+    lost: Lost, untold: Untold, group: str, other: str
 ) -> None:
     lab.wait("the group is protected", lambda: lab.status(other)["protected"], 90)
     assert serves(other)
@@ -296,13 +314,21 @@ def test_the_former_primary_comes_back_harmless(
 
 
 def test_what_a_lost_primary_told_nobody_undoes_nothing(
-    lost: Lost, untold: str, group: str, other: str
+    lost: Lost, untold: Untold, group: str, other: str
 ) -> None:
     for node in lab.NODES:
         assert flags(node, lost.flagged) == {"\\Flagged"}
-        assert len(lab.copies(node, FLAGGED, untold)) == 1
+        assert len(lab.copies(node, FLAGGED, untold.message)) == 1
     assert "1 equal" in lab.run(other, "umbractl verify %s", FLAGGED)
     assert "flags of message" in lab.run(other, "umbractl merged")
+
+
+def test_a_uid_that_was_given_stays_and_no_mailbox_is_copied_anew(
+    untold: Untold, group: str, other: str
+) -> None:
+    assert [uid(node, untold.new) for node in lab.NODES] == [untold.uid] * 2
+    assert len({uid(node, untold.message) for node in lab.NODES}) == 1
+    assert "is missing locally" not in lab.run(group, "journalctl -b -u dovecot")
 
 
 def test_a_switchover_takes_it_back(group: str, other: str) -> None:

@@ -233,6 +233,7 @@ class Parts:
         self.left = 0
         self.came_back: set[str] = set()
         self.resumed: list[str] = []
+        self.replacing = 0
 
     def covered(self, peer: str) -> Mapping[str, str]:
         return {"Q1": "s1"}
@@ -258,6 +259,9 @@ class Parts:
         self.resumed.append(peer)
 
     def stop(self) -> None: ...
+
+    def replaces_a_lost_one(self) -> None:
+        self.replacing += 1
 
 
 class _Exchange:

@@ -16,7 +16,7 @@ from umbra.cluster.group import Group
 from umbra.cluster.machine import NotNow
 from umbra.cluster.state import Change, Durable, Mode, Phase, Role
 from umbra.cluster.static import StateFile
-from umbra.cluster.switchover import Switchover
+from umbra.cluster.switchover import Refused, Switchover
 from umbra.config import Fence, Peer
 from umbra.node.client import NodeHelper
 from umbra.node.helper import HelperError
@@ -251,7 +251,37 @@ class Messages:
 class Mailboxes:
     """The mirror, as far as a handover asks for it."""
 
+    replacing = False
+
     async def resume(self, peer: str, epoch: int) -> None: ...
+
+    def replaces_a_lost_one(self) -> None:
+        self.replacing = True
+
+
+async def test_a_promotion_by_force_tells_the_mirror_a_planned_one_does_not(disk: Disk) -> None:
+    disk.save(Durable("a1", 1, Role.SHADOW, Mode.PROTECTED, AT))
+    group, mailboxes = make(disk), Mailboxes()
+    group._helper.postfix_start = group._helper.ports_open = done  # type: ignore[assignment, method-assign]
+    group.links = {"b": object()}  # type: ignore[dict-item]
+    switchover = Switchover(CONFIG, group, group._helper, Messages(), mailboxes)  # type: ignore[arg-type]
+    with pytest.raises(Refused):
+        await switchover.failover(accept_loss=False)
+    assert not mailboxes.replacing
+    await switchover.failover(accept_loss=True)
+    assert mailboxes.replacing
+    disk.save(Durable("a1", 1, Role.SHADOW, Mode.PROTECTED, AT))
+    planned = make(disk)
+    mailboxes.replacing = False
+    switchover = Switchover(CONFIG, planned, group._helper, Messages(), mailboxes)
+    change = Change("b", "a", AT, planned=True)
+    args = {"epoch": 2, "change": change.to_json(), "elapsed_s": 0.0}
+    await switchover.handle_handover(PeerIdentity("b", "beta"), args, NoRows())
+    assert planned.is_primary()
+    assert not mailboxes.replacing
+
+
+async def done(*_: object) -> None: ...
 
 
 async def test_what_was_taken_over_is_carried_on_though_opening_fails_at_first(disk: Disk) -> None:

@@ -263,8 +263,10 @@ def test_both_lose_power_and_the_primary_returns(group: Play) -> None:
 def test_a_stalled_disk_ends_the_right_and_the_shadow_takes_over(group: Play) -> None:
     async def scenario(field: Field) -> None:
         field.a.host.works.clear()
+        assert not field.b.parts.replacing
         took = await field.until(lambda: field.b.serves, 3 * D)
         assert took <= TIMING.work + D + 1
+        assert field.b.parts.replacing
         field.a.host.works.set()
         await field.protected(field.b)
 
@@ -294,6 +296,8 @@ def test_a_switchover_moves_the_primary(group: Play, queue: dict[str, str]) -> N
         assert back["epoch"] == 3
         await field.protected(field.a, 3)
         assert field.longest_gap < 1.0
+        # Whoever makes the key does not know whom it follows.
+        assert (field.a.parts.replacing, field.b.parts.replacing) == (1, 0)
 
     group(scenario)
 
@@ -454,6 +458,7 @@ def test_a_forced_failover_needs_a_person_and_says_what_is_lost(group: Play) -> 
         result = await field.b.handover.failover(accept_loss=True)
         assert (result["to"], result["epoch"]) == ("b", 2)
         assert field.b.serves
+        assert field.b.parts.replacing
         field.a.start()
         await field.protected(field.b)
 

@@ -218,7 +218,8 @@ async def test_both_ways_and_to_the_end(tmp_path: Path) -> None:
         await writer.drain()
 
     async with server(tmp_path, slave) as socket:
-        handler = DsyncHandler(lambda: False, Disk(), socket)
+        seen: list[str] = []
+        handler = DsyncHandler(lambda: False, Disk(), socket, seen=seen.append)
         async with pair(tmp_path, FakeDoveadm(master), handler) as carrier:
             results = [
                 await carrier.sync(
@@ -228,6 +229,7 @@ async def test_both_ways_and_to_the_end(tmp_path: Path) -> None:
                 for _ in range(3)
             ]
     assert {result.outcome for result in results} == {Outcome.SYNCED}
+    assert seen == [USER] * 3
 
 
 async def test_a_user_nobody_asked_for_is_refused(tmp_path: Path) -> None:
@@ -248,11 +250,13 @@ async def test_a_primary_refuses_and_that_is_a_lost_peer(tmp_path: Path) -> None
         await reader.read()
         return Outcome.FAILED
 
-    handler = DsyncHandler(lambda: True, Disk(), tmp_path / "none")
+    seen: list[str] = []
+    handler = DsyncHandler(lambda: True, Disk(), tmp_path / "none", seen=seen.append)
     async with pair(tmp_path, FakeDoveadm(master), handler) as carrier:
         result = await asyncio.wait_for(carrier.sync(USER, ""), 5)
     assert result.outcome is Outcome.LOST
     assert "primary" in result.reason
+    assert seen == []
 
 
 async def test_a_dead_dovecot_on_the_shadow_ends_the_sync(tmp_path: Path) -> None:

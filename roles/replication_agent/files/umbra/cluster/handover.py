@@ -236,6 +236,9 @@ class Handover(Switchover):
             await self._mailboxes.resume(given.by, epoch)
             await self._messages.take_over(given.by, given.remaining)
             return (given.by,)
+        # If the right has ended already, nothing would end this: a shadow must have no gap.
+        if not self._quorum.planned and self._quorum.driver.state.phase in OPEN_PHASES:
+            self._mailboxes.replaces_a_lost_one()
         if former is not None and not self._quorum.planned and not self._by_word:
             await self._shoot_lost(former)
         for origin in self._group.links:

@@ -113,6 +113,10 @@ class Mailboxes(Protocol):
         """Take ``resume`` back."""
         ...
 
+    def replaces_a_lost_one(self) -> None:
+        """Prepare for the return of a lost node, whose role is this one's for certain. At once."""
+        ...
+
 
 class Steps:
     """Measures the steps of a change, for its report."""
@@ -467,6 +471,7 @@ class Switchover:
         try:
             # +2: over everything that the lost primary may have offered to another.
             await group.apply(machine.Promote(group.epoch + 2, change, protected=False))
+            self._mailboxes.replaces_a_lost_one()
             await self._begin(dict.fromkeys(group.links))
         except (NotNow, StoreError, OSError) as error:
             raise Refused(f"{error}.") from None

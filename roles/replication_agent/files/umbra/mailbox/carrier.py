@@ -372,14 +372,21 @@ class DsyncHandler:
     """Shadow side: the handler of the operation ``dsync``.
 
     :param disk: has what was synced before the primary hears of the end.
+    :param seen: told of each user for whom a sync comes, also of one that will fail.
     """
 
     def __init__(
-        self, is_primary: Callable[[], bool], disk: MailDisk, socket: Path = SOCKET
+        self,
+        is_primary: Callable[[], bool],
+        disk: MailDisk,
+        socket: Path = SOCKET,
+        *,
+        seen: Callable[[str], None] = lambda user: None,
     ) -> None:
         self._is_primary = is_primary
         self._disk = disk
         self._socket = socket
+        self._seen = seen
         self._running = 0
 
     async def __call__(
@@ -400,6 +407,7 @@ class DsyncHandler:
             raise PeerError(
                 "refused", "no such user" if not valid_user(user) else "too many streams"
             )
+        self._seen(str(user))
         self._refuse_if_full()
         self._running += 1
         try:

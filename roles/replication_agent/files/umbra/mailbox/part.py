@@ -41,6 +41,8 @@ from umbra.mailbox.scripts import ScriptCarrier, ScriptsHandler
 from umbra.mailbox.seeding import Pacer, Seed, Seeds
 from umbra.mailbox.selection import chosen
 from umbra.mailbox.suspension import Suspensions
+from umbra.mailbox.uid_gap import Dovecot as UidDovecot
+from umbra.mailbox.uid_gap import UidGap
 from umbra.mailbox.verify import Rounds, Verifier
 from umbra.node.client import NodeHelper
 from umbra.peer.exchange import Exchange, PeerError
@@ -173,7 +175,8 @@ class Mailboxes:
         self._notify = NotifyServer(
             NOTIFY_ADDRESS, NOTIFY_PORT, token, self._changed, self._restructured
         )
-        self._dsync_handler = DsyncHandler(group.is_primary, self._disk)
+        self._gap = UidGap(UidDovecot(self._doveadm))
+        self._dsync_handler = DsyncHandler(group.is_primary, self._disk, seen=self._gap.note)
         self._scripts_handler = ScriptsHandler(group.is_primary, dovecot)
         self._gone_handler = GoneHandler(self._no_copy, dovecot)
         self._describe_handler = DescribeHandler(dovecot)
@@ -201,6 +204,7 @@ class Mailboxes:
         for carrier in self._carriers:
             await carrier.stop()
         await asyncio.gather(*self._losing, return_exceptions=True)
+        await self._gap.close()
         await self._disk.close()
         await self._ledger.close()
 
@@ -548,7 +552,12 @@ class Mailboxes:
 
     def stop(self) -> None:
         """End all waiting: this node is not primary."""
+        self._gap.stop()
         self._mirror.stop()
+
+    def replaces_a_lost_one(self) -> None:
+        """Prepare for the return of a lost node, whose role is this one's now; see ``uid_gap``."""
+        self._gap.begin()
 
     # -- for others
 
@@ -587,6 +596,8 @@ class Mailboxes:
                     await merger.settled(user)
                 found = await self._doveadm.has_message(user, shadow_id, message_id)
                 if found is not None:
+                    if not found:
+                        await self._gap.before(user)  # it is about to be stored
                     return found
         except DoveadmError as error:
             raise OSError(str(error)) from None
