@@ -5,7 +5,10 @@ from __future__ import annotations
 import random
 import threading
 import time
+import traceback
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,10 +101,11 @@ class Mirrored(RuleBasedStateMachine):
         self._fault: threading.Thread | None = None
         self._fault_error = ""
         self._heals = 0.0
-        self.world.wait_protected(HEALS)
-        for user in self.world.users:
-            self.accounts[user] = self._emptied(user)
-            self._compare(user, "empty mailboxes", LATE)
+        with self._told("the begin of an example"):
+            self.world.wait_protected(HEALS)
+            for user in self.world.users:
+                self.accounts[user] = self._emptied(user)
+                self._compare(user, "empty mailboxes", LATE)
 
     def mark(self) -> str:
         """A new message's mark."""
@@ -110,15 +114,31 @@ class Mirrored(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Take the last fault back and compare everything, every message read anew."""
-        self.settle()
-        if not self.run.failures:
-            for user in self.accounts:
-                self._compare(user, "everything at the end", LATE, fresh=True)
+        with self._told("the end of an example"):
+            self.settle()
+            if not self.run.failures:
+                for user in self.accounts:
+                    self._compare(user, "everything at the end", LATE, fresh=True)
+
+    @contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        """Keep what ends an example: hypothesis runs it again, and may tell only of that."""
+        try:
+            yield
+        except Exception as error:
+            if not self.run.failures:
+                details = traceback.format_exc().splitlines()[-12:]
+                self._failed(f"{what} broke off: {error!r}", details, [])
+            raise
 
     # -- one operation
 
     def turn(self, kind: str, dice: int) -> None:
         """Make an operation and hold its outcome against the disks."""
+        with self._told(kind):
+            self._turn(kind, dice)
+
+    def _turn(self, kind: str, dice: int) -> None:
         if self._fault is not None and not self._fault.is_alive():
             self.settle()
         turn = OPERATIONS[kind](self, random.Random(dice))
@@ -215,11 +235,13 @@ class Mirrored(RuleBasedStateMachine):
             reasons = self.world.status(self.world.primary)["reasons"]
         except NodeError as error:
             reasons = [str(error)]
-        self.run.failures.append(
-            {"what": what, "details": details[:20], "group": reasons,
-             "trace": list(self.run.trace[-60:])}
-        )  # fmt: skip
+        self._failed(what, details[:20], reasons)
         raise AssertionError(f"{what}: {details[:8]}; group: {reasons or 'protected'}")
+
+    def _failed(self, what: str, details: list[Any], reasons: list[str]) -> None:
+        self.run.failures.append(
+            {"what": what, "details": details, "group": reasons, "trace": self.run.trace[-60:]}
+        )
 
     # -- faults
 
