@@ -46,6 +46,8 @@ SERVICE_NAME = "mail.example.org"
 
 # Subject of a message that is deleted while the shadow is off.
 DELETED = "deleted while the shadow was off"
+# Whose last message loses its file when the shadow loses its power.
+HALF_LOST = "user09@example.org"
 # As the agent's own doveadm: what it changes is mirrored by nobody.
 DOVEADM_ALONE = "doveadm " + " ".join(
     f"-o mail_plugins/{name}=no"

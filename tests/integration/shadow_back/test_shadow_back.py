@@ -37,6 +37,14 @@ def test_nothing_is_missing(primary: str) -> None:
         assert lab.folders(BACK, user) == lab.folders(primary, user)
 
 
+def test_a_message_that_lost_its_file_is_whole_again(primary: str) -> None:
+    """Not only its entry in the index, which is all that dsync looks at."""
+    said = lab.run(BACK, "journalctl -b -o cat -u umbra-mail-files")
+    assert "1 messages had no file" in said
+    fetch = f"doveadm -f tab fetch -u {lab.HALF_LOST} 'uid text' mailbox INBOX ALL"
+    assert lab.run(BACK, fetch) == lab.run(primary, fetch)
+
+
 def test_what_was_deleted_meanwhile_stays_deleted(primary: str) -> None:
     query = "doveadm search -u user07@example.org mailbox INBOX SUBJECT %s"
     for node in (primary, BACK):
