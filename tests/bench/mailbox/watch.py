@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from load import Imap  # type: ignore[import-not-found]
 
 STEP = 0.001
-QUIET, PATIENCE = 1.0, 30.0
+# Longer than mailboxes that are mirrored asynchronously are left alone.
+QUIET, PATIENCE = 3.0, 30.0
 
 
 async def settled(imap: Imap, mailbox: str) -> int:

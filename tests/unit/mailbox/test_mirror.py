@@ -529,6 +529,29 @@ async def test_a_change_that_missed_the_agent_degrades_until_it_is_synced(tmp_pa
         assert peer.lag() == (0, 0.0)
 
 
+async def test_what_went_unasked_is_copied_and_excuses_no_longer_than_nobody_waits(
+    tmp_path: Path,
+) -> None:
+    world = World()
+    async with mirror(world, tmp_path) as peer:
+        assert not await peer.excused(), "changes wait for it"
+        await peer.keep_to(Phase.CATCHING_UP, set(), "asynchronous")
+        assert await peer.excused()
+        assert world.mode == "alone"
+        task = asyncio.create_task(peer.catch_up(world.protect, everyone=False, binding="one"))
+        await asyncio.sleep(0.01)
+        world.local["u1"] += 1
+        peer.follow(["u1"])
+        assert peer.lag()[0] == 1
+        async with asyncio.timeout(10):
+            while world.remote["u1"] != 1 or peer.lag()[0]:  # noqa: ASYNC110
+                await asyncio.sleep(0.002)
+        assert world.mode == "alone"
+        assert peer.sync_seconds > 0
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
 async def test_mirroring_is_one_way(tmp_path: Path) -> None:
     """Two-way inside a notification undid a RENAME of the primary (Dovecot 2.4.1)."""
     world = World()

@@ -101,6 +101,9 @@ class Mailboxes(Protocol):
         """
         ...
 
+    async def confirm(self) -> None:
+        """Make the group degraded if a change was acknowledged that this node was not told."""
+
     def at_ease(self) -> None:
         """Take ``hurry`` back."""
         ...
@@ -276,6 +279,7 @@ class Switchover:
             raise Refused(
                 f"a mailbox change was still under way after {CHANGES_TIMEOUT:g} s; try again."
             )
+        await self._mailboxes.confirm()
         if not (group.state.protected and group.state.peers[to].complete):
             raise Refused(f"{to} was lost on the way: {'; '.join(group.reasons())}.")
         remaining = await self._remaining()

@@ -54,6 +54,8 @@ CHANGED_ATTEMPTS = 50
 RESYNC_LOOK = 0.05
 # Each user's mailboxes are compared without a state once in this time (seconds), spread evenly.
 DEEP_PERIOD = 24 * 3600.0
+# How much the last sync counts in what one takes.
+PACE = 0.1
 # How often it is looked whether this node may act (seconds).
 RIGHT_LOOK = 0.05
 # A change whose sync moves on waits for so many times the time-out in all, but for less than
@@ -204,6 +206,7 @@ class PeerMirror:
         self.findings: dict[str, str] = {}
         self.done = 0
         self.total = 0
+        self.sync_seconds = 0.0
         self._group = group
         self._ledger = ledger
         self._users = users
@@ -384,7 +387,9 @@ class PeerMirror:
     async def _sync(self, user: str) -> None:
         started = monotonic()
         result = await self._one_sync(user)
-        metrics.SYNC_SECONDS.labels(self.peer).observe(monotonic() - started)
+        took = monotonic() - started
+        self.sync_seconds += (took - self.sync_seconds) * PACE
+        metrics.SYNC_SECONDS.labels(self.peer).observe(took)
         metrics.SYNCS.labels(self.peer, result.outcome.value).inc()
         match result.outcome:
             case Outcome.SYNCED:
@@ -605,6 +610,20 @@ class PeerMirror:
         else:
             self._pump()
         await self._ledger.flag(self.peer, users)
+
+    async def excused(self) -> bool:
+        """Return whether no change waits for this peer, and the group is on record as alone.
+
+        Whatever ``Group.mirror_failed`` raises comes through.
+        """
+        if not self.phase.waits:
+            await self._be_alone()
+        return not self.phase.waits
+
+    def follow(self, users: Iterable[str]) -> None:
+        """Changes of ``users`` were acknowledged while this peer was excused."""
+        self._note(users)
+        self._pump()
 
     def recheck(self, users: Iterable[str], *, deep: bool = False) -> None:
         """Sync ``users`` when there is room, though no change is known.

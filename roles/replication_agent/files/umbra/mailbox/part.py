@@ -5,19 +5,17 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing
 from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
-from urllib.parse import unquote
 
 from umbra.api.report import Check
 from umbra.cluster.group import Group, now
 from umbra.cluster.state import Phase as GroupPhase
 from umbra.config import Config, MirrorMode
-from umbra.mailbox import copies, flags
+from umbra.mailbox import copies, flags, notes
 from umbra.mailbox.carrier import DsyncCarrier, DsyncHandler
 from umbra.mailbox.describe import DescribeHandler, Dovecot, Peer
 from umbra.mailbox.disk import MailDisk
@@ -56,6 +54,8 @@ log = logging.getLogger(__name__)
 NOTIFY_ADDRESS, NOTIFY_PORT = "127.0.0.1", 8688
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 MISSED_INTERVAL = 2.0
+# How much later than the permit the names are read that were left under it (seconds).
+FORBID_PAUSE = 0.05
 MERGED_TIMEOUT = 5.0
 # By how much the kernel may be late to close the ports (seconds).
 LATE_PORTS = 0.5
@@ -115,7 +115,10 @@ class Mailboxes:
         self._entitled_at = monotonic()
         self._suspensions = Suspensions(paths.state / "mirror")
         self._suspending = asyncio.Lock()
-        self._missed = paths.missed
+        # Not permitted before this process knows that it may: the agent before it may have been.
+        self._notes = notes.Notes(paths.missed, paths.run / "unasked")
+        self._notes.forbid()
+        self._workers = config.mailbox.workers
         self._events = paths.events
         self._dsync = paths.run / "dsync"
         self._doveadm = Doveadm()
@@ -184,7 +187,7 @@ class Mailboxes:
         self._flags_handler = flags.FlagsHandler(group.is_primary, flagged)
         self._losing: set[asyncio.Task[None]] = set()
         group.on_lost = self._lost
-        group.on_demotion = self._mirror.stop
+        group.on_demotion = self.stop
         group.limits = self._limits
         self._compared: set[str] = set()
 
@@ -282,28 +285,83 @@ class Mailboxes:
         """Mirror until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._mirror.run())
-            tasks.create_task(self._make_up_for_missed())
+            tasks.create_task(self._follow_notes())
+            if self._mode is MirrorMode.ASYNC:
+                tasks.create_task(self._permit())
             tasks.create_task(self._relax())
             tasks.create_task(self._follow_scripts())
             tasks.create_task(self._rounds.run())
 
-    async def _make_up_for_missed(self) -> None:
-        """Sync the users whose changes Dovecot could not tell the agent.
-
-        Its script leaves a file of the user's name. The file goes before the sync: a change that
-        fails to be told meanwhile leaves a new one.
-        """
+    async def _follow_notes(self) -> None:
+        """Sync the users whose changes Dovecot noted by itself; see ``notes``."""
+        pause = MISSED_INTERVAL
         while True:
-            await asyncio.sleep(MISSED_INTERVAL)
+            await asyncio.sleep(pause)
+            pause = MISSED_INTERVAL
             if not self._group.is_primary():
                 continue
-            names = await asyncio.to_thread(_take_names, self._missed)
-            for peer in self._peers.values() if names else ():
-                # If the agent dies here, the one that starts compares all users.
+            async with self._suspending:
+                permitted = self._unasked
+                names = await self._take_notes(permitted=permitted)
+            if permitted:
+                took = max(peer.sync_seconds for peer in self._peers.values())
+                pause = notes.rest(names, took, self._workers)
+
+    async def _take_notes(self, *, permitted: bool) -> int:
+        """Note whose change the agent was not asked for, and return how many they are.
+
+        :param permitted: that was its own wish, so nothing is wrong with it.
+        """
+        names = await asyncio.to_thread(self._notes.take)
+        # If the agent dies here, the one that starts compares all users.
+        for peer in self._peers.values() if names else ():
+            if permitted:
+                peer.follow(names)
+                continue
+            try:
+                await peer.missed(names)
+            except (OSError, PermissionError) as error:
+                log.error("the mirror to %s could not be given up: %s", peer.peer, error)
+        return len(names)
+
+    async def confirm(self) -> None:
+        """Look whose change could not be told, now; who is found makes the group degraded."""
+        async with self._suspending:
+            await self._take_notes(permitted=False)
+
+    @property
+    def _unasked(self) -> bool:
+        """Whether no change waits for anybody, by the operator's wish."""
+        return self._mode is MirrorMode.ASYNC and not self._hurrying and not self._suspensions.group
+
+    async def _permit(self) -> None:
+        """Let Dovecot acknowledge changes without asking for as long as none waits for a peer."""
+        while True:
+            await asyncio.sleep(notes.RENEWAL)
+            async with self._suspending:
                 try:
-                    await peer.missed(names)
-                except (OSError, PermissionError) as error:
-                    log.error("the mirror to %s could not be given up: %s", peer.peer, error)
+                    # Before it and after it: the right may end while the peers are looked at.
+                    if self._may_permit() and await self._excused() and self._may_permit():
+                        self._notes.permit()
+                    else:
+                        self._notes.forbid()
+                except OSError as error:
+                    log.warning("Dovecot has to ask for each change: %s", error)
+
+    def _may_permit(self) -> bool:
+        return self._unasked and self._group.is_primary()
+
+    async def _excused(self) -> bool:
+        try:
+            return all([await peer.excused() for peer in self._peers.values()])
+        except Exception as error:  # whatever the cluster raises: nothing may be acknowledged
+            log.info("Dovecot has to ask for each change: %s", error or type(error).__name__)
+            return False
+
+    async def _forbid(self) -> None:
+        """Have each change asked for, and note those that were not."""
+        await asyncio.sleep(self._notes.forbid() + FORBID_PAUSE)
+        await self._take_notes(permitted=True)
 
     async def _follow_scripts(self) -> None:
         """Mirror changes of Sieve scripts soon after they were made."""
@@ -379,7 +437,10 @@ class Mailboxes:
         OSError if it is not.
         """
         async with self._suspending:
+            unasked = self._unasked
             await asyncio.to_thread(self._suspensions.suspend, user, reason, now())
+            if unasked and not self._unasked:
+                await self._forbid()
             await self._keep_to_limit("; ".join(self._limits()))
         log.warning("the mirror of %s is suspended: %s", user or "all mailboxes", reason)
 
@@ -412,8 +473,11 @@ class Mailboxes:
         waited_for = self._mode is MirrorMode.SYNC and to in self._waited_for()
         if waited_for or to not in self._peers:  # what nobody can hurry the switchover refuses
             return
-        self._hurrying = True
-        await self._keep_to_limit("")
+        async with self._suspending:
+            unasked, self._hurrying = self._unasked, True
+            if unasked:
+                await self._forbid()
+            await self._keep_to_limit("")
         await self._group.complete_within(to, timeout)
 
     def at_ease(self) -> None:
@@ -552,6 +616,7 @@ class Mailboxes:
 
     def stop(self) -> None:
         """End all waiting: this node is not primary."""
+        self._notes.forbid()
         self._gap.stop()
         self._mirror.stop()
 
@@ -648,13 +713,3 @@ class Mailboxes:
                    else "."),
             )
         ]  # fmt: skip
-
-
-def _take_names(directory: Path) -> list[str]:
-    """Remove the files in ``directory`` and return the users they are named after."""
-    names = []
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            os.unlink(entry.path)
-            names.append(unquote(entry.name))
-    return names

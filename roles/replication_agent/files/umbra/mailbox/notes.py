@@ -1,0 +1,82 @@
+"""Users whose change Dovecot's script noted by itself: it leaves an empty file of the user's name.
+
+It does so in two cases:
+
+* The agent did not confirm the change. Its client was told OK all the same.
+* The agent had permitted it: no change waits for a peer now, and asking would cost several times
+  what the change itself does.
+
+A permit is a file with the time up to which it holds, in seconds since the boot. It is renewed
+while this node may act, and ends by itself soon after the agent does.
+
+No name gets lost between the two of them. The script leaves the name first and looks at the clock
+after that; the agent renews the permit no more, waits until it has ended and takes the names after
+that. So a change that went unasked is among those names, and any other one is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from urllib.parse import unquote
+
+# The script reads the same file; a container may have one that differs from the kernel's clock.
+UPTIME = Path("/proc/uptime")
+# A permit holds for so long (seconds), and is renewed so often.
+PERMIT, RENEWAL = 1.0, 0.25
+# Copying what nobody waits for leaves the workers idle for so many times as long as it takes,
+REST = 9.0
+# but a name waits for at least and at most so long (seconds).
+SHORTEST, LONGEST = 0.1, 2.0
+
+
+def rest(names: int, sync_seconds: float, workers: int) -> float:
+    """Return how long to leave the names alone (seconds) after ``names`` of them were taken.
+
+    One change now and then is copied at once. Where many users make many, more of them share a
+    sync, so that copying takes a tenth of the time and not all of it.
+
+    :param sync_seconds: what a sync has taken lately.
+    :param workers: how many syncs run at once.
+    """
+    return min(max(SHORTEST, REST * names * sync_seconds / workers), LONGEST)
+
+
+class Notes:
+    """The names and the permit.
+
+    :param names: the directory of the names.
+    :param permit: the file of the permit, in memory: a boot ends it.
+    """
+
+    def __init__(self, names: Path, permit: Path) -> None:
+        self._names = names
+        self._permit = permit
+        self._till = 0.0
+
+    def permit(self) -> None:
+        """Let changes go unasked for a while; OSError if that cannot be written."""
+        till = _since_boot() + PERMIT
+        new = self._permit.with_suffix(".new")
+        new.write_text(f"{till:.2f}\n", encoding="ascii")
+        new.chmod(0o644)  # Dovecot's processes read it
+        self._till = till
+        new.replace(self._permit)
+
+    def forbid(self) -> float:
+        """Have changes asked for again; return for how long they may still go unasked (seconds)."""
+        self._permit.unlink(missing_ok=True)
+        return max(0.0, self._till - _since_boot())
+
+    def take(self) -> list[str]:
+        """Remove the names and return them. A change that is noted meanwhile leaves a new one."""
+        names = []
+        with os.scandir(self._names) as entries:
+            for entry in entries:
+                os.unlink(entry.path)
+                names.append(unquote(entry.name))
+        return names
+
+
+def _since_boot() -> float:
+    return float(UPTIME.read_text(encoding="ascii").split()[0])

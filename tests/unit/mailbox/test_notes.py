@@ -1,0 +1,55 @@
+"""The names that Dovecot's script leaves, and the permit to leave them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from umbra.mailbox import notes
+from umbra.mailbox.notes import Notes, rest
+
+
+def uptime() -> float:
+    return float(notes.UPTIME.read_text().split()[0])
+
+
+def test_names_are_taken_once(tmp_path: Path) -> None:
+    for name in ("a@example.org", "J%C3%BCrgen%20x@example.org"):
+        (tmp_path / name).touch()
+    names = Notes(tmp_path, tmp_path / "permit")
+    assert sorted(names.take()) == ["Jürgen x@example.org", "a@example.org"]
+    assert names.take() == []
+
+
+def test_a_permit_holds_for_a_while(tmp_path: Path) -> None:
+    permit = tmp_path / "unasked"
+    Notes(tmp_path, permit).permit()
+    till = float(permit.read_text())
+    assert uptime() < till <= uptime() + notes.PERMIT
+    assert permit.stat().st_mode & 0o777 == 0o644, "Dovecot's processes cannot read it"
+    assert list(tmp_path.iterdir()) == [permit]
+
+
+def test_who_forbids_hears_how_long_the_permit_still_holds(tmp_path: Path) -> None:
+    permit = tmp_path / "unasked"
+    mine = Notes(tmp_path, permit)
+    assert mine.forbid() == 0.0
+    mine.permit()
+    assert 0.5 < mine.forbid() <= notes.PERMIT
+    assert not permit.exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "sync_seconds", "workers", "seconds"),
+    [
+        (0, 0.0, 2, notes.SHORTEST),
+        (1, 0.015, 2, notes.SHORTEST),  # alone and on a machine with nothing else to do
+        (16, 0.02, 2, 1.44),
+        (500, 0.02, 4, notes.LONGEST),
+    ],
+)
+def test_copying_leaves_the_machine_to_its_users(
+    names: int, sync_seconds: float, workers: int, seconds: float
+) -> None:
+    assert rest(names, sync_seconds, workers) == pytest.approx(seconds)
