@@ -82,12 +82,16 @@ def test_changes_go_unasked_and_are_copied(asynchronous: None, primary: str, sha
 
 
 def test_a_change_waits_for_an_agent_that_has_stopped(asynchronous: None, primary: str) -> None:
-    """The permit ends a second after the agent; what it does not allow is asked for."""
+    """The permit ends a second after the agent; what it does not allow is asked for.
+
+    Also in a session that has seen the permit.
+    """
     with lab.imap(primary, USER) as session, ThreadPoolExecutor(1) as pool:
+        append(session, 20)
         lab.run(primary, "systemctl kill --kill-whom=main --signal=STOP umbra-agent")
         try:
             lab.wait("the permit ends", lambda: not permitted(primary), 5)
-            change = pool.submit(append, session, 20)
+            change = pool.submit(append, session, 21)
             time.sleep(0.5)
             assert not change.done()
         finally:
@@ -100,7 +104,7 @@ def test_a_switchover_takes_along_what_went_unasked(
     asynchronous: None, primary: str, shadow: str
 ) -> None:
     with lab.imap(primary, USER) as session:
-        for number in range(21, 60):
+        for number in range(22, 60):
             append(session, number)
         lab.run(primary, "umbractl switchover %s", shadow)
     assert len(numbers(shadow)) == 60
