@@ -7,7 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from roles.mail_server.files.umbra_boot.index_logs import main, mend, recent_logs, size_of, whole
+from roles.mail_server.files.umbra_boot.index_logs import (
+    main,
+    mend,
+    needless,
+    recent_logs,
+    size_of,
+    whole,
+)
 
 HEADER = bytes([1, 3]) + (40).to_bytes(2, sys.byteorder) + bytes(36)
 APPEND, BOUNDARY = 0x10000002, 0x10080000
@@ -93,3 +100,43 @@ def test_only_logs_that_were_written_last(tmp_path: Path) -> None:
 
 def test_no_mail_yet(tmp_path: Path) -> None:
     assert main(str(tmp_path / "none")) == 0
+
+
+def numbered(directory: Path, name: str, log: int, size: int = 40) -> Path:
+    path = directory / name
+    path.write_bytes((HEADER[:8] + number(log) + HEADER[12:]).ljust(size, b"\0"))
+    return path
+
+
+def index(directory: Path, log: int, offset: int) -> None:
+    header = bytes(60) + number(log) + number(0) + number(offset)
+    (directory / "dovecot.index").write_bytes(header + bytes(272))
+
+
+@pytest.mark.parametrize(
+    ("before", "log", "size", "at", "offset", "goes"),
+    [
+        (4, 5, 18008, 5, 18804, True),  # found in a returning host
+        (4, 5, 18804, 5, 18804, False),  # the log has all that the index has
+        (4, 5, 18804, 4, 18804, False),  # the index needs both
+        (5, 6, 100, 5, 18804, False),
+        (5, 5, 100, 5, 18804, False),  # and what is in the one before is not sure to be in it
+    ],
+)
+def test_what_would_leave_a_hole_between_two_logs_goes(
+    tmp_path: Path, before: int, log: int, size: int, at: int, offset: int, goes: bool
+) -> None:
+    """Dovecot would say "Missing middle file" at each sync of the mailbox, for ever."""
+    older = numbered(tmp_path, "dovecot.index.log.2", before)
+    path = numbered(tmp_path, "dovecot.index.log", log, size)
+    index(tmp_path, at, offset)
+    assert needless(path) == (older if goes else None)
+    older.unlink()
+    assert needless(path) is None
+
+
+def test_an_index_that_is_no_index_changes_nothing(tmp_path: Path) -> None:
+    numbered(tmp_path, "dovecot.index.log.2", 4)
+    path = numbered(tmp_path, "dovecot.index.log", 5)
+    (tmp_path / "dovecot.index").write_bytes(b"")
+    assert needless(path) is None

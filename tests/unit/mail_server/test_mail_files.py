@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,8 @@ class Doveadm:
 
     def __call__(self, *command: str) -> str:
         self.asked.append(command)
-        if command[0] == "search":
-            return "".join(f"180a2b30a8b6086bc7 {uid}\n" for uid in self.uids)
+        if "fetch" in command:
+            return "mailbox\tuid\n" + "".join(f"INBOX\t{uid}\n" for uid in self.uids)
         return ""
 
     @property
@@ -66,19 +67,20 @@ def test_only_what_was_changed_last_is_looked_at(tmp_path: Path) -> None:
 
 def test_a_mailbox_with_all_its_files_is_left_alone(tmp_path: Path) -> None:
     dovecot = Doveadm(1, 3)
-    assert mend(tmp_path, mailbox(tmp_path, 1, 2, 3), dovecot) == set()
+    assert mend("ann@example.org", {"INBOX": mailbox(tmp_path, 1, 2, 3)}, dovecot) == {}
     assert not dovecot.rebuilt
 
 
 def test_a_message_without_a_file_has_the_index_rebuilt(tmp_path: Path) -> None:
     dovecot = Doveadm(1, 2, 3)
-    assert mend(tmp_path, mailbox(tmp_path, 1, 3), dovecot) == {2}
+    mailboxes = {"INBOX": mailbox(tmp_path, 1, 3), "Sent": mailbox(tmp_path, 7, name="Sent")}
+    assert mend("ann@example.org", mailboxes, dovecot) == {"INBOX": {2}}
     assert dovecot.rebuilt == [("-u", "ann@example.org", "INBOX")]
+    first = dovecot.asked[0]
+    assert first[-5:] == ("mailbox", "INBOX", "OR", "mailbox", "Sent")
 
 
 def test_a_message_that_is_expunged_meanwhile_is_not_lost(tmp_path: Path) -> None:
-    messages = mailbox(tmp_path, 1)
-
     class Expunging(Doveadm):
         def __call__(self, *command: str) -> str:
             answer = super().__call__(*command)
@@ -86,8 +88,20 @@ def test_a_message_that_is_expunged_meanwhile_is_not_lost(tmp_path: Path) -> Non
             return answer
 
     dovecot = Expunging(1, 2)
-    assert mend(tmp_path, messages, dovecot) == set()
+    assert mend("ann@example.org", {"INBOX": mailbox(tmp_path, 1)}, dovecot) == {}
     assert not dovecot.rebuilt
+
+
+def test_an_index_that_is_mended_by_the_first_question_is_asked_for_again(tmp_path: Path) -> None:
+    class Damaged(Doveadm):
+        def __call__(self, *command: str) -> str:
+            answer = super().__call__(*command)
+            if len(self.asked) == 1:
+                raise subprocess.CalledProcessError(75, command)
+            return answer
+
+    dovecot = Damaged(1, 2)
+    assert mend("ann@example.org", {"INBOX": mailbox(tmp_path, 1)}, dovecot) == {"INBOX": {2}}
 
 
 def test_one_that_cannot_be_looked_at_does_not_keep_the_node_from_starting(

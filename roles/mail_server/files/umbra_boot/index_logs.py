@@ -5,9 +5,14 @@ such an end for corruption of the whole log, throws it away and goes on with the
 has: messages that were on the disk are gone from the mailbox. Whatever was synced lies before the
 first unfinished record, so the rest was acknowledged to nobody.
 
+The index itself may be newer than what is left of its log. Dovecot then goes on with the index and
+a new log, and the number of the lost one is missing between that and the one before it (``.2``),
+which no sync of the mailbox gets past: "Missing middle file". So the one before goes, too; all that
+it says is in the index.
+
 Format: struct mail_transaction_log_header and mail_transaction_header in Dovecot's
-src/lib-index/mail-transaction-log.h. A log is cut in one step; if this dies half-way, Dovecot makes
-of the rest what it would have made of all.
+src/lib-index/mail-transaction-log.h, struct mail_index_header in mail-index.h. A log is cut in one
+step; if this dies half-way, Dovecot makes of the rest what it would have made of all.
 """
 
 from __future__ import annotations
@@ -23,6 +28,8 @@ NAMES = ("dovecot.index.log", "dovecot.list.index.log")
 RECENT = 3600.0
 
 _HEADER_MIN = 24
+_LOG_NUMBER = slice(8, 12)
+_INDEX_LOG_NUMBER, _INDEX_LOG_OFFSET = slice(60, 64), slice(68, 72)
 _MAJOR = b"\x01"
 _BOUNDARY = 0x00080000
 _TYPE_MASK = 0x0FFFFFFF
@@ -82,12 +89,32 @@ def mend(path: Path) -> int:
     return len(log) - keep
 
 
+def needless(path: Path) -> Path | None:
+    """Return the log before one that Dovecot will throw away, if the index needs neither."""
+    index, before = path.with_suffix(""), path.with_name(path.name + ".2")
+    if not (index.exists() and before.exists()):
+        return None
+    with index.open("rb") as file:
+        header = file.read(_INDEX_LOG_OFFSET.stop)
+    number, offset = _number(header[_INDEX_LOG_NUMBER]), _number(header[_INDEX_LOG_OFFSET])
+    lost = _number_of(path) == number and path.stat().st_size < offset
+    return before if lost and _number_of(before) < number else None
+
+
+def _number_of(path: Path) -> int:
+    with path.open("rb") as file:
+        return _number(file.read(_LOG_NUMBER.stop)[_LOG_NUMBER])
+
+
 def main(mail: str) -> int:
     """Mend all logs below ``mail``; Dovecot must not run."""
     for path in recent_logs(Path(mail)):
         try:
             if cut := mend(path):
                 print(f"{path}: {cut} bytes were unfinished when the power was cut; cut")
+            if before := needless(path):
+                before.unlink()
+                print(f"{before}: the log after it is lost, and all of it is in the index; removed")
         except OSError as error:  # Dovecot will say what it makes of it
             print(f"{path}: {error.strerror}", file=sys.stderr)
     return 0

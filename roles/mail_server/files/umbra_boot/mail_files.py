@@ -18,12 +18,12 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 # What was written so long before the newest change (seconds) was on the disk: Linux writes back
 # within half a minute.
-RECENT = 300.0
+RECENT = 120.0
 TIMEOUT = 60.0
 # The directory of a mailbox's messages; the mailboxes below that one lie beside it.
 MESSAGES = "dbox-Mails"
@@ -85,36 +85,64 @@ def place(mail: Path, messages: Path) -> tuple[str, str]:
     return f"{user}@{domain}", "/".join(map(decoded, store[2:]))
 
 
-def lost(messages: Path, uids: set[int]) -> set[int]:
-    """Return those UIDs that have no file."""
-    return {uid for uid in uids if not (messages / f"u.{uid}").exists()}
+def known(user: str, mailboxes: Iterable[str], run: Doveadm) -> dict[str, set[int]]:
+    """Return the UIDs that each mailbox has by its index. One question: a process is not cheap."""
+    query = [word for name in mailboxes for word in ("OR", "mailbox", name)][1:]
+    rows = run("-f", "tab", "fetch", "-u", user, "mailbox uid", *query).splitlines()[1:]
+    found: dict[str, set[int]] = {}
+    for row in rows:
+        name, _, uid = row.rpartition("\t")
+        found.setdefault(name, set()).add(int(uid))
+    return found
 
 
-def mend(mail: Path, messages: Path, run: Doveadm = doveadm) -> set[int]:
-    """Rebuild a mailbox's index if messages have no file; return the UIDs of these."""
-    user, mailbox = place(mail, messages)
+def lost(mailboxes: Mapping[str, Path], uids: Mapping[str, set[int]]) -> dict[str, set[int]]:
+    """Return the UIDs that have no file, of those mailboxes that have such."""
+    found = {
+        name: {uid for uid in uids.get(name, ()) if not (messages / f"u.{uid}").exists()}
+        for name, messages in mailboxes.items()
+    }
+    return {name: gone for name, gone in found.items() if gone}
 
-    def known() -> set[int]:
-        rows = run("search", "-u", user, "mailbox", mailbox, "ALL").splitlines()
-        return {int(row.split()[-1]) for row in rows}
 
-    gone = lost(messages, known())
+def mend(user: str, mailboxes: Mapping[str, Path], run: Doveadm = doveadm) -> dict[str, set[int]]:
+    """Rebuild the indexes of mailboxes that have lost files; return the UIDs of the messages."""
+    try:
+        gone = lost(mailboxes, known(user, mailboxes, run))
+    except subprocess.CalledProcessError:
+        # Who finds an index damaged mends it, and fails all the same.
+        gone = lost(mailboxes, known(user, mailboxes, run))
     if gone:
-        gone &= known()  # who is expunged meanwhile is not lost
-    if gone:
-        run("force-resync", "-u", user, mailbox)
+        still = known(user, gone, run)  # who is expunged meanwhile is not lost
+        gone = {name: uids & still.get(name, set()) for name, uids in gone.items()}
+    gone = {name: uids for name, uids in gone.items() if uids}
+    for name in gone:
+        run("force-resync", "-u", user, name)
     return gone
+
+
+def by_user(mail: Path, directories: Iterable[Path]) -> dict[str, dict[str, Path]]:
+    """Return each user's mailboxes among ``directories``, by their names."""
+    found: dict[str, dict[str, Path]] = {}
+    for messages in directories:
+        try:
+            user, mailbox = place(mail, messages)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+        else:
+            found.setdefault(user, {})[mailbox] = messages
+    return found
 
 
 def main(mail: str) -> int:
     """Mend what was changed last below ``mail``."""
-    for messages in recent(Path(mail)):
+    for user, mailboxes in by_user(Path(mail), recent(Path(mail))).items():
         try:
-            if gone := mend(Path(mail), messages):
+            for name, gone in mend(user, mailboxes).items():
                 uids = ", ".join(map(str, sorted(gone)[:10]))
-                print(f"{messages}: {len(gone)} messages had no file (UID {uids}); rebuilt")
+                print(f"{user}, {name}: {len(gone)} messages had no file (UID {uids}); rebuilt")
         except (OSError, ValueError, subprocess.SubprocessError) as error:
-            print(f"{messages}: {error}", file=sys.stderr)
+            print(f"{user}: {error}", file=sys.stderr)
     return 0
 
 
