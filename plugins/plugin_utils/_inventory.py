@@ -24,6 +24,7 @@ NODES, WITNESS, OUTSIDE = "umbra_nodes", "umbra_witness", "umbra_outside"
 GROUPS = (NODES, WITNESS, OUTSIDE)
 ROLES = ("primary", "shadow")
 COORDINATOR = "replication_agent_coordinator"
+PROFILE = "replication_agent_profile"
 SERVICE = "replication_agent_service_addresses"
 PROBES = "replication_agent_client_probes"
 
@@ -154,6 +155,12 @@ def _role_findings(inventory: Inventory) -> Iterator[str]:
                 f"Redundancy group {group} has {len(primaries)} primaries, {_listed(primaries)};"
                 " set umbra_role: shadow on all but one of them."
             )
+        profiles: dict[str, list[str]] = {}
+        for host in hosts:
+            profiles.setdefault(str(inventory.value(host, PROFILE) or "default"), []).append(host)
+        if len(profiles) > 1:
+            values = _listed(f"{name} on {_listed(users)}" for name, users in profiles.items())
+            yield f"{PROFILE} differs: {values}; set it once for redundancy group {group}."
         if len(hosts) > 2 and _coordinators(inventory, hosts) == {"static"}:
             # A primary that comes back would take the third node, which may know as little as
             # itself, for the rest of the group.

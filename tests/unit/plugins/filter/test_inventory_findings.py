@@ -92,6 +92,18 @@ def test_a_coordinator_is_the_same_on_all_hosts(world: World) -> None:
     assert world.only().startswith("replication_agent_coordinator is etcd and static;")
 
 
+def test_a_profile_is_the_same_on_all_nodes_of_a_group(world: World) -> None:
+    world.set("replication_agent_profile", "wan")
+    assert world.findings() == []
+    world.set("replication_agent_profile", "lan-fast", "mail-b", "witness")
+    assert world.only() == (
+        "replication_agent_profile differs: wan on mail-a and lan-fast on mail-b;"
+        " set it once for redundancy group mail."
+    )
+    del world.hostvars["mail-a"]["replication_agent_profile"]
+    assert "differs: default on mail-a and lan-fast on mail-b;" in world.only()
+
+
 SERVICE = "replication_agent_service_addresses"
 
 
