@@ -117,6 +117,13 @@ def clock(world: World) -> None:
     node.run_at(world.random.choice([low, 1.0, high]))
 
 
+def profile(world: World) -> None:
+    """An agent starts with other times than it had, and maybe than the others have."""
+    node = _node(world)
+    if node.runs:
+        node.become(world.random.choice(list(p.PROFILES)))
+
+
 def switchover(world: World) -> None:
     primary = world.primary()
     if primary is None or primary.state.known is None:
@@ -160,7 +167,7 @@ def force(world: World) -> None:
 
 FAULTS: tuple[Fault, ...] = (
     crash, crash, wipe, pause, pause, stall, cut, cut, cut, coordinator, witness, slow, weather,
-    brittle, clock, switchover, overlay,
+    brittle, clock, switchover, overlay, profile,
 )  # fmt: skip
 
 
@@ -193,8 +200,12 @@ def episode(
     world = World(seed, layers=layers)
     chance = world.random
     world.strict = chance.random() < 0.75 if strict is None else strict
-    if chance.random() < 0.25:
-        world = World(seed, layers=layers, nodes=3, strict=world.strict)
+    mixed = chance.random() < 0.25
+    if (three := chance.random() < 0.25) or mixed:
+        world = World(
+            seed, layers=layers, nodes=3 if three else 2, strict=world.strict,
+            profiles=list(p.PROFILES) if mixed else ["default"],
+        )  # fmt: skip
         chance = world.random
     low, high = (0.9, 1.1) if world.strict else (0.5, 2.0)
     for node in world.nodes.values():

@@ -11,9 +11,9 @@ from umbra.cluster import protocol as p
 Scenario = Callable[[], object]
 
 
-def pair(seed: int = 1, *, max_changes: int = 1000) -> World:
+def pair(seed: int = 1, *, max_changes: int = 1000, profile: str = "default") -> World:
     """Return a protected pair with `a` primary."""
-    world = World(seed, max_changes=max_changes)
+    world = World(seed, max_changes=max_changes, profiles=[profile])
     world.start()
     world.settle(6 * D)
     expect(world, holder="a", epoch=1)
@@ -237,6 +237,69 @@ def forced_while_cut_off() -> None:
         world.run(2 * D)
         expect(world, holder="a", epoch=1, mode=p.Mode.ALONE)
         world.blocked |= {("a", "w"), ("w", "a")}
+        world.run(0.1)
+        world.forced.add(2)
+        world.nodes["b"].take(p.Force())
+        world.run(4 * D)
+        expect(world, holder="b", epoch=2, mode=p.Mode.ALONE)
+        acting(world, "b")
+
+
+def _cut_off(world: World, name: str) -> None:
+    for other in {"a", "b", "w"} - {name}:
+        world.blocked |= {(name, other), (other, name)}
+
+
+def shorter_at_the_shadow() -> None:
+    """The shadow has a shorter profile than the primary, which is cut off."""
+    for seed in range(5):
+        world = pair(seed, profile="wan")
+        world.nodes["b"].become("lan-fast")
+        world.run(4 * D)
+        expect(world, holder="a", epoch=1)
+        _cut_off(world, "a")
+        world.run(4 * D)
+        expect(world, holder="b", epoch=2, mode=p.Mode.ALONE)
+
+
+def shorter_at_the_primary() -> None:
+    """The same at the primary; it renews with the new one, hears no answer, and dies.
+
+    Its ports stay open for as long as the right that it had before.
+    """
+    for seed in range(5):
+        world = pair(seed, profile="wan")
+        world.nodes["b"].become("lan-fast")
+        world.run(4 * D)
+        world.blocked.add(("b", "a"))
+        world.nodes["a"].become("lan-fast")
+        world.run(0.5)
+        world.nodes["a"].crash()
+        world.run(4 * D)
+        expect(world, holder="b", epoch=2, mode=p.Mode.ALONE)
+
+
+def shadow_starts_unheard() -> None:
+    """A shadow starts with a shorter profile, and its primary is cut off by then."""
+    for seed in range(5):
+        world = pair(seed, profile="wan")
+        _cut_off(world, "a")
+        world.nodes["b"].become("lan-fast")
+        world.run(4 * D)
+        expect(world, holder="b", epoch=2, mode=p.Mode.ALONE)
+
+
+def forced_with_a_shorter_one() -> None:
+    """A person gives the key to the shadow; the lonely primary has got a longer D since."""
+    for seed in range(5):
+        world = pair(seed, profile="lan-fast")
+        world.blocked |= {("a", "b"), ("b", "a")}
+        world.run(2 * D)
+        world.nodes["a"].become("wan")
+        world.run(2 * D)
+        expect(world, holder="a", epoch=1, mode=p.Mode.ALONE)
+        acting(world, "a")
+        _cut_off(world, "a")
         world.run(0.1)
         world.forced.add(2)
         world.nodes["b"].take(p.Force())

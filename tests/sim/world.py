@@ -12,8 +12,8 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 from umbra.cluster import protocol as p
 
@@ -43,14 +43,16 @@ class Op:
 class Node:
     """One mail host: the protocol's state, a disk and a clock."""
 
-    def __init__(self, world: World, name: str, *, initial: bool, sites: dict[str, str]) -> None:
+    def __init__(
+        self, world: World, name: str, *, initial: bool, sites: dict[str, str], profile: str
+    ) -> None:
         self.world = world
         self.name = name
         self.config = p.Config(
             node=name,
             site=sites[name],
             peers={n: s for n, s in sites.items() if n != name},
-            timing=TIMING,
+            timing=p.PROFILES[profile],
             initial=initial,
             preference=int(name == "c"),
             max_changes=world.max_changes,
@@ -69,6 +71,7 @@ class Node:
         self.state = p.boot(name, self.durable, self.now())
         self.copying: dict[str, float] = {}
         self.endpoint = 0
+        self.lease = p.NEVER
 
     def now(self) -> float:
         since, value = self._base
@@ -82,8 +85,17 @@ class Node:
         return self.world.time + self.wall_offset
 
     @property
+    def timing(self) -> p.Timing:
+        return self.config.timing
+
+    @property
     def runs(self) -> bool:
         return self.up and not self.paused
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the kernel keeps the ports open, also for a process that is dead."""
+        return self.now() < self.lease
 
     # -- life
 
@@ -92,16 +104,24 @@ class Node:
         self.waiting.clear()
         self.copying.clear()
         self.state = p.boot(self.name, self.durable, self.now())
-        self._every(TIMING.beat / 3, self._tick)
-        self._every(TIMING.beat / 2, self._client)
+        self._every(self.timing.beat / 3, self._tick)
+        self._every(self.timing.beat / 2, self._client)
 
     def crash(self) -> None:
+        """The process dies; the kernel lives."""
         self.up = False
         self.life += 1
         self.waiting.clear()
 
+    def become(self, profile: str) -> None:
+        """The process starts again, with other times."""
+        self.crash()
+        self.config = replace(self.config, timing=p.PROFILES[profile])
+        self.start()
+
     def wipe(self) -> None:
         self.crash()
+        self.lease = p.NEVER
         self.data.clear()
         self.limbo.clear()
         number = int(self.durable.storage.split(".")[1]) + 1
@@ -145,6 +165,10 @@ class Node:
 
     def take(self, event: p.Event) -> None:
         state, effects = p.step(self.config, self.state, event, self.now(), self.wall())
+        if state.phase is p.Phase.PRIMARY:
+            self.lease = p.right_until(self.config, state)
+        elif self.state.phase is p.Phase.PRIMARY:
+            self.lease = p.NEVER
         self.state = state
         self.world.steps += 1
         for effect in effects:
@@ -181,10 +205,12 @@ class Node:
                 pass
 
     def _renewal(self, peer: str, epoch: int, sent: float) -> Callable[[], None]:
+        silence = self.timing.silence
+
         def arrive() -> None:
             other = self.world.nodes[peer]
             refused = p.refusal(other.state, epoch)
-            other.take(p.Asked(self.name, epoch, True))
+            other.take(p.Asked(self.name, epoch, silence))
             if not other.up:
                 return
             reply: p.Event = p.Answered(peer, sent, epoch, other.durable.storage)
@@ -203,7 +229,7 @@ class Node:
 
         def answered(revision: int, record: p.Record | None) -> None:
             self.endpoint = endpoint - 1  # the next request goes there too
-            if self.now() - sent <= TIMING.call:
+            if self.now() - sent <= self.timing.call:
                 self.take(p.Seen(sent, revision, record))
 
         self.world.register.request(self, swap, answered)
@@ -241,7 +267,7 @@ class Node:
                 return
             refused = p.refusal(other.state, op.epoch)
             stale = op.epoch < max(other.state.durable.epoch, other.world.epoch_of(other))
-            other.take(p.Asked(self.name, op.epoch, False))
+            other.take(p.Asked(self.name, op.epoch, None))
             if refused is not None or not other.runs:
                 return
             # What comes under an epoch that is over has missed the promotion.
@@ -276,9 +302,10 @@ class Node:
             return
         members = {m.node for m in self.state.known.protected}
         for peer, answer in self.state.answers.items():
-            fresh = self.now() - answer.sent < TIMING.miss
+            fresh = self.now() - answer.sent < self.timing.miss
             join = self.state.joining.get(peer)
-            if join is not None and not join.complete and self.now() - join.since > TIMING.silence:
+            late = join is not None and self.now() - join.since > self.timing.silence
+            if join is not None and not join.complete and late:
                 self.take(p.Lost(peer))
                 return
             if peer in members or join is not None or not fresh:
@@ -389,6 +416,7 @@ class World:
         nodes: int = 2,
         strict: bool = True,
         max_changes: int = 1000,
+        profiles: Sequence[str] = ("default",),
     ) -> None:
         self.seed = seed
         self.random = random.Random(seed)
@@ -408,7 +436,10 @@ class World:
         self.loss = 0.0
         self.delay = 0.001
         self.tail = 0.0
-        self.nodes = {n: Node(self, n, initial=n == "a", sites=sites) for n in names}
+        self.nodes = {
+            n: Node(self, n, initial=n == "a", sites=sites, profile=self.random.choice(profiles))
+            for n in names
+        }
         self.register = Register(self, ["a", "b", "w"])
         self.acked: set[int] = set()
         self.acked_at = 0.0
@@ -476,8 +507,12 @@ class World:
     def acknowledged(self, node: Node, op: Op) -> None:
         if self.strict:
             for other in self.nodes.values():
-                if other is not node and other.runs and other.acts():
+                if other is node:
+                    continue
+                if other.runs and other.acts():
                     self.fail(f"{node.name} acknowledges while {other.name} may act too")
+                if other.is_open:
+                    self.fail(f"{node.name} acknowledges while the ports of {other.name} are open")
         # It is decided when the last shadow has it, or alone when the primary says so.
         decided = max(op.stored.values(), default=self.time) if op.stored else self.time
         for epoch, first in self.first.items():

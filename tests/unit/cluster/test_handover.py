@@ -9,7 +9,7 @@ import asyncio
 import time
 
 import pytest
-from tests.unit.cluster.quorum_field import D, Field, Host, Node, Play, clock
+from tests.unit.cluster.quorum_field import TIMING, D, Field, Host, Node, Play, clock
 
 from umbra.api.report import Check
 from umbra.cluster import handover
@@ -88,7 +88,7 @@ def test_what_systemd_has_counted_before_the_agent_started_is_no_reason(group: P
         field.b.start()
         await field.protected(field.a)
         await field.a.power_cut()
-        await field.until(lambda: field.b.serves, 2 * D)
+        await field.until(lambda: field.b.serves, p.LONGEST + D)
         field.a.start()
         await field.protected(field.b)
         await asyncio.sleep(30)
@@ -272,7 +272,8 @@ def test_a_handover_that_fails_half_way_is_taken_back(group: Play) -> None:
         field.b.handlers["handover"] = breaks
         fill(field.a)
         await field.until(lambda: not field.a.host.open, SOON)
-        await field.until(lambda: field.a.serves, D)
+        # The drain ends D after it began, at the next tick.
+        await field.until(lambda: field.a.serves, D + TIMING.beat)
         assert field.a.host.postfix
         assert field.register.record.epoch == 1
         field.b.handlers["handover"] = real

@@ -48,7 +48,8 @@ def primary(now: float = 100.0) -> p.State:
 def shadow(now: float = 100.0, record: p.Record = RECORD) -> p.State:
     """`b`, asked by `a` at ``now``."""
     state = p.boot("b", p.Durable("b.0"), now - 10)
-    state, _ = take(B, state, p.Worked(now), p.Seen(now, 7, record), p.Asked("a", 1, True), now=now)
+    events = p.Worked(now), p.Seen(now, 7, record), p.Asked("a", 1, TIMING.silence)
+    state, _ = take(B, state, *events, now=now)
     return state
 
 
@@ -59,7 +60,7 @@ def test_a_new_group_is_made_by_one_node_once() -> None:
     assert p.Swap(0, first) in effects
     state, effects = take(A, state, p.Seen(1.0, 3, first), now=1.1)
     assert state.phase is p.Phase.PROMOTING
-    state, effects = take(A, state, p.Seen(4.0, 3, first), now=4.0)
+    state, effects = take(A, state, p.Seen(p.LONGEST, 3, first), now=p.LONGEST)
     assert kinds(effects)[:2] == [p.Persist, p.Open]
     assert state.durable == p.Durable("a.0", 1, 1)
 
@@ -108,7 +109,7 @@ def test_what_is_asked_for_and_unanswered_counts_as_done() -> None:
     ("epoch", "accepted"), [(0, False), (1, True), (2, True)], ids=["lower", "same", "higher"]
 )
 def test_a_shadow_refuses_a_lower_epoch_and_keeps_a_higher_one(epoch: int, accepted: bool) -> None:
-    state, effects = take(B, shadow(), p.Asked("a", epoch, False), now=100.2)
+    state, effects = take(B, shadow(), p.Asked("a", epoch, None), now=100.2)
     assert (p.Reply(None) in effects) is accepted
     if epoch > 1:
         assert effects[0] == p.Persist(p.Durable("b.0", epoch))
@@ -130,6 +131,31 @@ def test_a_shadow_takes_over_after_d_with_a_fresh_read_and_answers_nobody_meanwh
     assert p.refusal(state, 1) is not None
     state, effects = take(B, state, p.Seen(late + 0.01, 9, wish), now=late + 0.02)
     assert kinds(effects)[:3] == [p.Persist, p.Persist, p.Open]
+
+
+@pytest.mark.parametrize(
+    ("renewals", "waits_until"),
+    [
+        ({}, 100.0 + p.LONGEST),
+        ({100.0: 1.5}, 100.0 + p.LONGEST),
+        ({107.0: 1.5}, 107.0 + TIMING.silence),
+        ({107.0: TIMING.silence}, 107.0 + TIMING.silence),
+        ({107.0: 6.0}, 113.0),
+        ({107.0: 6.0, 108.0: 1.5}, 113.0),
+        ({107.0: 6.0, 112.0: 1.5}, 112.0 + TIMING.silence),
+    ],
+    ids=str,
+)
+def test_a_shadow_waits_for_its_own_d_and_the_primary_s(
+    renewals: dict[float, float], waits_until: float
+) -> None:
+    state = p.boot("b", p.Durable("b.0", 1), 100.0)
+    state, _ = take(B, state, p.Worked(100.0), p.Seen(100.0, 7, RECORD), now=100.0)
+    for now, silence in renewals.items():
+        state, _ = take(B, state, p.Asked("a", 1, silence), now=now)
+    for now, phase in ((waits_until - 0.01, p.Phase.READY), (waits_until, p.Phase.CANDIDATE)):
+        state, _ = take(B, state, p.Seen(now, 7, RECORD), now=now)
+        assert state.phase is phase
 
 
 def test_another_store_of_the_same_name_is_not_protected() -> None:
@@ -208,7 +234,10 @@ def test_a_forced_node_opens_only_when_the_other_must_have_stopped() -> None:
     assert p.Swap(7, forced) in effects
     state, effects = take(B, state, p.Seen(100.1, 8, forced), now=100.2)
     assert state.phase is p.Phase.PROMOTING
-    later = 100.2 + TIMING.silence
+    # It has heard D of that one, but may have been cut off from it since.
+    later = 100.2 + p.LONGEST
+    state, effects = take(B, state, p.Seen(later - 0.1, 8, forced), now=later - 0.1)
+    assert state.phase is p.Phase.PROMOTING
     state, effects = take(B, state, p.Seen(later, 8, forced), now=later)
     assert p.Open(2) in effects
 

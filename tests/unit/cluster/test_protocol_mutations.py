@@ -14,6 +14,8 @@ from tests.sim.world import Register, Violation
 
 from umbra.cluster import protocol as p
 
+SHORTEST = p.PROFILES["lan-fast"].silence
+
 Patch = Callable[[pytest.MonkeyPatch], None]
 
 
@@ -68,6 +70,14 @@ def _by_name(state: p.State, record: p.Record) -> bool:
     return state.node in {member.node for member in record.protected}
 
 
+def _own_only(config: p.Config, state: p.State, now: float, silence: float) -> float:
+    return max(state.waits_until, now + config.timing.silence)
+
+
+def _since_the_last(config: p.Config, state: p.State, now: float, silence: float) -> float:
+    return now + max(config.timing.silence, silence)
+
+
 def _known_only(state: p.State) -> frozenset[p.Record]:
     return frozenset({state.known} if state.known else ())
 
@@ -98,8 +108,28 @@ MUTATIONS = (
         scenarios.bad_weather,
     ),
     Mutation(
+        "3: the primary's D where it is longer",
+        patches("patience", _own_only),
+        scenarios.shorter_at_the_shadow,
+    ),
+    Mutation(
+        "3: an earlier renewal's D too",
+        patches("patience", _since_the_last),
+        scenarios.shorter_at_the_primary,
+    ),
+    Mutation(
+        "3: the longest D before any is heard",
+        patches("LONGEST", SHORTEST),
+        scenarios.shadow_starts_unheard,
+    ),
+    Mutation(
+        "3: the longest D after a person's word",
+        patches("LONGEST", SHORTEST),
+        scenarios.forced_with_a_shorter_one,
+    ),
+    Mutation(
         "3: nobody opens while another's right may run",
-        patches("_gate", lambda config, state, record, mine, now: now),
+        patches("_gate", lambda state, record, mine, now: now),
         scenarios.forced_while_cut_off,
     ),
     Mutation(

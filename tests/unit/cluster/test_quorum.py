@@ -6,7 +6,7 @@ import asyncio
 import sqlite3
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from tests.unit.cluster.quorum_field import TIMING, D, Field, Node, Play
@@ -14,7 +14,7 @@ from tests.unit.cluster.quorum_field import TIMING, D, Field, Node, Play
 from umbra.api.report import Check
 from umbra.cluster import protocol as p
 from umbra.cluster.switchover import Refused
-from umbra.config import Stonith, StonithUse
+from umbra.config import Profile, Stonith, StonithUse
 from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import PeerIdentity
 from umbra.transport.ports import NotPrimary
@@ -53,8 +53,46 @@ def test_a_lost_primary_is_replaced_and_returns_as_a_shadow(group: Play) -> None
         assert not field.a.host.postfix
         assert field.a.group.driver.state.durable.acted == 0  # merged with the new primary's
         await field.b.power_cut()
-        await field.until(lambda: field.a.serves, 2 * D)
+        await field.until(lambda: field.a.serves, p.LONGEST + D)
         assert field.a.group.epoch == 3
+
+    group(scenario)
+
+
+@pytest.mark.parametrize("says", [True, False], ids=["new agent", "older agent"])
+def test_a_shorter_profile_at_the_shadow_waits_for_the_primary_s(group: Play, says: bool) -> None:
+    async def scenario(field: Field) -> None:
+        b = field.b
+        await b.crash()
+        shorter = replace(b.config.coordinator, profile=Profile.LAN_FAST)
+        b.config = replace(b.config, coordinator=shorter)
+        b.start()
+        renew = b.handlers["renew"]
+
+        async def renewed(peer: Any, args: Mapping[str, Any], exchange: Any) -> dict[str, Any]:
+            assert args["silence"] == D
+            return await renew(peer, args if says else {"epoch": args["epoch"]}, exchange)
+
+        b.handlers["renew"] = renewed
+        await field.protected(field.a)
+        await asyncio.sleep(p.LONGEST)
+        field.separate("a", "b")
+        field.register.cut.add("a")
+        # The watch of the field sees that the two never overlap.
+        silence = D if says else p.LONGEST
+        took = await field.until(lambda: b.serves, 2 * silence)
+        assert took >= silence - TIMING.beat
+
+    group(scenario)
+
+
+@pytest.mark.parametrize("silence", [0, -1.0, "2.5", None, float("inf"), float("nan")])
+def test_a_renewal_with_a_d_that_makes_no_sense_is_refused(group: Play, silence: Any) -> None:
+    async def scenario(field: Field) -> None:
+        renew = field.b.handlers["renew"]
+        args = {"epoch": 1, "silence": silence}
+        with pytest.raises(PeerError, match="the silence of a renewal"):
+            await renew(PeerIdentity("a", ""), args, cast(Exchange, None))
 
     group(scenario)
 
@@ -190,7 +228,7 @@ def test_a_swap_without_an_answer_is_found_out(group: Play) -> None:
         await field.protected(field.a)
         field.register.mute = True
         await field.a.power_cut()
-        await field.until(lambda: field.b.serves, 2 * D)
+        await field.until(lambda: field.b.serves, p.LONGEST + D)
 
     group(scenario)
 

@@ -140,13 +140,16 @@ class Driver:
         """Decide on ``event`` soon."""
         self._events.put_nowait((event, None))
 
-    async def asked(self, peer: str, epoch: int, *, renewal: bool) -> str | None:
-        """Return why a peer's request is refused, or None; what it teaches is on disk then."""
-        if not renewal and not self._unsettled:
+    async def asked(self, peer: str, epoch: int, *, silence: float | None = None) -> str | None:
+        """Return why a peer's request is refused, or None; what it teaches is on disk then.
+
+        :param silence: of a renewal, see ``Asked``.
+        """
+        if silence is None and not self._unsettled:
             refused = p.refusal(self.state, epoch)
             if refused is not None or epoch == self.state.durable.epoch:
                 return refused  # it teaches nothing
-        return await self.take(p.Asked(peer, epoch, renewal))
+        return await self.take(p.Asked(peer, epoch, silence))
 
     async def write(self, vacancy: p.Vacancy, record: p.Record) -> None:
         """Write the key by an operator's word, past the rules; the outcome is seen as any other."""

@@ -8,7 +8,8 @@ nodes never act at once. The rules, by the names of the functions that hold them
    a committed ``alone``.
 2. ``refusal`` and ``Persist``: a node takes nothing of a lower epoch than it has seen, and an epoch
    is on disk before the services open.
-3. ``silent_enough``: a protected shadow takes over when it has heard nothing for D.
+3. ``silent_enough``: a protected shadow takes over when it has heard nothing for D: its own or the
+   primary's, which each renewal carries, whichever is longer (``patience``).
 4. ``unanswered``: the primary leaves a silent shadow behind by compare-and-set, sooner than D.
 5. ``basis``: the answers of all who could take over extend the primary's right, and need no
    quorum; a primary that nobody answers needs the key.
@@ -179,6 +180,8 @@ PROFILES: Mapping[str, Timing] = {
     "default": Timing(2.5, 1.9, 1.2, 0.4, 0.4, 2.5, 0.8),
     "wan": Timing(6.0, 4.5, 3.0, 1.0, 0.5, 5.0, 1.5),
 }
+LONGEST = max(timing.silence for timing in PROFILES.values())
+"""D of a primary that has not said its own."""
 
 
 def profile_findings(name: str, round_trip: float) -> list[str]:
@@ -284,6 +287,7 @@ class State:
     :param read_sent: when the last request was sent whose answer showed ``known``.
     :param pending: what this node asked to write over ``revision`` and has no outcome of.
     :param heard: when this node last answered a holder's renewal, or booted.
+    :param waits_until: this node takes over from nobody before.
     :param lost: peers that could not take something since they joined.
     :param not_before: a new holder does not open sooner.
     """
@@ -291,6 +295,7 @@ class State:
     node: str
     durable: Durable
     heard: float
+    waits_until: float
     known: Record | None = None
     revision: int = 0
     read_sent: float = NEVER
@@ -316,8 +321,11 @@ class State:
 
 
 def boot(node: str, durable: Durable, now: float) -> State:
-    """Return the state of a node that starts: fenced until the key says otherwise."""
-    return State(node, durable, heard=now)
+    """Return the state of a node that starts: fenced until the key says otherwise.
+
+    It has forgotten whose renewal it answered before, and what D that one had.
+    """
+    return State(node, durable, heard=now, waits_until=now + LONGEST)
 
 
 # -- events
@@ -352,12 +360,13 @@ class Seen:
 class Asked:
     """A peer asks something under ``epoch``. The answer is ``Reply``.
 
-    :param renewal: it is a renewal; one keeps this node from taking over, other requests do not.
+    :param silence: D of the peer if this is a renewal, which keeps this node from taking over;
+        None for any other request.
     """
 
     peer: str
     epoch: int
-    renewal: bool
+    silence: float | None
 
 
 @dataclass(frozen=True)
@@ -579,15 +588,23 @@ def refusal(state: State, epoch: int) -> str | None:
     return None
 
 
+def patience(config: Config, state: State, now: float, silence: float) -> float:
+    """Return until when this node waits after it has heard a primary with D ``silence`` (rule 3).
+
+    The two may have different profiles while one is being changed. What an earlier renewal was
+    answered with still holds: the right that it extended runs on when D has become shorter.
+    """
+    return max(state.waits_until, now + max(config.timing.silence, silence))
+
+
 def silent_enough(config: Config, state: State, now: float) -> bool:
     """Whether the primary has been silent for D, and this node's turn has come (rule 3).
 
     The key was read after the silence, so the coordinator answers: an outage of it makes no
     candidate, who would have to refuse a primary that comes back.
     """
-    silence = config.timing.silence
-    wait = silence + config.preference * config.timing.stagger
-    return now - state.heard >= wait and state.read_sent - state.heard >= silence
+    turn = state.waits_until + config.preference * config.timing.stagger
+    return now >= turn and state.read_sent >= state.waits_until
 
 
 def entitled(state: State, record: Record) -> bool:
@@ -663,7 +680,7 @@ def _take(
         case Seen():
             return _seen(config, state, event, now, effects)
         case Asked():
-            return _asked(state, event, now, effects)
+            return _asked(config, state, event, now, effects)
         case Answered(peer, sent, epoch, storage):
             old = state.answers.get(peer)
             if old is not None and (old.epoch, old.sent) >= (epoch, sent):
@@ -719,12 +736,13 @@ def _learn(state: State, epoch: int, effects: list[Effect]) -> State:
     return _persist(state, replace(state.durable, epoch=max(epoch, state.durable.epoch)), effects)
 
 
-def _asked(state: State, event: Asked, now: float, effects: list[Effect]) -> State:
+def _asked(config: Config, state: State, event: Asked, now: float, effects: list[Effect]) -> State:
     refused = refusal(state, event.epoch)
     if refused is None:
         state = _learn(state, event.epoch, effects)
-        if event.renewal:
-            state = replace(state, heard=now)
+        if event.silence is not None:
+            waits_until = patience(config, state, now, event.silence)
+            state = replace(state, heard=now, waits_until=waits_until)
     effects.append(Reply(refused))
     return state
 
@@ -759,12 +777,13 @@ def _seen(config: Config, state: State, seen: Seen, now: float, effects: list[Ef
     if not _holds(state):
         if was is not None and was.holder == state.node:
             effects.append(Nudge(record.holder))
-        # A new holder has its D before anybody calls it silent.
-        heard = now if is_new else state.heard
-        state = replace(state, joining={}, lost=frozenset(), holding_since=NEVER, heard=heard)
+        state = replace(state, joining={}, lost=frozenset(), holding_since=NEVER)
+        if is_new:  # it has its D before anybody calls it silent
+            waits_until = patience(config, state, now, config.timing.silence)
+            state = replace(state, heard=now, waits_until=waits_until)
         return _learn(state, record.epoch, effects)
     if is_new:
-        gate = _gate(config, state, record, mine, now)
+        gate = _gate(state, record, mine, now)
         state = replace(state, holding_since=now, not_before=gate, forced=False)
     kept = {
         name: join
@@ -774,18 +793,18 @@ def _seen(config: Config, state: State, seen: Seen, now: float, effects: list[Ef
     return _learn(replace(state, joining=kept), record.epoch, effects)
 
 
-def _gate(config: Config, state: State, record: Record, mine: bool, now: float) -> float:
+def _gate(state: State, record: Record, mine: bool, now: float) -> float:
     """Return when a holder may open: when no former one can have a right any more.
 
     A handover was written by the former holder itself after it had stopped; a node that opened
-    under this epoch before it restarted has waited already. A right that this
-    node's answers extended ends before D after the last of them. In any other case (a person's
-    word, a candidate that died before it knew the outcome, a new group) this node only knows that
-    nobody's right was extended after the commit.
+    under this epoch before it restarted has waited already. A right that this node's answers
+    extended ends before it takes over. In any other case (a person's word, a candidate that died
+    before it knew the outcome) this node only knows that nobody's right was extended after the
+    commit, and not what D the former holder had by then.
     """
     if record.mode is Mode.HANDOVER or record.epoch == state.durable.acted:
         return now
-    return (state.heard if mine else now) + config.timing.silence
+    return state.waits_until if mine else now + LONGEST
 
 
 def _names(record: Record) -> set[str]:
@@ -854,8 +873,8 @@ def _settle(config: Config, state: State, now: float, wall: float, effects: list
     if is_open and not was_open:
         effects.append(Open(state.durable.epoch))
     # A read as soon as the silence is over keeps the pause between beats out of the outage.
-    over = state.heard + config.timing.silence
-    if now - state.beat_at >= config.timing.beat or state.beat_at < over <= now:
+    over = state.beat_at < state.waits_until <= now
+    if now - state.beat_at >= config.timing.beat or over:
         state = replace(state, beat_at=now)
         # What it could not do for clients it does not claim to its shadows either.
         if (

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import statistics
 import time
@@ -506,7 +507,7 @@ class QuorumGroup(Group):
         if op in FREE_OPERATIONS:
             return
         if op in GUARDED:
-            refused = await self.driver.asked(peer, epoch, renewal=False)
+            refused = await self.driver.asked(peer, epoch)
             if refused is not None:
                 code = "stale-epoch" if epoch < self.epoch else "refused"
                 raise PeerError(code, refused)
@@ -525,7 +526,10 @@ class QuorumGroup(Group):
         epoch = args.get("epoch")
         if not isinstance(epoch, int) or epoch < 1:
             raise PeerError("protocol", "a renewal needs an epoch")
-        refused = await self.driver.asked(peer.node, epoch, renewal=True)
+        silence = args.get("silence", p.LONGEST)  # an agent from before this was said
+        if not isinstance(silence, (int, float)) or not 0 < silence < math.inf:
+            raise PeerError("protocol", "the silence of a renewal is a number of seconds")
+        refused = await self.driver.asked(peer.node, epoch, silence=silence)
         durable = self.driver.state.durable
         return {"refused": refused, "epoch": durable.epoch, "storage": durable.storage}
 
@@ -539,7 +543,8 @@ class QuorumGroup(Group):
         timing = self.driver.config.timing
         link = self.control[peer]
         try:
-            return await link.request("renew", {"epoch": epoch}, timeout=timing.miss)
+            body = {"epoch": epoch, "silence": timing.silence}
+            return await link.request("renew", body, timeout=timing.miss)
         except PeerError:
             link.reset()
             raise
@@ -669,8 +674,7 @@ class QuorumGroup(Group):
     async def force(self) -> None:
         """Become primary by an operator's word; returns when this node serves."""
         await self._wish(p.Force())
-        silence = self.driver.config.timing.silence
-        if not await self.driver.until(self.is_primary, WRITE_DOWN + 2 * silence):
+        if not await self.driver.until(self.is_primary, WRITE_DOWN + p.LONGEST):
             state = self.driver.state
             raise NotNow(
                 f"{state.node} is {state.phase}: {state.cause}; it goes on trying until its agent"
@@ -700,12 +704,11 @@ class QuorumGroup(Group):
             forced=epoch,
         )
         await self.driver.write(vacancy, record)
-        silence = self.driver.config.timing.silence
 
         def done() -> bool:
             return self.epoch >= record.epoch and self.is_primary()
 
-        if not await self.driver.until(done, WRITE_DOWN + 2 * silence):
+        if not await self.driver.until(done, WRITE_DOWN + p.LONGEST):
             raise NotNow(f"{state.node} is {self.driver.state.phase}: {self._trouble()}")
 
     async def _wish(self, event: p.Event) -> None:
