@@ -219,6 +219,27 @@ def join_unanswered() -> None:
         expect(world, holder="b", epoch=2, mode=p.Mode.ALONE)
 
 
+def join_forgotten() -> None:
+    """The key names the shadow protected late: the agent that asked for it has died since."""
+    for seed in range(5):
+        world = pair(seed)
+        world.register.members = ["w"]
+        a, b = world.nodes["a"], world.nodes["b"]
+        b.crash()
+        world.run(2 * D)
+        world.register.late = 4 * D
+        b.start()
+        while not a.state.pending:
+            world.run(0.0005)
+        world.register.late = 0.0
+        world.blocked |= {("a", "b"), ("b", "a")}
+        a.become("default")
+        world.run(3.9 * D)
+        acting(world, "a")
+        _cut_off(world, "a")
+        world.run(4 * D)
+
+
 def bad_weather() -> None:
     """2 % loss and 50 ms jitter are no fault."""
     world = pair()

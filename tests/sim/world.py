@@ -349,6 +349,7 @@ class Register:
         self.record: p.Record | None = None
         self.frozen: set[str] = set()
         self.slow = 0.0
+        self.late = 0.0  # a write that is asked for now is committed so much later
         self.applied: dict[str, tuple[int, p.Record | None]] = dict.fromkeys(members, (0, None))
 
     def lives(self, member: str) -> bool:
@@ -377,6 +378,7 @@ class Register:
         answered: Callable[[int, p.Record | None], None],
     ) -> None:
         member = self.members[node.endpoint % len(self.members)]
+        late = self.late if swap else 0.0
 
         def reply(revision: int, record: p.Record | None) -> None:
             self.world.send(member, node.name, lambda: answered(revision, record))
@@ -385,7 +387,7 @@ class Register:
             if not self.committed_reads and swap is None and self.lives(member):
                 reply(*self.applied[member])
                 return
-            delay = self.world.random.expovariate(1 / 0.003)
+            delay = late + self.world.random.expovariate(1 / 0.003)
             if self.slow and self.world.random.random() < 0.3:
                 delay += self.world.random.uniform(0, self.slow)
             self.world.after(delay, commit)

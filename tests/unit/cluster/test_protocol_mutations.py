@@ -78,6 +78,10 @@ def _since_the_last(config: p.Config, state: p.State, now: float, silence: float
     return now + max(config.timing.silence, silence)
 
 
+def _forgetful(node: str, durable: p.Durable, now: float) -> p.State:
+    return p.State(node, durable, heard=now, waits_until=now + p.LONGEST, settled=True)
+
+
 def _known_only(state: p.State) -> frozenset[p.Record]:
     return frozenset({state.known} if state.known else ())
 
@@ -166,6 +170,11 @@ MUTATIONS = (
         "what is pending is possible",
         patches("possible", _known_only),
         scenarios.join_unanswered,
+    ),
+    Mutation(
+        "what was pending before the start too",
+        patches("boot", _forgetful),
+        scenarios.join_forgotten,
     ),
     Mutation(
         "a pause holds", patches("hindrance", lambda config, record, wall: None), scenarios.paused

@@ -20,7 +20,8 @@ nodes never act at once. The rules, by the names of the functions that hold them
    than this node has seen: what voters have from a snapshot gives nobody a right (``Vacancy``).
 
 What is unresolved counts as possible: a compare-and-set without an answer may be committed now,
-later or never, so the node does only what the known record and all pending ones allow.
+later or never, so the node does only what the known record and all pending ones allow. A node that
+starts has forgotten what it asked for: it acts only when the key was written since (``settled``).
 
 All times are seconds on one CLOCK_BOOTTIME of the node, except ``wall``.
 """
@@ -286,6 +287,8 @@ class State:
     :param revision: of ``known`` in the coordinator; 0 while there is no key.
     :param read_sent: when the last request was sent whose answer showed ``known``.
     :param pending: what this node asked to write over ``revision`` and has no outcome of.
+    :param settled: what this node asked for before it started is committed or void: the key has
+        been written since it first saw it.
     :param heard: when this node last answered a holder's renewal, or booted.
     :param waits_until: this node takes over from nobody before.
     :param lost: peers that could not take something since they joined.
@@ -302,6 +305,7 @@ class State:
     cluster: str = ""
     vacancy: Vacancy | None = None
     pending: frozenset[Record] = frozenset()
+    settled: bool = False
     asked_at: float = NEVER
     beat_at: float = NEVER
     worked: float = NEVER
@@ -549,7 +553,7 @@ def basis(config: Config, state: State, record: Record) -> float:
 def right_until(config: Config, state: State) -> float:
     """Return until when this node may act."""
     records = possible(state)
-    if not records or not all(acting_under(state, record) for record in records):
+    if not (records and state.settled and all(acting_under(state, r) for r in records)):
         return NEVER
     return min(basis(config, state, record) for record in records) + config.timing.hold
 
@@ -768,6 +772,7 @@ def _seen(config: Config, state: State, seen: Seen, now: float, effects: list[Ef
     state = replace(
         state, known=record, revision=seen.revision, read_sent=read_sent, pending=frozenset(),
         cluster=seen.cluster, vacancy=None, asked_at=NEVER, beat_at=NEVER,
+        settled=state.settled or was is not None,
     )  # fmt: skip
     if state.switching and not (_holds(state) and _names(record) & {state.switching}):
         state = replace(state, switching=None, drained=False)
@@ -903,7 +908,7 @@ def _ask_for(config: Config, state: State, now: float, wall: float, effects: lis
     if now - state.asked_at < config.timing.call:
         return state
     wish = _wish(config, state, now, wall)
-    if wish is None and state.pending:
+    if wish is None and (state.pending or (_holds(state) and not state.settled)):
         wish = state.known  # writing what is there resolves what is pending
     if wish is None:
         return state
@@ -1000,6 +1005,8 @@ def _phase(config: Config, state: State, now: float, wall: float) -> tuple[Phase
         return Phase.PROMOTING, f"epoch {known.epoch} is this node's"
     if any(record.holder != state.node for record in state.pending):
         return Phase.DEMOTING, f"the key is offered to {state.switching or 'another node'}"
+    if not state.settled:
+        return Phase.FENCED, "the key must be written once after the start of the agent"
     if not may_act(config, state, now):
         needs = "a protected shadow's answer" if known.protected else "the coordinator's answer"
         return Phase.FENCED, f"the right to act has run out; it needs {needs}"
