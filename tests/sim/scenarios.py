@@ -300,6 +300,21 @@ def shorter_at_the_primary() -> None:
         expect(world, holder="b", epoch=2, mode=p.Mode.ALONE)
 
 
+def shorter_at_the_primary_and_a_start() -> None:
+    """The same, and the shadow's process starts again after that."""
+    for seed in range(5):
+        world = pair(seed, profile="wan")
+        world.nodes["b"].become("lan-fast")
+        world.run(4 * D)
+        world.blocked.add(("b", "a"))
+        world.nodes["a"].become("lan-fast")
+        world.run(0.5)
+        world.nodes["a"].crash()
+        world.nodes["b"].become("lan-fast")
+        world.run(4 * D)
+        expect(world, holder="b", epoch=2, mode=p.Mode.ALONE)
+
+
 def shadow_starts_unheard() -> None:
     """A shadow starts with a shorter profile, and its primary is cut off by then."""
     for seed in range(5):

@@ -117,7 +117,7 @@ def test_a_shadow_refuses_a_lower_epoch_and_keeps_a_higher_one(epoch: int, accep
     state, effects = take(B, shadow(), p.Asked("a", epoch, None), now=100.2)
     assert (p.Reply(None) in effects) is accepted
     if epoch > 1:
-        assert effects[0] == p.Persist(p.Durable("b.0", epoch))
+        assert effects[0] == p.Persist(p.Durable("b.0", epoch, silence=TIMING.silence))
         assert p.refusal(state, 1) is not None
 
 
@@ -161,6 +161,30 @@ def test_a_shadow_waits_for_its_own_d_and_the_primary_s(
     for now, phase in ((waits_until - 0.01, p.Phase.READY), (waits_until, p.Phase.CANDIDATE)):
         state, _ = take(B, state, p.Seen(now, 7, RECORD), now=now)
         assert state.phase is phase
+
+
+@pytest.mark.parametrize(
+    ("renewals", "remembered"),
+    [
+        ({}, p.LONGEST),
+        ({101.0: 2.5}, p.LONGEST),  # one that was answered before the start may still count
+        ({107.0: 2.5}, 2.5),
+        ({107.0: 1.5, 108.0: 6.0}, 6.0),
+        ({107.0: 6.0, 108.0: 1.5}, 6.0),
+    ],
+    ids=str,
+)
+def test_the_d_that_was_answered_outlives_the_process(
+    renewals: dict[float, float], remembered: float
+) -> None:
+    state = p.boot("b", p.Durable("b.0", 1), 100.0)
+    state, _ = take(B, state, p.Seen(100.0, 7, RECORD), now=100.0)
+    for now, silence in renewals.items():
+        before = state.durable
+        state, effects = take(B, state, p.Asked("a", 1, silence), now=now)
+        assert (p.Persist in kinds(effects)) == (state.durable != before)
+    assert state.durable.silence == remembered
+    assert p.boot("b", state.durable, 200.0).waits_until == 200.0 + remembered
 
 
 def test_another_store_of_the_same_name_is_not_protected() -> None:

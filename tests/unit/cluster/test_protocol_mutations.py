@@ -14,6 +14,7 @@ from tests.sim.world import Register, Violation
 
 from umbra.cluster import protocol as p
 
+BOOT = p.boot
 SHORTEST = p.PROFILES["lan-fast"].silence
 
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -79,7 +80,11 @@ def _since_the_last(config: p.Config, state: p.State, now: float, silence: float
 
 
 def _forgetful(node: str, durable: p.Durable, now: float) -> p.State:
-    return p.State(node, durable, heard=now, waits_until=now + p.LONGEST, settled=True)
+    return replace(BOOT(node, durable, now), settled=True)
+
+
+def _starts_afresh(node: str, durable: p.Durable, now: float) -> p.State:
+    return replace(BOOT(node, durable, now), waits_until=now + SHORTEST)
 
 
 def _known_only(state: p.State) -> frozenset[p.Record]:
@@ -122,9 +127,14 @@ MUTATIONS = (
         scenarios.shorter_at_the_primary,
     ),
     Mutation(
-        "3: the longest D before any is heard",
-        patches("LONGEST", SHORTEST),
+        "3: the D that was answered before a start",
+        patches("boot", _starts_afresh),
         scenarios.shadow_starts_unheard,
+    ),
+    Mutation(
+        "3: the longest of these",
+        patches("_remembered", lambda state, now, silence: silence),
+        scenarios.shorter_at_the_primary_and_a_start,
     ),
     Mutation(
         "3: the longest D after a person's word",

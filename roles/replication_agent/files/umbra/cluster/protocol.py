@@ -224,11 +224,13 @@ class Durable:
 
     :param epoch: the highest epoch seen; 0 on a new store.
     :param acted: the last epoch under which this node opened its services; 0 once reconciled.
+    :param silence: the longest D of a primary whose renewals this node has answered lately.
     """
 
     storage: str
     epoch: int = 0
     acted: int = 0
+    silence: float = LONGEST
 
 
 @dataclass(frozen=True)
@@ -291,6 +293,8 @@ class State:
         been written since it first saw it.
     :param heard: when this node last answered a holder's renewal, or booted.
     :param waits_until: this node takes over from nobody before.
+    :param former_until: what it answered before it started counts until then.
+    :param longest: the longest D of a primary whose renewals it has answered since.
     :param lost: peers that could not take something since they joined.
     :param not_before: a new holder does not open sooner.
     """
@@ -299,6 +303,8 @@ class State:
     durable: Durable
     heard: float
     waits_until: float
+    former_until: float
+    longest: float = 0.0
     known: Record | None = None
     revision: int = 0
     read_sent: float = NEVER
@@ -327,9 +333,10 @@ class State:
 def boot(node: str, durable: Durable, now: float) -> State:
     """Return the state of a node that starts: fenced until the key says otherwise.
 
-    It has forgotten whose renewal it answered before, and what D that one had.
+    It may have answered a renewal just before.
     """
-    return State(node, durable, heard=now, waits_until=now + LONGEST)
+    until = now + durable.silence
+    return State(node, durable, heard=now, waits_until=until, former_until=until)
 
 
 # -- events
@@ -743,12 +750,21 @@ def _learn(state: State, epoch: int, effects: list[Effect]) -> State:
 def _asked(config: Config, state: State, event: Asked, now: float, effects: list[Effect]) -> State:
     refused = refusal(state, event.epoch)
     if refused is None:
-        state = _learn(state, event.epoch, effects)
+        durable = replace(state.durable, epoch=max(event.epoch, state.durable.epoch))
         if event.silence is not None:
+            # On disk before the answer: who dies after it waits for as long after the next start.
+            durable = replace(durable, silence=_remembered(state, now, event.silence))
             waits_until = patience(config, state, now, event.silence)
-            state = replace(state, heard=now, waits_until=waits_until)
+            longest = max(state.longest, event.silence)
+            state = replace(state, heard=now, waits_until=waits_until, longest=longest)
+        state = _persist(state, durable, effects)
     effects.append(Reply(refused))
     return state
+
+
+def _remembered(state: State, now: float, silence: float) -> float:
+    former = state.durable.silence if now < state.former_until else 0.0
+    return max(former, state.longest, silence)
 
 
 def _seen(config: Config, state: State, seen: Seen, now: float, effects: list[Effect]) -> State:

@@ -140,7 +140,12 @@ class QuorumGroup(Group):
                 initial=durable.role is Role.PRIMARY,
                 max_changes=settings.limit,
             ),
-            p.Durable(durable.storage_id, durable.epoch, durable.acted or 0),
+            p.Durable(
+                durable.storage_id,
+                durable.epoch,
+                durable.acted or 0,
+                p.LONGEST if durable.silence is None else durable.silence,
+            ),
             key=f"umbra/{config.group}/primary",
             coordinator=self._coordinator,
             save=self._save,
@@ -441,8 +446,8 @@ class QuorumGroup(Group):
             merged = old.merged or (self._handed_over and not durable.acted)
             await self._write(
                 replace(
-                    old, epoch=durable.epoch, acted=durable.acted, role=role, since=since,
-                    merged=merged,
+                    old, epoch=durable.epoch, acted=durable.acted, silence=durable.silence,
+                    role=role, since=since, merged=merged,
                 )
             )  # fmt: skip
             self._handed_over = False

@@ -77,6 +77,7 @@ class Durable:
     :param acted: only with a coordinator: the last epoch under which this node opened its services,
         0 once reconciled. None in a state of the static coordinator, whose epochs count by
         themselves.
+    :param silence: only with a coordinator: see ``protocol.Durable``; None if it is not known.
     """
 
     storage_id: str
@@ -90,6 +91,7 @@ class Durable:
     last_change: Change | None = None
     acted: int | None = None
     unshared: bool = True
+    silence: float | None = None
 
 
 @dataclass(frozen=True)
