@@ -7,6 +7,7 @@ Pure functions on netaddr. They run on the controller only, so the hosts need no
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -159,3 +160,28 @@ def plan_overlay(
             "endpoint": f"{outside}:{port}",
         }
     return plan
+
+
+def overlay_moves(
+    plan: Mapping[str, Mapping[str, str]], subnet_text: Any, host: str, conf: str, peers: str
+) -> list[str]:
+    """Return one sentence for each host that would get another address than it has.
+
+    ``conf`` and ``peers`` are what an earlier run wrote on ``host``: its interface, and its peers
+    by name. Both are empty on a host that has no tunnel yet. Hosts that left the plan do not count.
+    """
+    subnet = parse_subnet(subnet_text)
+    known = [(host, address) for address in re.findall(r"(?m)^Address = ([^/\s]+)", conf)]
+    known += re.findall(r"(?m)^# (\S+)\nPublicKey = .*\nAllowedIPs = ([^/\s]+)", peers)
+    moves: list[str] = []
+    for name, old in known:
+        new = plan[name]["address"] if name in plan else old
+        if canonical(old) == canonical(new):
+            continue
+        fix = (
+            f"set vpn_number: {netaddr.IPAddress(old).value - subnet.first} for {name}"
+            if is_in(old, subnet)
+            else f"{old} is not in vpn_overlay_subnet {subnet}, so set back that one"
+        )
+        moves.append(f"{name} has {old} in the tunnel and would get {new}; {fix}.")
+    return moves

@@ -7,11 +7,15 @@ from typing import Any
 import netaddr
 import pytest
 from ansible.errors import AnsibleFilterError
+from ansible_collections.umbra.mail.plugins.filter.overlay_moves import (
+    FilterModule as MovesModule,
+)
 from ansible_collections.umbra.mail.plugins.filter.overlay_plan import FilterModule
 from hypothesis import given
 from hypothesis import strategies as st
 
 plan = FilterModule().filters()["overlay_plan"]
+moves = MovesModule().filters()["overlay_moves"]
 
 
 def hostvars(*numbers: Any) -> dict[str, dict[str, Any]]:
@@ -158,3 +162,47 @@ def test_addresses_are_distinct_hosts_of_the_subnet(
     assert all(address in subnet for address in planned)
     assert subnet.network not in planned
     assert subnet.broadcast not in planned
+
+
+def moved(subnet: str, conf: str, peers: str, *numbers: Any) -> list[str]:
+    variables = hostvars(*numbers)
+    found: list[str] = moves(plan(list(variables), subnet, variables), subnet, "h1", conf, peers)
+    return found
+
+
+CONF = "[Interface]\nAddress = fd00:86::1/64\n"
+PEERS = """
+[Peer]
+# h2
+PublicKey = k=
+AllowedIPs = fd00:86::2
+Endpoint = 192.0.2.2:51820
+
+[Peer]
+# gone
+PublicKey = k=
+AllowedIPs = fd00:86::3
+"""
+
+
+def test_who_stays_and_who_left_does_not_move() -> None:
+    assert moved("fd00:86::/64", CONF, PEERS, None, None) == []
+    assert moved("fd00:86::/48", CONF, PEERS, None, None) == []
+    assert moved("fd00:86::/64", "", "", 2, 1) == []
+
+
+def test_who_moves_is_told_the_number_that_it_has() -> None:
+    assert moved("fd00:86::/64", CONF, PEERS, 17, None) == [
+        "h1 has fd00:86::1 in the tunnel and would get fd00:86::11; set vpn_number: 1 for h1."
+    ]
+    assert moved("fd00:86::/64", CONF, PEERS, None, 3) == [
+        "h2 has fd00:86::2 in the tunnel and would get fd00:86::3; set vpn_number: 2 for h2."
+    ]
+
+
+def test_another_subnet_moves_everybody() -> None:
+    first, second = moved("fd00:87::/64", CONF, PEERS, None, None)
+    assert first.endswith(
+        "fd00:86::1 is not in vpn_overlay_subnet fd00:87::/64, so set back that one."
+    )
+    assert second.startswith("h2 has fd00:86::2")
