@@ -27,6 +27,7 @@ COORDINATOR = "replication_agent_coordinator"
 PROFILE = "replication_agent_profile"
 SERVICE = "replication_agent_service_addresses"
 PROBES = "replication_agent_client_probes"
+REPLICATED = "mail_server_replicated"
 
 # Read by more than one role, so no single role's argument specs have them.
 SHARED_VARIABLES = frozenset({"umbra_group", "umbra_site", "umbra_role", "umbra_sites"})
@@ -133,6 +134,12 @@ def _role_findings(inventory: Inventory) -> Iterator[str]:
             yield f"{host} has no umbra_role; set it to primary or shadow."
         elif role not in ROLES:
             yield f"{host}: umbra_role is {role!s}; set it to primary or shadow."
+        replicated = inventory.value(host, REPLICATED)
+        if replicated is not None and str(replicated).lower() in ("false", "no", "off", "0"):
+            yield (
+                f"{host}: {REPLICATED} is {replicated!s}, so no message and no mailbox change"
+                f" would be copied; leave it out, or take the host out of {NODES}."
+            )
         group = inventory.value(host, "umbra_group")
         if group is None:
             yield f"{host} has no umbra_group; set it to the name of its redundancy group."

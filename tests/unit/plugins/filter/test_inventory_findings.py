@@ -104,6 +104,19 @@ def test_a_profile_is_the_same_on_all_nodes_of_a_group(world: World) -> None:
     assert "differs: default on mail-a and lan-fast on mail-b;" in world.only()
 
 
+@pytest.mark.parametrize("value", [False, "false", "no"])
+def test_a_node_that_is_not_replicated(world: World, value: Any) -> None:
+    world.set("mail_server_replicated", True, "mail-a", "mail-b")
+    assert world.findings() == []
+    world.set("mail_server_replicated", value, "mail-b")
+    assert world.only().startswith(f"mail-b: mail_server_replicated is {value}, so no message")
+
+
+def test_a_node_has_its_inventory_name(world: World) -> None:
+    world.set("replication_agent_node", "other", "mail-b")
+    assert world.only().startswith("Variable replication_agent_node on mail-b is used by no role")
+
+
 SERVICE = "replication_agent_service_addresses"
 
 

@@ -1,0 +1,74 @@
+# Copyright: umbra.mail contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+"""Judges mailboxes and aliases: from lists of both to sentences, which hold no password hash."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+# In characters that need no quoting in Postfix's tables, Dovecot's passwd-file or a file name.
+ADDRESS = re.compile(r"[A-Za-z0-9._=+-]+@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+")
+HASH = re.compile(r"(\{[A-Z0-9.-]+\}|\$)[^:\s]+")
+
+
+def _address(item: Mapping[str, Any]) -> str:
+    return str(item.get("address"))
+
+
+def _mailbox_faults(
+    mailbox: Mapping[str, Any], domains: Iterable[str], taken: Mapping[str, int], aliases: set[str]
+) -> Iterator[str]:
+    address = _address(mailbox)
+    if not ADDRESS.fullmatch(address):
+        yield "is no plain address"
+    elif address.lower().rpartition("@")[2] not in domains:
+        yield "is in none of mail_server_domains"
+    if "+" in address:
+        yield "has a +, after which users put words of their own"
+    if taken[address.lower()] > 1:
+        yield "is there twice"
+    if address.lower() in aliases:
+        yield "is an alias as well"
+    if not HASH.fullmatch(str(mailbox.get("password_hash"))):
+        yield "has a password_hash that does not start with its {SCHEME} or $, or has a : or space"
+    if ":" in str(mailbox.get("name") or ""):
+        yield "has a name with :"
+
+
+def _alias_faults(alias: Mapping[str, Any], taken: Mapping[str, int]) -> Iterator[str]:
+    address = _address(alias)
+    if not ADDRESS.fullmatch(address):
+        yield "is no plain address"
+    if taken[address.lower()] > 1:
+        yield "is there twice"
+    destinations = [str(item) for item in alias.get("destinations") or []]
+    if not destinations:
+        yield "has no destination"
+    yield from (
+        f"has the destination {item}, which is no plain address"
+        for item in destinations
+        if not ADDRESS.fullmatch(item)
+    )
+
+
+def mailbox_findings(
+    mailboxes: Iterable[Mapping[str, Any]],
+    aliases: Iterable[Mapping[str, Any]],
+    domains: Iterable[str],
+) -> list[str]:
+    """Return one sentence for each mailbox and alias that cannot be set up as it is written."""
+    mailboxes, aliases = list(mailboxes), list(aliases)
+    names = {str(domain).lower() for domain in domains}
+    boxes = Counter(_address(item).lower() for item in mailboxes)
+    others = Counter(_address(item).lower() for item in aliases)
+    found = [
+        ("Mailbox", item, list(_mailbox_faults(item, names, boxes, set(others))))
+        for item in mailboxes
+    ] + [("Alias", item, list(_alias_faults(item, others))) for item in aliases]
+    sentences = [
+        f"{kind} {_address(item)} {', '.join(faults)}." for kind, item, faults in found if faults
+    ]
+    return list(dict.fromkeys(sentences))
