@@ -279,6 +279,35 @@ def typed_values_are_cast(root: Path) -> Findings:
     return findings
 
 
+def packages_can_be_rehearsed(root: Path) -> Findings:
+    """A first run with --check passes where apt cannot be asked from Python yet."""
+    return [
+        f"{path.relative_to(root)}: {task.get('name')} fails in check mode without python3-apt."
+        for path in task_files(root)
+        for task in tasks(load(path))
+        if "ansible.builtin.apt" in task and "not ansible_check_mode" not in str(task.get("when"))
+    ]
+
+
+def tags_leave_nothing_undefined(root: Path) -> Findings:
+    """What one room of a role registers, the room service reads with a default.
+
+    Else the room's own tag ends with an undefined variable.
+    """
+    findings = []
+    for path in sorted((root / "roles").glob("*/tasks/service.yml")):
+        text = path.read_text()
+        own = {task.get("register") for task in tasks(load(path))}
+        for other in sorted(set(path.parent.glob("*.yml")) - {path}):
+            names = {str(task["register"]) for task in tasks(load(other)) if "register" in task}
+            findings += [
+                f"{path.relative_to(root)}: {name} of {other.name} has no default."
+                for name in sorted(names - own)
+                if re.search(rf"\b{name}\b(?! \| default\()", text)
+            ]
+    return findings
+
+
 def plays_have_names(root: Path) -> Findings:
     """Every play in a playbook is named."""
     return [
@@ -408,6 +437,8 @@ RULES = (
     readme_has_each_variable,
     tasks_are_in_order,
     typed_values_are_cast,
+    packages_can_be_rehearsed,
+    tags_leave_nothing_undefined,
     plays_have_names,
     facts_are_not_injected,
     scenarios_test_something,

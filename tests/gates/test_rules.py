@@ -21,6 +21,7 @@ DEFAULTS = "roles/x/defaults/main.yml"
 META = "roles/x/meta/main.yml"
 SPECS = "roles/x/meta/argument_specs.yml"
 TASKS = "roles/x/tasks/main.yml"
+SERVICE = "roles/x/tasks/service.yml"
 PLAYBOOK = "playbooks/site.yml"
 BASE = "extensions/molecule/config.yml"
 SCENARIO = "extensions/molecule/pair/molecule.yml"
@@ -64,6 +65,14 @@ argument_specs:
     - name: Set
       ansible.builtin.set_fact:
         __x_fact: 1
+""",
+    SERVICE: """\
+- name: Install
+  ansible.builtin.apt: {name: x}
+  when: not ansible_check_mode
+- name: Start
+  ansible.builtin.systemd_service:
+    daemon_reload: "{{ __x_said | default({}) is changed }}"
 """,
     PLAYBOOK: """\
 - name: Play
@@ -127,6 +136,12 @@ BAD: dict[Rule, list[tuple[str, str, str | None, str]]] = {
         (TASKS, "register: __x_said", "when: x_n > 1", "x_n is not cast"),
         (TASKS, "name: Block", "name: Block\n  when: not x_n", "x_n is not cast"),
         (TASKS, "register: __x_said", "when: [x_a == 'x_n', x_n | int > 1, x_n]", "x_n is not"),
+    ],
+    rules.packages_can_be_rehearsed: [
+        (SERVICE, "  when: not ansible_check_mode\n", "", "Install fails in check mode"),
+    ],
+    rules.tags_leave_nothing_undefined: [
+        (SERVICE, " | default({})", "", "__x_said of main.yml has no default"),
     ],
     rules.plays_have_names: [(PLAYBOOK, "name: Play\n  ", "", "play 1 has no name")],
     rules.facts_are_not_injected: [
