@@ -34,7 +34,7 @@ from umbra.cluster.etcd import Etcd, client_tls
 from umbra.cluster.group import Group, Protect
 from umbra.cluster.handover import Handover
 from umbra.cluster.machine import NotNow
-from umbra.cluster.protocol import PROFILES, profile_findings
+from umbra.cluster.protocol import PROFILES
 from umbra.cluster.quorum import QuorumGroup
 from umbra.cluster.service_address import ServiceAddress
 from umbra.cluster.static import StateError, StateFile
@@ -464,18 +464,7 @@ def main() -> int:
         "--check-config", type=Path, metavar="FILE",
         help="say what is wrong with FILE on this host, and end",
     )  # fmt: skip
-    parser.add_argument(
-        "--check-profile", choices=sorted(PROFILES), metavar="PROFILE",
-        help="say why PROFILE does not fit the round trip, and end",
-    )  # fmt: skip
-    parser.add_argument(
-        "--round-trip", type=float, default=0.0, metavar="SECONDS", help="for --check-profile"
-    )
     options = parser.parse_args()
-    if options.check_profile:
-        found = profile_findings(options.check_profile, options.round_trip)
-        print("\n".join(found))
-        return 1 if found else 0
     try:
         config = load(options.check_config or options.config)
     except ConfigError as error:
