@@ -256,8 +256,7 @@ class PeerMirror:
         """
         if not self.phase.waits or user in self._queue.suspended:
             # Noted before the first await, so that the hand-over cannot miss it.
-            self._note([user])
-            self._pump()
+            self.follow([user])
             await self._be_alone()
             # Asynchronous on purpose: an agent that dies compares all users when it starts.
             if self.limit is not Phase.CATCHING_UP:
@@ -621,7 +620,7 @@ class PeerMirror:
         return not self.phase.waits
 
     def follow(self, users: Iterable[str]) -> None:
-        """Changes of ``users`` were acknowledged while this peer was excused."""
+        """Note that this peer lacks changes of ``users``, and sync them; nobody waits for it."""
         self._note(users)
         self._pump()
 
@@ -698,8 +697,7 @@ class PeerMirror:
 
     def retry_held(self) -> None:
         """Try again what could not be mirrored."""
-        self._note(list(self._queue.held))
-        self._pump()
+        self.follow(list(self._queue.held))
 
     @property
     def running(self) -> int:
