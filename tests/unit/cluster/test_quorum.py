@@ -59,6 +59,52 @@ def test_a_lost_primary_is_replaced_and_returns_as_a_shadow(group: Play) -> None
     group(scenario)
 
 
+def test_postfix_is_started_before_the_role_is_taken(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        await field.a.power_cut()
+        await field.until(lambda: field.b.host.postfix, D)
+        assert field.register.record.holder == "a"
+        assert not field.b.host.open
+        await field.until(lambda: field.b.serves, 2 * D)
+
+    group(scenario)
+
+
+def test_postfix_is_stopped_when_the_primary_is_heard_again(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        # Frozen for a moment less than D: it cannot write down that it goes on alone.
+        field.register.frozen.set()
+        field.separate("a", "b")
+        await field.until(lambda: field.b.host.postfix, D)
+        field.cut.clear()
+        field.register.frozen.clear()
+        await field.until(lambda: not field.b.host.postfix, 3 * D)
+        assert field.a.serves
+        assert field.register.record.epoch == 1
+        await asyncio.sleep(3 * D)
+        assert not field.b.host.postfix
+
+    group(scenario)
+
+
+def test_postfix_stays_stopped_on_a_shadow_that_is_left_behind_or_may_not_take_over(
+    group: Play,
+) -> None:
+    async def scenario(field: Field) -> None:
+        field.separate("a", "b")
+        await field.until(lambda: field.register.record.mode is p.Mode.ALONE, D)
+        await asyncio.sleep(2 * D)
+        assert not field.b.host.postfix
+        field.cut.clear()
+        await field.protected(field.a)
+        await field.b.group.pause(True)
+        await field.a.power_cut()
+        await asyncio.sleep(2 * D)
+        assert not field.b.host.postfix
+
+    group(scenario)
+
+
 @pytest.mark.parametrize("says", [True, False], ids=["new agent", "older agent"])
 def test_a_shorter_profile_at_the_shadow_waits_for_the_primary_s(group: Play, says: bool) -> None:
     async def scenario(field: Field) -> None:

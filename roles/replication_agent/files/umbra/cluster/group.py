@@ -490,7 +490,7 @@ class Group:
     async def _shut(self) -> None:
         """Close the ports, disconnect users and stop Postfix."""
         await self._helper.ports_close()
-        if self._prepared_until > time.monotonic():
+        if self._prepared():
             return
         if await self._helper.postfix_running():
             await self._helper.postfix_stop()
@@ -513,9 +513,13 @@ class Group:
             )
 
     async def prepare(self, seconds: float) -> None:
-        """Start Postfix behind closed ports, for a handover that is expected within ``seconds``."""
-        self._prepared_until = time.monotonic() + seconds
+        """Start Postfix behind closed ports, for a change that is expected within ``seconds``."""
+        until = asyncio.get_running_loop().time() + seconds
+        self._prepared_until = max(self._prepared_until, until)
         await self._helper.postfix_start()
+
+    def _prepared(self) -> bool:
+        return self._prepared_until > asyncio.get_running_loop().time()
 
     def _start_catching_up(self) -> None:
         state = self.state

@@ -618,6 +618,22 @@ def silent_enough(config: Config, state: State, now: float) -> bool:
     return now >= turn and state.read_sent >= state.waits_until
 
 
+def expects_the_role(config: Config, state: State, now: float, wall: float) -> bool:
+    """Whether this node takes over soon, unless it hears of the primary.
+
+    Half-way between the silence after which a primary that lives leaves this node behind, which the
+    key shows then, and the one after which this node takes over.
+    """
+    known = state.known
+    return (
+        known is not None
+        and state.phase in (Phase.READY, Phase.CANDIDATE)
+        and entitled(state, known)
+        and now - state.heard >= (config.timing.miss + config.timing.silence) / 2
+        and hindrance(config, known, wall) is None
+    )
+
+
 def entitled(state: State, record: Record) -> bool:
     """Whether this node has everything that was acknowledged (rule 3)."""
     member = Member(state.node, state.durable.storage)

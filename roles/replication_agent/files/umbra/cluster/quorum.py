@@ -762,6 +762,7 @@ class QuorumGroup(Group):
                 tasks.create_task(self._lease(), name="lease of the ports")
                 tasks.create_task(self.work.run(), name="proof of work")
                 tasks.create_task(self._watch_voters(), name="voters")
+                tasks.create_task(self._watch_primary(), name="silence of the primary")
                 tasks.create_task(self.fitness.run(self.on_ailing), name="fitness")
         finally:
             if self._opening is not None:
@@ -772,7 +773,7 @@ class QuorumGroup(Group):
         """Return who has to greet. Postfix is stopped by ourselves while this node is closed."""
         if self.state.phase is Phase.PRIMARY and not self.switching:
             return (POSTFIX, DOVECOT)
-        if _holds(self.driver.state) or self._prepared_until > time.monotonic():
+        if _holds(self.driver.state) or self._prepared():
             return (DOVECOT,)
         return ()
 
@@ -785,13 +786,29 @@ class QuorumGroup(Group):
             self._silent_voters = silent
             await asyncio.sleep(VOTERS_PAUSE)
 
+    async def _watch_primary(self) -> None:
+        """Start Postfix behind closed ports before this node takes over, as before a handover.
+
+        If the primary is heard again, ``_shut`` stops it soon.
+        """
+        timing = self.driver.config.timing
+        while True:
+            state = self.driver.state
+            if p.expects_the_role(self.driver.config, state, self._clock(), time.time()):
+                try:
+                    await self.prepare(timing.silence)
+                except HelperError as error:  # it is started once more by the opening
+                    log.info("Postfix does not start before the role is this node's: %s", error)
+                await asyncio.sleep(timing.silence / 2)
+            await asyncio.sleep(timing.beat / 2)
+
     async def _prove(self) -> None:
         if self._lease_error:
             raise HelperError(self._lease_error)
         await self._helper.prove()
 
     async def prepare(self, seconds: float) -> None:
-        """Start Postfix behind closed ports, for a handover that is expected within ``seconds``."""
+        """Start Postfix behind closed ports, for a change that is expected within ``seconds``."""
         await super().prepare(seconds)
         self.work.at_once()
 
