@@ -154,6 +154,7 @@ class Host(NodeHelper):
         self.hook_fails = False
         self.crashed = False
         self.restarts = 0
+        self.warm = 0
         self.free = {"/var/vmail": 2**30}
         self.clients_reach = True
 
@@ -359,6 +360,7 @@ class Node:
                 raise OSError("connection refused")
 
         group.work._greet = greet
+        group.warm_up = self._warm_up
         group.fitness.free = lambda: self.host.free
         links = {p.name: Link(self.field, self.name, p.name) for p in self.config.peers}
         group.links = cast(dict[str, PeerLink], links)
@@ -398,6 +400,10 @@ class Node:
         }
         self.up = True
         self._task = asyncio.create_task(self._run(status))
+
+    async def _warm_up(self) -> None:
+        assert self.host.postfix
+        self.host.warm += 1
 
     async def _run(self, status: Callable[[], dict[str, Any]]) -> None:
         async with asyncio.TaskGroup() as tasks:

@@ -66,6 +66,7 @@ def test_postfix_is_started_before_the_role_is_taken(group: Play) -> None:
         assert field.register.record.holder == "a"
         assert not field.b.host.open
         await field.until(lambda: field.b.serves, 2 * D)
+        assert field.b.host.warm == 1
 
     group(scenario)
 

@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 
-from umbra.cluster.work import DOVECOT, POSTFIX, Server, Work, greeting
+from umbra.cluster import work
+from umbra.cluster.work import DOVECOT, POSTFIX, Server, Work, greeting, warm_up
 
 
 class Host:
@@ -105,3 +106,39 @@ async def test_only_a_greeting_is_one(says: bytes, monkeypatch: pytest.MonkeyPat
                     await greeting(port, b"220", b"QUIT\r\n")
         await ended.wait()
         await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("greets", [True, False], ids=["greets", "hangs"])
+async def test_all_processes_for_the_first_clients_are_held_at_once(
+    greets: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "WARM_UP", 0.2)
+    connected, all_there = 0, asyncio.Event()
+    said: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connected
+        connected += 1
+        if connected == work.WARM:
+            all_there.set()
+        await all_there.wait()  # served by the process of another one, it would never be
+        if greets:
+            writer.write(b"220 mail ESMTP\r\n")
+        said.put_nowait(await reader.readline())
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server, asyncio.timeout(1):
+        await warm_up(server.sockets[0].getsockname()[1])
+        for _ in range(work.WARM):
+            assert await said.get() == (b"QUIT\r\n" if greets else b"")
+
+
+async def test_a_closed_port_is_left_to_the_clients(caplog: pytest.LogCaptureFixture) -> None:
+    server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    server.close()
+    await server.wait_closed()
+    with caplog.at_level("INFO"):
+        await warm_up(port)
+    assert "no processes ready" in caplog.text

@@ -26,6 +26,7 @@ from umbra.cluster.fitness import Fitness
 from umbra.cluster.machine import Event, NotNow
 from umbra.cluster.state import Mode, Phase, Role, State
 from umbra.cluster.static import StateFile, first
+from umbra.cluster.work import warm_up
 from umbra.config import Config
 from umbra.node.client import NodeHelper
 from umbra.node.helper import HelperError
@@ -147,6 +148,7 @@ class Group:
         self._moved = asyncio.Condition()
         self.messages = Work()
         self.changes = Work()
+        self.warm_up: Callable[[], Awaitable[None]] = warm_up
         self._prepared_until = 0.0
         self.switching = False
         self._queue_held = False
@@ -517,6 +519,7 @@ class Group:
         until = asyncio.get_running_loop().time() + seconds
         self._prepared_until = max(self._prepared_until, until)
         await self._helper.postfix_start()
+        await self.warm_up()
 
     def _prepared(self) -> bool:
         return self._prepared_until > asyncio.get_running_loop().time()

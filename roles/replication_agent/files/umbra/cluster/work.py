@@ -16,6 +16,10 @@ log = logging.getLogger(__name__)
 POSTFIX = (25, b"220", b"QUIT\r\n")
 DOVECOT = (143, b"* OK", b"a LOGOUT\r\n")
 ADDRESS = "127.0.0.1"
+WARM = 6
+"""Processes that wait for clients when a node becomes primary."""
+WARM_UP = 1.0
+"""Seconds for that."""
 Server = tuple[int, bytes, bytes]
 
 
@@ -31,6 +35,34 @@ async def greeting(port: int, expected: bytes, goodbye: bytes) -> None:
         await reader.readline()
     finally:
         writer.close()
+
+
+async def warm_up(port: int = POSTFIX[0]) -> None:
+    """Have Postfix load a process for each of the first clients, so that none of them waits for it.
+
+    What fails is left to the clients: Postfix starts what they need then.
+    """
+    writers: list[asyncio.StreamWriter] = []
+
+    async def greeted() -> None:
+        reader, writer = await asyncio.open_connection(ADDRESS, port)
+        writers.append(writer)
+        if not await reader.read(1):
+            raise OSError(f"port {port} is closed again")
+
+    try:
+        async with asyncio.timeout(WARM_UP):
+            # Held until all are served: else the first process would serve the others as well.
+            found = await asyncio.gather(*(greeted() for _ in range(WARM)), return_exceptions=True)
+        if errors := [error for error in found if error is not None]:
+            log.info("Postfix has no processes ready for clients: %s", errors[0])
+        for writer in writers:
+            writer.write(POSTFIX[2])
+    except TimeoutError:
+        log.info("Postfix has no processes ready for clients within %g s", WARM_UP)
+    finally:
+        for writer in writers:
+            writer.close()
 
 
 class Work:
