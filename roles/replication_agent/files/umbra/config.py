@@ -111,7 +111,7 @@ class Transport:
     shadow_copies: int = 1
     shadow_preference: ShadowPreference = ShadowPreference.PREFER_REMOTE
     shadow_max_size: int = 0
-    resubmit_after: float = 0.0
+    resubmit_after: float = 1.0
     safety_net_hold: float = 172_800.0
     safety_net_max_size: int = 10_240
 
