@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socketserver
+import subprocess
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from tests.unit.roles.stage import Stage
 
+UNIT = "etc/systemd/system/umbra-agent.service"
 WHOLE = ["umbractl pause", "systemctl restarted umbra-agent.service", "umbractl unpause"]
 
 
@@ -47,9 +49,20 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
         "if test -e no-majority; then echo 'umbractl: no majority' >&2; exit 1; fi\n"
         'case "$1" in pause) touch paused ;; unpause) rm -f paused ;; esac',
     )
-    stage.program("bin/systemctl", 'case "$*" in restarted*agent*) test ! -e broken ;; esac')
-    stage.program("usr/lib/umbra/umbra-agent", "true")
+    now = "date -u '+%a %F %T.%6N UTC'"
+    stage.program(
+        "bin/systemctl",
+        f'case "$*" in restarted*agent*) test ! -e broken && {now} > since ;;'
+        " show*) cat since ;; esac",
+    )
+    stage.program("usr/lib/umbra/umbra-agent", "test ! -e refused")
+    written = ("sbin/umbractl", "lib/umbra/umbra-helper", "lib/umbra/.umbra-1/daemon.py")
+    for name in (*(f"usr/{name}" for name in written), "etc/umbra/agent.yml", UNIT):
+        stage.write(name, "")
+    stage.write("etc/umbra/tls/peers/b.crt", "")
+    (tmp_path / "usr/lib/umbra/umbra").symlink_to(".umbra-1")
     (tmp_path / "var/lib").mkdir(parents=True)
+    stage.write("since", subprocess.check_output(now, shell=True, text=True))
     stage.write(
         "roles/replication_agent/tasks/change.yml",
         "[{ansible.builtin.debug: {}, changed_when: true, notify: Restart the agent}]",
@@ -123,3 +136,16 @@ def test_where_there_is_nothing_to_pause(stage: Stage, api: Api, status: dict[st
     api.status |= status
     stage.write("no-majority", "")
     assert run(stage, change=True) == (0, WHOLE[1:2])
+
+
+def test_what_a_run_has_written_and_did_not_live_to_apply_is_due(stage: Stage, api: Api) -> None:
+    stage.write("usr/lib/umbra/umbra/daemon.py", "new")
+    stage.write("refused", "")
+    assert run(stage) == (2, [])
+    (stage.root / "refused").unlink()
+    assert run(stage) == (0, WHOLE)
+    stage.write("usr/lib/umbra/umbra/__pycache__/daemon.pyc", "the agent's own")
+    assert run(stage) == (0, [])
+    for name in ("etc/umbra/agent.yml", "etc/umbra/tls/peers/b.crt", UNIT):
+        stage.write(name, "new")
+    assert run(stage) == (0, WHOLE)
