@@ -106,6 +106,37 @@ def test_postfix_stays_stopped_on_a_shadow_that_is_left_behind_or_may_not_take_o
     group(scenario)
 
 
+def test_a_pause_that_ends_while_the_primary_s_agent_restarts_costs_it_no_role(
+    group: Play,
+) -> None:
+    async def scenario(field: Field) -> None:
+        await field.a.group.pause(True)
+        await field.a.crash()
+        await asyncio.sleep(2 * D)
+        field.a.start()
+        field.a.host.works.clear()  # its first proof of work takes a moment
+        await field.b.group.pause(False)
+        await asyncio.sleep(D / 2)
+        field.a.host.works.set()
+        await field.protected(field.a)
+        assert field.register.record.epoch == 1
+
+    group(scenario)
+
+
+def test_who_is_lost_under_a_pause_is_replaced_after_it(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        await field.b.group.pause(True)
+        await field.a.power_cut()
+        await asyncio.sleep(2 * D)
+        assert not field.b.serves
+        await field.b.group.pause(False)
+        took = await field.until(lambda: field.b.serves, 2 * D)
+        assert D <= took <= D + 0.7
+
+    group(scenario)
+
+
 @pytest.mark.parametrize("says", [True, False], ids=["new agent", "older agent"])
 def test_a_shorter_profile_at_the_shadow_waits_for_the_primary_s(group: Play, says: bool) -> None:
     async def scenario(field: Field) -> None:

@@ -815,9 +815,12 @@ def _seen(config: Config, state: State, seen: Seen, now: float, effects: list[Ef
         if was is not None and was.holder == state.node:
             effects.append(Nudge(record.holder))
         state = replace(state, joining={}, lost=frozenset(), holding_since=NEVER)
-        if is_new:  # it has its D before anybody calls it silent
+        resumed = was is not None and was.paused and not record.paused
+        if is_new or resumed:
+            # It has its D before anybody calls it silent: a new one, and one whose agent was
+            # restarted under a pause that has ended before it is heard again.
             waits_until = patience(config, state, now, config.timing.silence)
-            state = replace(state, heard=now, waits_until=waits_until)
+            state = replace(state, heard=now if is_new else state.heard, waits_until=waits_until)
         return _learn(state, record.epoch, effects)
     if is_new:
         gate = _gate(state, record, mine, now)
