@@ -30,6 +30,12 @@ class ReportCollector(Collector):
         for reason in report.reasons:
             reasons.add_metric([reason], 1.0)
         yield reasons
+        checks = GaugeMetricFamily(
+            "umbra_check_passed", "1 when the check of this node passes", labels=["check"]
+        )
+        for check in report.checks:
+            checks.add_metric([check.name], float(check.passed))
+        yield checks
         yield GaugeMetricFamily(
             "umbra_epoch", "Epoch of the primary's right to act", value=float(report.epoch)
         )
