@@ -21,6 +21,7 @@ from umbra.cluster.etcd import EtcdError, Shown
 from umbra.cluster.handover import Handover
 from umbra.cluster.quorum import QuorumGroup
 from umbra.cluster.static import StateFile
+from umbra.cluster.work import POSTFIX
 from umbra.config import (
     Config,
     Coordinator,
@@ -356,7 +357,7 @@ class Node:
         self.group = group = QuorumGroup(self.config, states, self.host, view, clock=clock)
 
         async def greet(port: int, expected: bytes, goodbye: bytes) -> None:
-            if port == 25 and not self.host.postfix:
+            if port == POSTFIX[0] and not self.host.postfix:
                 raise OSError("connection refused")
 
         group.work._greet = greet

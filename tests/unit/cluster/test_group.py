@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tests.unit.cluster.support import CONFIG
 
-from umbra.cluster import machine
+from umbra.cluster import machine, static
 from umbra.cluster.group import Group
 from umbra.cluster.machine import NotNow
 from umbra.cluster.state import Change, Durable, Mode, Phase, Role
@@ -40,7 +40,10 @@ class Disk(StateFile):
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Disk:
-    return Disk(tmp_path / "state.json", "mail", "a")
+    """That of a primary which has served."""
+    disk = Disk(tmp_path / "state.json", "mail", "a")
+    disk.save(replace(static.first("primary", AT), epoch=1))
+    return disk
 
 
 def make(disk: Disk) -> Group:
@@ -308,3 +311,16 @@ class NoRows:
     async def receive_lines(self) -> AsyncIterator[dict[str, Any]]:
         return
         yield {}
+
+
+async def test_a_promotion_by_force_ends_what_the_lost_primary_has_begun_here(disk: Disk) -> None:
+    disk.save(replace(static.first("shadow", AT), epoch=1))
+    group = make(disk)
+    broken: list[tuple[bool, Any]] = []
+    group.break_off = lambda operations: broken.append(("dsync" in operations, disk.load()))
+    change = Change("b", "a", AT, planned=False)
+    await group.apply(machine.Promote(2, change, protected=False))
+    [(dsync, stored)] = broken
+    assert dsync
+    assert stored is not None
+    assert stored.epoch == 1  # before this node is primary for anybody

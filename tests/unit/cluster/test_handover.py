@@ -335,3 +335,58 @@ def test_an_agent_that_ends_in_the_middle_leaves_no_task(group: Play) -> None:
         await field.until(lambda: field.b.serves, 3 * D)
 
     group(scenario)
+
+
+def test_a_drain_leaves_the_ports_open_for_who_is_being_answered(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        with field.a.group.messages.begin():
+            moving = asyncio.create_task(field.a.handover.run("b", dry_run=False, timeout_s=20))
+            await asyncio.sleep(0.5)
+            assert field.a.phase is p.Phase.DRAINING
+            assert field.a.host.open
+        await field.until(lambda: not field.a.host.open, 0.5)
+        assert field.register.record.holder == "a"
+        await moving
+        assert field.b.serves
+
+    group(scenario)
+
+
+def test_a_former_primary_starts_no_postfix_before_its_queue_is_on_hold(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        field.a.host.queue_ids = {"Q1": "deferred"}
+        moving = asyncio.create_task(field.a.handover.run("b", dry_run=False, timeout_s=20))
+        await field.until(lambda: field.a.phase is p.Phase.READY, D)
+        field.separate("a", "b")
+        field.register.cut.add("a")
+        for _ in range(int(15 / 0.05)):
+            assert not (field.a.host.postfix and field.a.host.queue_ids.get("Q1") == "deferred")
+            await asyncio.sleep(0.05)
+            if clock() % 5 < 0.05:  # it sees the coordinator again and again, b never
+                field.register.cut.clear()
+        await asyncio.gather(moving, return_exceptions=True)
+
+    group(scenario)
+
+
+def test_who_gets_its_role_back_before_the_other_has_opened_serves_and_says_so(
+    group: Play,
+) -> None:
+    async def scenario(field: Field) -> None:
+        async def never(*_: object, **__: object) -> dict[str, object]:
+            await asyncio.sleep(1000)
+            return {}
+
+        field.b.handlers["handover-finish"] = never
+        field.b.parts.take_over = never  # type: ignore[assignment,method-assign]
+        moving = asyncio.create_task(field.a.handover.run("b", dry_run=False, timeout_s=20))
+        await field.until(lambda: field.register.record.holder == "b", 5)
+        await field.b.power_cut()
+        await field.until(lambda: field.a.serves, 3 * D)
+        for _ in range(80):
+            assert field.a.host.open
+            await asyncio.sleep(0.1)
+        with pytest.raises(Refused, match="b was lost before it served; a is primary again"):
+            await moving
+
+    group(scenario)

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from umbra.cluster import machine
 from umbra.cluster.machine import NotNow, step
 from umbra.cluster.state import Change, Durable, Mode, Phase, Role, State
+from umbra.cluster.static import first
 
 AT = "2026-01-01T00:00:00.000Z"
 
@@ -44,6 +45,25 @@ def test_a_primary_that_starts_is_closed_until_a_shadow_answers() -> None:
     a = step(a, seen(b))
     assert a.serving
     assert a.durable.mode is Mode.ALONE
+
+
+def test_a_primary_that_was_installed_anew_does_not_open_over_a_copy() -> None:
+    """It has no mail: what it would make the other node is empty."""
+    _, b = protected_pair()
+    anew = step(State("a", first("primary", AT), Phase.SHADOW), machine.Started())
+    anew = step(anew, seen(b))
+    assert not anew.serving
+    assert (anew.durable.role, anew.durable.epoch) == (Role.SHADOW, 1)
+    assert not anew.durable.merged
+
+
+def test_the_first_primary_of_a_group_opens_under_the_first_epoch() -> None:
+    a = step(State("a", first("primary", AT), Phase.SHADOW), machine.Started())
+    b = step(State("b", first("shadow", AT), Phase.SHADOW), machine.Started())
+    a = step(a, seen(b))
+    assert a.serving
+    assert a.durable.epoch == 1
+    assert step(b, seen(a)).durable.epoch == 1
 
 
 def test_a_primary_that_was_alone_opens_without_its_peer() -> None:

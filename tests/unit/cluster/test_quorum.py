@@ -948,3 +948,39 @@ def test_three_nodes_one_of_which_is_cut_off(group: Play) -> None:
         await field.protected(field.b)
 
     group(scenario, names="abc")
+
+
+def test_what_is_only_here_is_not_acknowledged_while_nobody_can_write_that_down(
+    group: Play,
+) -> None:
+    async def scenario(field: Field) -> None:
+        field.register.frozen.set()
+        await asyncio.sleep(1)
+        lost = asyncio.create_task(field.a.group.mirror_failed("b", "its disk stalls"))
+        await field.until(lambda: not field.a.host.open, D)
+        with pytest.raises(NotPrimary):
+            await lost
+        await asyncio.sleep(20)
+        assert not field.a.host.open
+        field.register.frozen.clear()
+        await field.until(lambda: field.a.serves, D)
+        assert field.register.record.mode is p.Mode.ALONE
+        await field.protected(field.a)
+        # With the voters there it costs no client anything.
+        field.longest_gap = 0.0
+        await field.a.group.mirror_failed("b", "slow", lost=False)
+        await field.protected(field.a)
+        assert field.longest_gap < 0.2
+
+    group(scenario)
+
+
+def test_a_shadow_without_the_coordinator_leaves_postfix_alone(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        field.separate("a", "b")
+        field.register.cut.add("b")
+        await asyncio.sleep(10 * D)
+        assert not field.b.host.postfix
+        assert field.b.host.warm <= 1
+
+    group(scenario)

@@ -28,7 +28,7 @@ class Host:
         await self.disks.wait()
 
     async def greet(self, port: int, expected: bytes, goodbye: bytes) -> None:
-        if self.refuses and port == 25:
+        if self.refuses and port == POSTFIX[0]:
             raise OSError("connection refused")
 
 

@@ -160,16 +160,36 @@ async def test_a_change_waits_until_the_right_to_acknowledge_it_is_known(
         return Verdict.MIRRORED
 
     if acknowledged:
-        assert await module.entitled(ask, monotonic() + 0.1) is Verdict.MIRRORED
+        until = monotonic() + 0.1
+        assert await module.entitled(ask, lambda: until) is Verdict.MIRRORED
         assert asked == refusals + 1
     else:
+        until = monotonic() + 0.1
         with pytest.raises(NotPrimary):
-            await module.entitled(ask, monotonic() + 0.1)
+            await module.entitled(ask, lambda: until)
         assert asked > 5
         asked = 0
         with pytest.raises(NotPrimary):  # a shadow's ports have long been closed
-            await module.entitled(ask, monotonic() - 9)
+            await module.entitled(ask, lambda: until - 9)
         assert asked == 1
+
+
+async def test_a_change_that_has_waited_long_is_not_given_up_before_the_ports_are_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "RIGHT_LOOK", 0.01)
+    began = monotonic()
+    right = [began]  # the node had it until the change was done with waiting
+
+    async def ask() -> Verdict:
+        if right == [began]:
+            await asyncio.sleep(0.2)
+            right.append(monotonic())
+        raise NotPrimary
+
+    with pytest.raises(NotPrimary):
+        await module.entitled(ask, lambda: right[-1] + 0.1)
+    assert monotonic() - began >= 0.3
 
 
 async def test_changes_share_syncs(tmp_path: Path) -> None:
@@ -869,3 +889,15 @@ async def test_a_sync_from_scratch_that_something_changed_under_is_made_from_scr
         answers = iter([Outcome.CHANGED])
         await asyncio.wait_for(peer.changed("u1"), 2)
         assert world.syncs[2:] == [("u1", "state"), ("u1", "state")]
+
+
+async def test_two_peers_say_as_one_that_this_node_may_not_acknowledge(tmp_path: Path) -> None:
+    async with two_mirrors(tmp_path, 2) as (both, worlds, peers):
+        for name, peer in peers.items():
+            await peer.catch_up(worlds[name].protect, everyone=True, binding="one")
+            worlds[name].delay = lambda user: 5
+        asked = asyncio.create_task(both.changed("u1"))
+        await asyncio.sleep(0.05)
+        both.stop()
+        with pytest.raises(NotPrimary):
+            await asked

@@ -160,8 +160,7 @@ class Agent:
         self._server = PeerServer(
             config.link.address, config.link.port, identity, hello, group.check_epoch, handlers
         )
-        if isinstance(group, QuorumGroup):
-            group.break_off = self._server.break_off
+        group.break_off = self._server.break_off
         self._api = Api(
             self._composer.report,
             {"queue": self._get_queue, "merged": self._get_merged},

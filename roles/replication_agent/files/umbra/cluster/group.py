@@ -124,9 +124,9 @@ class Group:
     ``on_opening``, called when this node serves again after a start or a handover that came to
     nothing (a promotion has its own order of steps); ``before_disconnect``, called with the
     next primary's name when this one has closed for a planned change and its clients still are
-    connected; ``on_ailing``, called again and
-    again while another node should be primary rather than this one, with the reasons; ``limits``,
-    which says why the mirror may not become protected, by the operator's wish.
+    connected; ``break_off``, which ends what peers have asked for as primary; ``on_ailing``, called
+    again and again while another node should be primary rather than this one, with the reasons;
+    ``limits``, which says why the mirror may not become protected, by the operator's wish.
     """
 
     def __init__(self, config: Config, states: StateFile, helper: NodeHelper) -> None:
@@ -142,6 +142,7 @@ class Group:
         self.limits: Callable[[], Sequence[str]] = lambda: ()
         self.on_opening: Callable[[], None] = lambda: None
         self.on_shadow: Callable[[], Awaitable[None]] = _nothing
+        self.break_off: Callable[[Collection[str]], None] = lambda operations: None
         self.before_disconnect: Callable[[str], Awaitable[None]] = _nothing
         self._lock = asyncio.Lock()
         self._changed = asyncio.Event()
@@ -323,6 +324,9 @@ class Group:
                 new = replace(new, durable=replace(new.durable, since=now()))
             if old.serving and not new.serving:
                 self.state = new
+            if isinstance(event, machine.Promote) and not event.protected:
+                # What the lost primary has begun here would end as if it still were one.
+                self.break_off(PRIMARY_OPERATIONS)
             if new.durable != old.durable:
                 await asyncio.to_thread(self._states.save, new.durable)
             self.state = new

@@ -172,6 +172,8 @@ class Handover(Switchover):
             log.info("%s opened within %.3f s of its word", to, float(answer["seconds"]))
         except (PeerError, KeyError, TypeError, ValueError) as error:
             log.warning("%s has the key, but has not said that it is open: %s", to, error)
+        if group.is_primary():  # under another epoch; the queue is this node's again, too
+            raise Refused(f"{to} was lost before it served; {group.state.node} is primary again.")
         change = replace(change, outage_s=round(time.monotonic() - began, 4))
         await quorum.changed(change)
         steps.done("hand over")

@@ -317,7 +317,7 @@ def _open(state: State, reason: str) -> State:
     return replace(
         state,
         phase=Phase.PRIMARY,
-        durable=replace(state.durable, mode=Mode.ALONE),
+        durable=replace(state.durable, epoch=max(state.durable.epoch, 1), mode=Mode.ALONE),
         alone_reason=reason,
         held_reason="",
     )

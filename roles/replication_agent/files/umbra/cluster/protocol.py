@@ -622,7 +622,8 @@ def expects_the_role(config: Config, state: State, now: float, wall: float) -> b
     """Whether this node takes over soon, unless it hears of the primary.
 
     Half-way between the silence after which a primary that lives leaves this node behind, which the
-    key shows then, and the one after which this node takes over.
+    key shows then, and the one after which this node takes over. Not without the coordinator: then
+    it takes over nothing, however long that lasts.
     """
     known = state.known
     return (
@@ -630,6 +631,7 @@ def expects_the_role(config: Config, state: State, now: float, wall: float) -> b
         and state.phase in (Phase.READY, Phase.CANDIDATE)
         and entitled(state, known)
         and now - state.heard >= (config.timing.miss + config.timing.silence) / 2
+        and now - state.read_sent < config.timing.silence
         and hindrance(config, known, wall) is None
     )
 
@@ -709,6 +711,10 @@ def _take(
         case Asked():
             return _asked(config, state, event, now, effects)
         case Answered(peer, sent, epoch, storage):
+            if peer in state.lost and any(peer in _names(r) for r in possible(state)):
+                # It lacks something, and nobody has written that down: what only this node has
+                # must not be acknowledged on the word of the one that would take over without it.
+                return state
             old = state.answers.get(peer)
             if old is not None and (old.epoch, old.sent) >= (epoch, sent):
                 return state

@@ -63,10 +63,9 @@ class QuorumGroup(Group):
     """The node in a redundancy group with a witness.
 
     Beside what ``Group`` asks for, its maker sets ``control``, links to the peers of which nothing
-    but renewals make use; ``break_off``, which ends what peers have asked for as primary; and
-    ``on_promotion``, called with the epoch and the former primary's name before this node serves
-    under a new epoch; it takes over what that one left and returns the peers that have all that
-    this node has.
+    but renewals make use; and ``on_promotion``, called with the epoch and the former primary's name
+    before this node serves under a new epoch; it takes over what that one left and returns the
+    peers that have all that this node has.
     """
 
     def __init__(
@@ -81,7 +80,6 @@ class QuorumGroup(Group):
         self._coordinator = coordinator
         self._clock = clock
         self.control: dict[str, PeerLink] = {}
-        self.break_off: Callable[[Collection[str]], None] = lambda operations: None
         self.on_promotion: Promoted = _nobody
         self._disk = asyncio.Lock()
         self._waited: set[str] = set()
@@ -794,7 +792,9 @@ class QuorumGroup(Group):
         timing = self.driver.config.timing
         while True:
             state = self.driver.state
-            if p.expects_the_role(self.driver.config, state, self._clock(), time.time()):
+            # One that has just handed over has not held its queue yet: nothing of it may go out.
+            held = self._shut_done
+            if held and p.expects_the_role(self.driver.config, state, self._clock(), time.time()):
                 try:
                     await self.prepare(timing.silence)
                 except HelperError as error:  # it is started once more by the opening
@@ -837,6 +837,7 @@ class QuorumGroup(Group):
         started = asyncio.create_task(self._helper.postfix_start())
         try:
             if first:
+                self.switching = False  # whatever this node was giving away is over
                 whole = await self.on_promotion(epoch, self._former)
                 self._opened = epoch
             self._waited |= set(whole)
@@ -878,7 +879,9 @@ class QuorumGroup(Group):
         while True:
             self._lease_due.clear()
             try:
-                is_open = self.is_primary() and self.state.phase is Phase.PRIMARY
+                # In a drain the ports stay open, and run out if it does not end: who is being
+                # answered has to hear it. The switchover closes them.
+                is_open = self.is_primary() and self.state.phase in (Phase.PRIMARY, Phase.DRAINING)
                 if is_open and not self.switching:
                     await self._renew_lease()
                 elif was_open and not is_open:
@@ -903,7 +906,7 @@ class QuorumGroup(Group):
         timing = self.driver.config.timing
         taken_over = until - timing.hold + timing.silence  # another node may act from then on
         await self._helper.ports_open_until(self._config.fence.ports, until, taken_over)
-        if not self.is_primary() or self.state.phase is not Phase.PRIMARY:  # changed meanwhile
+        if not self.is_primary() or self.state.phase not in (Phase.PRIMARY, Phase.DRAINING):
             await self._helper.ports_close()
 
     async def _enforce(self) -> None:

@@ -69,11 +69,13 @@ class StateFile:
 def first(role: str, now: str) -> Durable:
     """Return the state of a node that has none: the inventory's role counts, this once.
 
+    Its epoch is under that of every group that has ever served: a primary that was installed anew
+    becomes a shadow there, and does not make the copy what it is itself, empty.
     ``protected`` here means only that another node may hold the right: a node that was installed
     anew stays closed until a peer was heard.
     """
     return Durable(
-        storage_id=secrets.token_hex(8), epoch=1, role=Role(role), mode=Mode.PROTECTED, since=now
+        storage_id=secrets.token_hex(8), epoch=0, role=Role(role), mode=Mode.PROTECTED, since=now
     )
 
 

@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 
 PREPARE_TIMEOUT = 20.0
 MESSAGES_TIMEOUT = 5.0
+LAST_WORDS = 0.03
+"""Seconds. A 250 that a closed port keeps back would have its sender come again."""
 CHANGES_TIMEOUT = 10.0
 HANDOVER_TIMEOUT = 10.0
 OUTCOME_TIMEOUT = 15.0
@@ -266,6 +268,8 @@ class Switchover:
         group = self._group
         if not await group.messages.idle(MESSAGES_TIMEOUT):
             raise Refused(f"a message was still coming in after {MESSAGES_TIMEOUT:g} s; try again.")
+        # The milter has answered for all of them; Postfix says 250 when its disk has the file.
+        await asyncio.sleep(LAST_WORDS)
         steps.done("drain")
         # Closed first: then nobody can come whom the other node does not know as a client, and no
         # client sees its connection end before there is a node to come back to.

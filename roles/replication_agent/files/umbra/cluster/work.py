@@ -10,10 +10,13 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 
+from umbra.transport.resubmit import PORT
+
 log = logging.getLogger(__name__)
 
-# port, what the server says first, what ends the session politely
-POSTFIX = (25, b"220", b"QUIT\r\n")
+# port, what the server says first, what ends the session politely. Postfix is asked at the port for
+# resubmission: that of the world may have no process left, which is no reason to move the primary.
+POSTFIX = (PORT, b"220", b"QUIT\r\n")
 DOVECOT = (143, b"* OK", b"a LOGOUT\r\n")
 ADDRESS = "127.0.0.1"
 WARM = 6
@@ -37,7 +40,7 @@ async def greeting(port: int, expected: bytes, goodbye: bytes) -> None:
         writer.close()
 
 
-async def warm_up(port: int = POSTFIX[0]) -> None:
+async def warm_up(port: int = 25) -> None:
     """Have Postfix load a process for each of the first clients, so that none of them waits for it.
 
     What fails is left to the clients: Postfix starts what they need then.

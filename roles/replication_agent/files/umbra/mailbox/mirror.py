@@ -164,20 +164,21 @@ def next_phase(phase: Phase, noted: int, few: int, first_round: bool) -> Phase:
     return phase
 
 
-async def entitled(ask: Callable[[], Awaitable[Verdict]], until: float) -> Verdict:
+async def entitled(ask: Callable[[], Awaitable[Verdict]], until: Callable[[], float]) -> Verdict:
     """Ask until the change may be acknowledged; NotPrimary if it still may not at ``until``.
 
     It is committed, so whatever Dovecot is answered, the client is told OK, unless it cannot be
     reached any more. An agent that has just started does not know its right yet, while the ports
     are open for the one before it.
 
-    :param until: when the ports are closed for sure, on the monotonic clock.
+    :param until: tells when the ports are closed for sure, on the monotonic clock: later with each
+        look at which the node had its right, while the change waits.
     """
     while True:
         try:
             return await ask()
         except NotPrimary:
-            if monotonic() >= until:
+            if monotonic() >= until():
                 raise
         await asyncio.sleep(RIGHT_LOOK)
 
@@ -752,8 +753,11 @@ class Mirror:
         with self._group.begin_work():
             if len(self.peers) == 1:
                 return await next(iter(self.peers.values())).changed(user)
-            async with asyncio.TaskGroup() as tasks:
-                verdicts = [tasks.create_task(peer.changed(user)) for peer in self.peers.values()]
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    verdicts = [tasks.create_task(p.changed(user)) for p in self.peers.values()]
+            except* NotPrimary:
+                raise NotPrimary from None  # as one peer says it: who asks looks for it
         mirrored = sum(task.result() is Verdict.MIRRORED for task in verdicts)
         return Verdict.MIRRORED if mirrored >= self._copies else Verdict.RECORDED
 

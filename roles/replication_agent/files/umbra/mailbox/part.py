@@ -258,7 +258,9 @@ class Mailboxes:
         return ""
 
     async def _changed(self, user: str) -> Verdict:
-        closed = self._entitled_at + RELAX_INTERVAL + self._group.lease + LATE_PORTS
+        def closed() -> float:
+            return self._entitled_at + RELAX_INTERVAL + self._group.lease + LATE_PORTS
+
         return await entitled(functools.partial(self._mirrored, user), closed)
 
     async def _mirrored(self, user: str) -> Verdict:
