@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import threading
@@ -189,18 +190,71 @@ async def test_ports_close_although_an_address_cannot_be_given_up(ran: Ran) -> N
     assert ran[-1][0][:2] == ("nft", "flush")
 
 
-async def test_a_lease_that_ended_while_nft_worked_brings_no_address(
-    ran: Ran, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def slow(*argv: str, stdin: str | None = None, silent: int = 0) -> str:
-        await asyncio.sleep(0.3)
+FLUSH = ("nft", "flush", "set", "inet", "umbra_fence", "open_ports")
+
+
+def slow_nft(ran: Ran, monkeypatch: pytest.MonkeyPatch, *seconds: float, error: str = "") -> None:
+    """Each opening takes so long, and the last one fails with ``error``."""
+    delays = list(seconds)
+
+    async def run(*argv: str, stdin: str | None = None, silent: int = 0) -> str:
+        ran.append((argv, stdin))
+        if stdin is not None:
+            await asyncio.sleep(delays.pop(0))
+            if error and not delays:
+                raise HelperError(error)
         return ""
 
-    monkeypatch.setattr(helper, "run", slow)
-    request = {"do": "ports-open", "ports": [25], "until": boottime() + 0.2}
-    answer = await Helper(addresses=Addresses(ran)).answer(json.dumps(request).encode())
+    monkeypatch.setattr(helper, "run", run)
+
+
+async def open_for(ran: Ran, seconds: float) -> dict[str, Any]:
+    request = {"do": "ports-open", "ports": [25], "until": boottime() + seconds}
+    return await Helper(addresses=Addresses(ran)).answer(json.dumps(request).encode())
+
+
+def timeouts(ran: Ran) -> list[int]:
+    return [int(batch.split("timeout ")[1].split("ms")[0]) for _, batch in ran if batch is not None]
+
+
+async def test_a_lease_that_ended_while_nft_worked_leaves_no_port_open_and_no_address(
+    ran: Ran, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_nft(ran, monkeypatch, 0.2)
+    answer = await open_for(ran, 0.1)
     assert "the right to open the ports ends" in answer["error"]
-    assert ran == []
+    assert [argv for argv, _ in ran] == [("nft", "-f", "-"), ("release",), FLUSH]
+
+
+async def test_a_slow_host_opens_for_what_is_left_and_does_not_close(
+    ran: Ran, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(helper, "SLOW", 0.2)
+    slow_nft(ran, monkeypatch, 0.4, 0.4)
+    assert (await open_for(ran, 5))["ok"]
+    assert [argv[0] for argv, _ in ran] == ["nft", "nft", "hold"]
+    first, second = timeouts(ran)
+    assert 4900 < first <= 5000
+    assert 4000 < second <= 4200  # and takes as long again, so it ends with the right
+
+
+async def test_one_that_gets_slower_and_slower_is_closed(
+    ran: Ran, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(helper, "SLOW", 0.05)
+    slow_nft(ran, monkeypatch, 0.1, 0.4)
+    answer = await open_for(ran, 5)
+    assert "nft took" in answer["error"]
+    assert ran[-1][0] == FLUSH
+
+
+@pytest.mark.parametrize(("took", "closed"), [((0.0,), False), ((0.4,), True), ((0.4, 0.0), True)])
+async def test_an_nft_that_may_have_committed_before_it_failed_is_undone(
+    ran: Ran, monkeypatch: pytest.MonkeyPatch, took: tuple[float, ...], closed: bool
+) -> None:
+    slow_nft(ran, monkeypatch, *took, error="nft did not finish")
+    assert await open_for(ran, 5) == {"ok": False, "error": "nft did not finish"}
+    assert (ran[-1][0] == FLUSH) is closed
 
 
 async def test_clients_are_told_in_bounded_pieces(ran: Ran, tmp_path: Path) -> None:
@@ -251,12 +305,75 @@ async def test_postfix_is_stopped_when_nobody_renews_the_lease(ran: Ran) -> None
 async def test_the_mail_disk_is_synced(tmp_path: Path) -> None:
     mail = tmp_path / "synced"
     mail.mkdir()
-    host = Helper(tmp_path, mail)
+    host = Helper(tmp_path, mail, runtime=tmp_path)
     assert await host.answer(b'{"do": "sync-mail"}') == {"ok": True}
     mail.rmdir()
     answer = await host.answer(b'{"do": "sync-mail"}')
     assert not answer["ok"]
     assert "synced" in answer["error"]
+    mail.mkdir()  # no disk has failed
+    assert await host.answer(b'{"do": "sync-mail"}') == {"ok": True}
+
+
+def failing_once(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    errors = [OSError(number, os.strerror(number))]
+
+    def syncfs(directory: Path) -> None:
+        if errors:
+            raise errors.pop()
+
+    monkeypatch.setattr(helper, "_syncfs", syncfs)
+
+
+async def test_what_the_disk_has_lost_is_not_forgotten_before_a_boot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells it once; a restarted helper still knows."""
+    failing_once(monkeypatch, errno.EIO)
+    run = tmp_path / "run"
+    run.mkdir()
+    host = Helper(tmp_path, tmp_path, runtime=run)
+    assert await host.answer(b'{"do": "prove"}') == {"ok": True}
+    for restarted in (False, False, True):
+        if restarted:
+            host = Helper(tmp_path, tmp_path, runtime=run)
+        for request in (b'{"do": "sync-mail"}', b'{"do": "prove"}'):
+            answer = await host.answer(request)
+            assert not answer["ok"]
+            assert f"the disk of {tmp_path} has failed" in answer["error"]
+            assert "Input/output error" in answer["error"]
+            assert "reboot" in answer["error"]
+    (run / helper.LOST).unlink()
+    booted = Helper(tmp_path, tmp_path, runtime=run)
+    assert await booted.answer(b'{"do": "sync-mail"}') == {"ok": True}
+    assert await booted.answer(b'{"do": "prove"}') == {"ok": True}
+
+
+async def test_what_the_disk_has_lost_is_known_although_it_cannot_be_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing_once(monkeypatch, errno.EIO)
+    host = Helper(tmp_path, tmp_path, runtime=tmp_path / "none")
+    for _ in range(2):
+        assert "has failed" in (await host.answer(b'{"do": "sync-mail"}'))["error"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+async def test_a_disk_that_was_full_is_well_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    failing_once(monkeypatch, number)
+    host = Helper(tmp_path, tmp_path, runtime=tmp_path)
+    assert os.strerror(number) in (await host.answer(b'{"do": "sync-mail"}'))["error"]
+    assert await host.answer(b'{"do": "prove"}') == {"ok": True}
+    assert await host.answer(b'{"do": "sync-mail"}') == {"ok": True}
+
+
+def test_the_mark_of_a_failed_disk_outlives_a_restart_of_the_unit() -> None:
+    role = Path(helper.__file__).parents[3]
+    unit = (role / "templates" / "umbra-helper.service.j2").read_text().splitlines()
+    assert f"RuntimeDirectory={helper.RUNTIME.name}" in unit
+    assert "RuntimeDirectoryPreserve=yes" in unit
 
 
 async def test_the_disks_are_proven_by_a_write_and_one_at_a_time(

@@ -40,7 +40,8 @@ class MailDisk:
     async def settle(self) -> None:
         """Return when all that was written before this call is on stable storage.
 
-        A disk that takes nothing makes everybody wait: nothing is acknowledged then.
+        A disk that takes nothing makes everybody wait: nothing is acknowledged then. One that has
+        lost something keeps them waiting until a boot, as the helper remembers it.
         """
         if self._next is None:
             # The one that runs may have begun before the caller's last write.

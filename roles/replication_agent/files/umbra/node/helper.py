@@ -6,7 +6,8 @@ answer is ``{"ok": true, ...}`` or ``{"ok": false, "error": SENTENCE}``. No argu
 path, a program or an option: queue ids, addresses
 and numbers are checked. Which service addresses there are, its command line says, not
 its client. It keeps nothing that must last, so it may die at any point: the
-agent's next request finds it restarted, and arms its timer again.
+agent's next request finds it restarted, and arms its timer again. But that the mailboxes' disk has
+lost something, which the kernel tells once, lasts until the next boot.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import asyncio
 import contextlib
 import ctypes
+import errno
 import grp
 import json
 import logging
@@ -45,6 +47,9 @@ MAX_PROBES = 8
 ECHO_TIMEOUT = 5.0  # ping's own is 1 s
 NO_ANSWER = re.compile(r"\(1\)|unreachable|No route|Cannot assign")
 PROOF = ".umbra-proof"
+RUNTIME = Path("/run/umbra-helper")  # its unit has it stay over a restart; a boot empties it
+LOST = "mail-lost"
+SLOW = 0.2  # seconds by which the ports may stay open past the right; nft takes a tenth of that
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _ERROR = re.compile(rb"\b(error|fatal|panic)\b")
 
@@ -90,11 +95,16 @@ class Helper:
         spool: Path = Path("/var/spool/postfix"),
         mail: Path = Path("/var/vmail"),
         addresses: ServiceAddresses | None = None,
+        runtime: Path = RUNTIME,
     ) -> None:
         self._spool = spool
         self._addresses = addresses or ServiceAddresses(())
         self._proofs = (spool / PROOF, mail / PROOF)
         self._mail = mail
+        self._mark = runtime / LOST
+        self._lost: str | None = None
+        with contextlib.suppress(FileNotFoundError):
+            self._lost = self._mark.read_text()
         self._syncing = asyncio.Lock()
         self._proving: asyncio.Future[None] | None = None
         self._dead_man: asyncio.TimerHandle | None = None
@@ -109,17 +119,14 @@ class Helper:
         lead to a closed port. The answer has those that are ``new`` here, and ``problems`` with
         them.
         """
-        hold = _left(request["until"]) if "until" in request else request.get("hold")
-        if "until" not in request and not (isinstance(hold, (int, float)) and 1 <= hold <= 3600):
-            raise HelperError("hold must be from 1 to 3600 seconds")
-        assert hold is not None
-        elements = ", ".join(f"{port} timeout {int(hold * 1000)}ms" for port in _ports(request))
-        # An element that is there is not renewed by adding it again: flush and add, atomically.
-        batch = (
-            "flush set inet umbra_fence open_ports\n"
-            f"add element inet umbra_fence open_ports {{ {elements} }}\n"
-        )
-        await run("nft", "-f", "-", stdin=batch)
+        ports = _ports(request)
+        if "until" in request:
+            await self._open_until(ports, request["until"])
+        else:
+            hold: Any = request.get("hold")
+            if not isinstance(hold, (int, float)) or not 1 <= hold <= 3600:
+                raise HelperError("hold must be from 1 to 3600 seconds")
+            await _open(ports, hold)
         self._disarm()
         if "postfix_until" in request:
             left = _left(request["postfix_until"])
@@ -129,6 +136,35 @@ class Helper:
             hold = _left(request["until"])  # less than before, if nft has taken long
         new, problems = self._addresses.hold(hold)
         return {"new": new, "problems": problems}
+
+    async def _open_until(self, ports: Sequence[int], until: object) -> None:
+        """Open the ports until ``until``, or close them and say why not: HelperError.
+
+        The kernel counts from nft's commit. If all stood still before it, for as long as another
+        node needs to take over, the ports would be open past the right.
+        """
+        late, began = 0.0, _clock()
+        left = _left(until)  # nothing has been opened yet
+        try:
+            for _ in range(2):
+                # A host that is always slow is so again: less is asked for, and none is closed.
+                hold = left - min(late, left / 2)
+                began = _clock()
+                await _open(ports, hold)
+                left = _left(until)
+                late = hold - left
+                if late <= SLOW:
+                    return
+            raise HelperError(f"nft took {_clock() - began:.1f} s to open the ports")
+        except OSError:
+            # One that has failed at once has changed nothing. One that was killed for taking too
+            # long may have committed before, and so has the first if this was the second.
+            if max(late, _clock() - began) > SLOW or not _runs(until):
+                try:
+                    await self.do_ports_close({})
+                except OSError as error:
+                    log.error("the ports may be open past the right: %s", error)
+            raise
 
     def _disarm(self) -> None:
         if self._dead_man is not None:
@@ -168,7 +204,11 @@ class Helper:
         return {}
 
     async def do_prove(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Write to the disks of mail and queue, and return when they have it."""
+        """Write to the disks of mail and queue, and return when they have it.
+
+        HelperError also if the mail disk has lost something since the boot.
+        """
+        self._refuse_lost()
         # One at a time: a disk that stalls must not take all the threads.
         if self._proving is not None and not self._proving.done():
             raise HelperError("a disk has not taken the last write yet")
@@ -179,8 +219,39 @@ class Helper:
     async def do_sync_mail(self, request: dict[str, Any]) -> dict[str, Any]:
         """Return when the disk has all that was written to mailboxes before this request."""
         async with self._syncing:  # a disk that stalls must not take all the threads
-            await asyncio.to_thread(_syncfs, self._mail)
+            self._refuse_lost()
+            await asyncio.to_thread(self._sync_mail)
         return {}
+
+    def _sync_mail(self) -> None:
+        """Sync the mailboxes' file system; what the disk has lost is noted until the next boot.
+
+        The kernel tells a failed write once and takes its pages for clean then: the next syncfs
+        has nothing to do and says that all is well. A full disk is no such failure. ext4 and XFS
+        refuse the write itself then, as they reserve room before they take it, so Dovecot hears of
+        it; and where syncfs does tell (a thin volume, a quota on a network's disk) somebody makes
+        room, and the group is protected again by itself.
+        """
+        try:
+            _syncfs(self._mail)
+        except HelperError:
+            raise  # it was not asked at all
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                self._lost = error.strerror or str(error)
+                try:
+                    self._mark.write_text(self._lost)
+                except OSError as wrong:
+                    log.error("a restart of umbra-helper will forget this: %s", wrong)
+                self._refuse_lost()
+            raise
+
+    def _refuse_lost(self) -> None:
+        if self._lost is not None:
+            raise HelperError(
+                f"the disk of {self._mail} has failed to write ({self._lost}), so this host's copy"
+                " may lack something: look at the disk, then reboot the host"
+            )
 
     async def do_postfix_start(self, request: dict[str, Any]) -> dict[str, Any]:
         """Start Postfix; harmless if it runs."""
@@ -361,11 +432,32 @@ def _ports(request: Mapping[str, Any]) -> list[int]:
     return ports
 
 
+async def _open(ports: Sequence[int], seconds: float) -> None:
+    elements = ", ".join(f"{port} timeout {int(seconds * 1000)}ms" for port in ports)
+    # An element that is there is not renewed by adding it again: flush and add, atomically.
+    batch = (
+        "flush set inet umbra_fence open_ports\n"
+        f"add element inet umbra_fence open_ports {{ {elements} }}\n"
+    )
+    await run("nft", "-f", "-", stdin=batch)
+
+
+def _clock() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def _runs(until: object) -> bool:
+    try:
+        return _left(until) > 0
+    except HelperError:
+        return False
+
+
 def _left(until: object) -> float:
     """Return the seconds until ``until``; HelperError if there are none, or far too many."""
     if not isinstance(until, (int, float)):
         raise HelperError("until must be a time on CLOCK_BOOTTIME in seconds")
-    left = until - time.clock_gettime(time.CLOCK_BOOTTIME)
+    left = until - _clock()
     if not 0.005 <= left <= 60:
         raise HelperError(f"the right to open the ports ends in {left:.3f} s")
     return left
@@ -383,8 +475,11 @@ def _write(files: Sequence[Path]) -> None:
 
 
 def _syncfs(directory: Path) -> None:
-    """Linux' syncfs(2), which Python has no name for."""
-    number = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Linux' syncfs(2), which Python has no name for. HelperError if there is no such directory."""
+    try:
+        number = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise HelperError(str(error)) from None
     try:
         if _LIBC.syncfs(number):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
@@ -469,6 +564,6 @@ def main() -> None:
     os.umask(0o117)
     # Somebody opens a file while umbra.node.queue has its lease: the kernel tells by a signal.
     signal.signal(signal.SIGIO, signal.SIG_IGN)
-    helper = Helper(addresses=ServiceAddresses(options.address))
+    helper = Helper(addresses=ServiceAddresses(options.address), runtime=options.socket.parent)
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(serve(helper, options.socket, options.group))
