@@ -75,9 +75,21 @@ def test_a_message_without_a_file_has_the_index_rebuilt(tmp_path: Path) -> None:
     dovecot = Doveadm(1, 2, 3)
     mailboxes = {"INBOX": mailbox(tmp_path, 1, 3), "Sent": mailbox(tmp_path, 7, name="Sent")}
     assert mend("ann@example.org", mailboxes, dovecot) == {"INBOX": {2}}
-    assert dovecot.rebuilt == [("-u", "ann@example.org", "INBOX")]
+    assert dovecot.rebuilt == [("-u", "ann@example.org", "--", "INBOX")]
     first = dovecot.asked[0]
     assert first[-5:] == ("mailbox", "INBOX", "OR", "mailbox", "Sent")
+
+
+def test_a_name_is_never_an_option(tmp_path: Path) -> None:
+    class Named(Doveadm):
+        def __call__(self, *command: str) -> str:
+            return super().__call__(*command).replace("INBOX", "-F/etc/shadow")
+
+    dovecot = Named(1)
+    assert mend("ann@example.org", {"-F/etc/shadow": mailbox(tmp_path)}, dovecot)
+    assert [command.index("--") < command.index("-F/etc/shadow") for command in dovecot.asked] == [
+        True
+    ] * 3
 
 
 def test_a_message_that_is_expunged_meanwhile_is_not_lost(tmp_path: Path) -> None:

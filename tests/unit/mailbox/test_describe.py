@@ -55,11 +55,11 @@ class FakeDoveadm(Doveadm):
             ],
             ("mailbox status", "uidnext uidvalidity highestmodseq guid", "*"): ["x"],
             ("sieve list",): ["one", "", "two", "ACTIVE"],
-            ("sieve get", "one"): ["keep;\n"],
-            ("sieve get", "two"): ["discard;\n"],
-            ("acl get", "Work"): [],
-            ("acl get", "Work/Sub"): ["owner", "lookup read"],
-            ("acl get", "INBOX"): ["user=b", "read", "owner", "lookup read"],
+            ("sieve get", "--", "one"): ["keep;\n"],
+            ("sieve get", "--", "two"): ["discard;\n"],
+            ("acl get", "--", "Work"): [],
+            ("acl get", "--", "Work/Sub"): ["owner", "lookup read"],
+            ("acl get", "--", "INBOX"): ["user=b", "read", "owner", "lookup read"],
         }
         return Reply(answers[(name, *rest)], "")
 
@@ -126,6 +126,30 @@ async def test_missing_acl_plugin_is_asked_for_once() -> None:
     for _ in range(3):
         assert not (await here.describe(USER, bodies=False)).rights
     assert sum(command[0] == "acl get" for command in fake.asked) == 1
+
+
+class Recording(FakeDoveadm):
+    """Has done whatever is asked."""
+
+    async def run(
+        self, user: str, *command: str, limit: float = 30, data: bytes | None = None
+    ) -> Reply:
+        self.asked.append(command)
+        return Reply(["keep;"], "")
+
+
+async def test_a_name_is_never_an_option() -> None:
+    fake = Recording()
+    here = Dovecot(fake)
+    await here.script(USER, "-x")
+    await here.put_script(USER, "-x", "keep;")
+    await here.activate_script(USER, "-x")
+    await here.remove_script(USER, "-x")
+    await here.remove_mailbox(USER, "-x")
+    assert [command[0] for command in fake.asked] == [
+        "sieve get", "sieve put", "sieve activate", "sieve delete", "mailbox delete",
+    ]  # fmt: skip
+    assert all(command[-2:] == ("--", "-x") for command in fake.asked)
 
 
 class FakeExchange:

@@ -9,10 +9,13 @@ from typing import Any, cast
 import pytest
 from tests.unit.mailbox.exchange import Side, serve
 
+from umbra.mailbox import scripts
 from umbra.mailbox.describe import Dovecot
 from umbra.mailbox.doveadm import DoveadmError, Outcome, SyncResult
 from umbra.mailbox.scripts import ScriptCarrier, ScriptsHandler
+from umbra.peer import frames
 from umbra.peer.exchange import Exchange, PeerError
+from umbra.peer.frames import FrameType
 from umbra.peer.identity import PeerIdentity
 
 USER = "a@example.org"
@@ -23,6 +26,7 @@ class FakeDovecot:
         self.texts = {name: f"keep; # {name}" for name in names}
         self.active = ""
         self.error = ""
+        self.broken = ""
 
     async def scripts(self, user: str) -> tuple[list[str], str]:
         if self.error:
@@ -34,6 +38,8 @@ class FakeDovecot:
         return list(self.texts)
 
     async def script(self, user: str, name: str) -> str:
+        if self.error or "\udcff" in self.texts[name]:
+            raise DoveadmError("doveadm sieve get: not UTF-8")
         return self.texts[name]
 
     async def put_script(self, user: str, name: str, content: str) -> None:
@@ -48,6 +54,8 @@ class FakeDovecot:
 
     async def activate_script(self, user: str, name: str) -> None:
         assert name in ("", *self.names)
+        if name and name == self.broken:
+            raise DoveadmError("doveadm sieve activate ended with DATAERR")
         self.active = name
 
 
@@ -73,16 +81,16 @@ class World:
     def cut(self) -> None:
         pass
 
-    async def request(self, op: str, args: Mapping[str, Any], *, timeout: float) -> dict[str, Any]:
-        assert op == "scripts"
-        if self.refusal:
-            raise self.refusal
-        return await self.ask(args)
-
     @asynccontextmanager
     async def exchange(
         self, op: str, args: Mapping[str, Any], *, timeout: float
     ) -> AsyncIterator[Side]:
+        frames.encode_json(FrameType.REQUEST, {"op": op, "args": args})
+        if op == "scripts":
+            if self.refusal:
+                raise self.refusal
+            yield serve(self.handler, PeerIdentity("mail-a", "x"), args)
+            return
         assert op == "script"
         self.sent.append(args["name"])
         yield serve(self.handler.put, PeerIdentity("mail-a", "x"), args)
@@ -161,7 +169,8 @@ async def test_own_dovecot_that_cannot_tell_removes_nothing(world: World) -> Non
         {"user": USER},
         {"user": USER, "keep": []},
         {"user": "-A", "keep": [], "active": ""},
-        {"user": USER, "keep": ["x"] * 1001, "active": ""},
+        {"user": USER, "keep": [["x"]], "active": ""},
+        {"user": USER, "keep": ["x"], "active": "", "fingerprints": {"x": 1}},
         {"user": USER, "keep": ["x"], "active": "y"},
     ],
 )
@@ -203,8 +212,79 @@ async def test_a_peer_of_before_fingerprints_is_told_what_it_understands(world: 
     assert answer == {"removed": 2, "stale": []}
 
 
+async def test_a_primary_of_before_is_understood(world: World) -> None:
+    """A run restarts one agent after the other."""
+    args = {"user": USER, "keep": ["one"], "active": "one", "fingerprints": {"one": "other"}}
+    assert await world.ask(args) == {"removed": 2, "stale": ["one"]}
+    assert world.there.active == "one"
+
+
+async def test_a_list_that_fits_no_request_is_taken(world: World) -> None:
+    """Names and number are the user's choice: all scripts are missing there, too."""
+    names = ["ш" * 121 + f"{number:03}" for number in range(1100)]
+    world.here.texts = dict.fromkeys(names, "keep;")
+    world.here.active = names[0]
+    assert (await world.carrier.sync(USER, "")).outcome is Outcome.SYNCED
+    assert world.there.active == names[0]
+    assert (world.sent, world.there.names) == (names[:400], names[:400])
+
+
+@pytest.mark.parametrize("name", ["-x", "a\u00a0b", "\ue000", "a\u200db"], ids=ascii)
+async def test_a_name_that_is_odd_is_taken(world: World, name: str) -> None:
+    world.here.texts[name] = "keep;"
+    assert (await world.carrier.sync(USER, "")).outcome is Outcome.SYNCED
+    assert world.there.texts == world.here.texts
+
+
+@pytest.mark.parametrize("code", ["refused", "protocol"])
+async def test_what_a_peer_says_against_the_list_keeps_no_mail_from_it(
+    world: World, code: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one of before does, which wants the list in the request; said again with the next sync."""
+    world.refusal = PeerError(code, "not a list of scripts")
+    assert (await world.carrier.sync(USER, "")).outcome is Outcome.SYNCED
+    assert "the scripts of a@example.org wait" in caplog.text
+    assert "old" in world.there.names
+    world.refusal = None
+    await world.carrier.sync(USER, "state")
+    assert "old" not in world.there.names
+
+
+async def test_a_script_over_the_limit_keeps_no_mail_from_the_peer(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scripts, "MAX_SCRIPT", 20)
+    world.here.texts["two"] = "keep;" * 100
+    assert (await world.carrier.sync(USER, "")).outcome is Outcome.SYNCED
+    assert world.there.texts["two"] == "keep; # two"
+
+
+async def test_a_script_that_cannot_be_read_keeps_no_mail_from_the_peer(world: World) -> None:
+    world.here.texts["one"] = world.there.texts["one"] = "# \udcff"
+    world.there.texts["two"] = "# \udcff"
+    assert (await world.carrier.sync(USER, "")).outcome is Outcome.SYNCED
+    assert world.there.texts == world.here.texts
+
+
+async def test_a_script_that_cannot_be_active_keeps_no_mail_from_the_peer(world: World) -> None:
+    """For example one that includes a script that was deleted since."""
+    world.here.active = world.there.broken = "one"
+    assert (await world.carrier.sync(USER, "")).outcome is Outcome.SYNCED
+    assert world.there.names == ["one", "two"]
+
+
+@pytest.mark.parametrize("line", [b"[1]\n", b'["x"]\n', b'{"x": "y"}\n', b'["x", ""'])
+async def test_lines_that_are_no_list(world: World, line: bytes) -> None:
+    side = serve(world.handler, PeerIdentity("mail-a", "x"), {"user": USER, "active": ""})
+    await side.send(line)
+    await side.end()
+    with pytest.raises(PeerError, match="protocol"):
+        await side.result()
+    assert "old" in world.there.names
+
+
 @pytest.mark.parametrize(
-    "change", [{"user": "-x"}, {"name": ""}, {"name": "-a"}, {"name": "a\n"}, {"name": 1}], ids=str
+    "change", [{"user": "-x"}, {"name": ""}, {"name": "a\n"}, {"name": 1}], ids=str
 )
 async def test_what_is_no_script_is_refused(world: World, change: dict[str, Any]) -> None:
     side = serve(

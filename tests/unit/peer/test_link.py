@@ -144,6 +144,14 @@ async def test_errors_have_a_code_and_do_not_harm_the_next(
         assert await link.request("echo", {}, timeout=5)
 
 
+async def test_a_request_that_fits_no_frame_fails_alone(identities: Path) -> None:
+    async with linked(identities, {"echo": echo}) as link:
+        with pytest.raises(PeerError) as failed:
+            await link.request("echo", {"x": "x" * frames.MAX_PAYLOAD}, timeout=5)
+        assert failed.value.code == "protocol"
+        assert await link.request("echo", {"x": 1}, timeout=5) == {"from": "a", "x": 1}
+
+
 async def test_a_superseded_node_is_refused(identities: Path) -> None:
     async with linked(identities, {"echo": echo}) as link:
         link._epoch = lambda: 4

@@ -86,9 +86,12 @@ def place(mail: Path, messages: Path) -> tuple[str, str]:
 
 
 def known(user: str, mailboxes: Iterable[str], run: Doveadm) -> dict[str, set[int]]:
-    """Return the UIDs that each mailbox has by its index. One question: a process is not cheap."""
+    """Return the UIDs that each mailbox has by its index. One question: a process is not cheap.
+
+    The names are the user's choice and this runs as root: after "--" none is an option.
+    """
     query = [word for name in mailboxes for word in ("OR", "mailbox", name)][1:]
-    rows = run("-f", "tab", "fetch", "-u", user, "mailbox uid", *query).splitlines()[1:]
+    rows = run("-f", "tab", "fetch", "-u", user, "--", "mailbox uid", *query).splitlines()[1:]
     found: dict[str, set[int]] = {}
     for row in rows:
         name, _, uid = row.rpartition("\t")
@@ -117,7 +120,7 @@ def mend(user: str, mailboxes: Mapping[str, Path], run: Doveadm = doveadm) -> di
         gone = {name: uids & still.get(name, set()) for name, uids in gone.items()}
     gone = {name: uids for name, uids in gone.items() if uids}
     for name in gone:
-        run("force-resync", "-u", user, name)
+        run("force-resync", "-u", user, "--", name)
     return gone
 
 

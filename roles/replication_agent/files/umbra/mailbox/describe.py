@@ -77,7 +77,8 @@ class Description:
 class Dovecot:
     """Describes users of the local Dovecot.
 
-    Every method raises DoveadmError if it does not answer.
+    Every method raises DoveadmError if it does not answer. Names are the user's choice, so "--"
+    stands before them: ``-A`` would be taken for an option.
     """
 
     def __init__(self, doveadm: Doveadm) -> None:
@@ -156,7 +157,7 @@ class Dovecot:
 
     async def remove_mailbox(self, user: str, name: str) -> None:
         """Remove a mailbox with its messages; none of this name is no error."""
-        reply = await self._doveadm.run(user, "mailbox delete", "-u", user, name)
+        reply = await self._doveadm.run(user, "mailbox delete", "-u", user, "--", name)
         if reply.code not in ("", "NOTFOUND"):
             raise DoveadmError(f"doveadm mailbox delete of {user} ended with {reply.code}")
 
@@ -168,22 +169,22 @@ class Dovecot:
 
     async def script(self, user: str, name: str) -> str:
         """Return a Sieve script."""
-        return "".join(await self._doveadm.fields(user, "sieve get", name))
+        return "".join(await self._doveadm.fields(user, "sieve get", "--", name))
 
     async def put_script(self, user: str, name: str, content: str) -> None:
         """Make or replace a Sieve script."""
-        await self._doveadm.fields(user, "sieve put", name, data=content.encode())
+        await self._doveadm.fields(user, "sieve put", "--", name, data=content.encode())
 
     async def activate_script(self, user: str, name: str) -> None:
         """Make a Sieve script the active one; "" for none."""
         if name:
-            await self._doveadm.fields(user, "sieve activate", name)
+            await self._doveadm.fields(user, "sieve activate", "--", name)
         else:
             await self._doveadm.fields(user, "sieve deactivate")
 
     async def remove_script(self, user: str, name: str) -> None:
         """Remove a Sieve script, the active one too; none of this name is no error."""
-        reply = await self._doveadm.run(user, "sieve delete", "-u", user, "-a", name)
+        reply = await self._doveadm.run(user, "sieve delete", "-u", user, "-a", "--", name)
         if reply.code not in ("", "NOTFOUND"):
             raise DoveadmError(f"doveadm sieve delete of {user} ended with {reply.code}")
 
@@ -192,7 +193,7 @@ class Dovecot:
             return {}
         found = {}
         for name in mailboxes:
-            reply = await self._doveadm.run(user, "acl get", "-u", user, name)
+            reply = await self._doveadm.run(user, "acl get", "-u", user, "--", name)
             if reply.code == "UNKNOWN":
                 # The plugin is not loaded. Dovecot logs an error for each try, so they are few.
                 self._no_rights_until = monotonic() + NO_RIGHTS_SECONDS

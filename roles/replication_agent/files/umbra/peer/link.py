@@ -75,8 +75,7 @@ class PeerLink:
                 self._busy.add(connection)
                 exchange = Exchange(connection, limit)
                 try:
-                    request = {"op": op, "epoch": self._epoch(), "args": args}
-                    await connection.write(frames.encode_json(FrameType.REQUEST, request))
+                    await connection.write(self._request(op, args))
                     yield exchange
                 finally:
                     self._busy.discard(connection)
@@ -86,6 +85,14 @@ class PeerLink:
                         connection.close()
         except TimeoutError:
             raise PeerError("timeout", f"{self.name} did not finish {op} in time") from None
+
+    def _request(self, op: str, args: Mapping[str, Any]) -> bytes:
+        request = {"op": op, "epoch": self._epoch(), "args": args}
+        try:
+            return frames.encode_json(FrameType.REQUEST, request)
+        except ValueError as error:
+            # What is in it may be a user's choice: this exchange fails, not the agent.
+            raise PeerError("protocol", f"{op} cannot be asked of {self.name}: {error}") from None
 
     async def _connection(self) -> Connection:
         while self._idle:
