@@ -64,3 +64,21 @@ def test_nonsense_is_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "sieve"
     append(path, b'x\n{}\n[]\n{"fields":{}}\n{"fields":{"user":"-A"}}\n' + line("a@example.org"))
     assert ScriptEvents(path).take() == {"a@example.org"}
+
+
+def test_what_is_kept_is_taken_later_and_the_file_does_not_grow_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LARGE", 50)
+    path = tmp_path / "sieve"
+    events = ScriptEvents(path)
+    append(path, line("a@example.org"))
+    events.keep()
+    assert path.stat().st_size > 0, "it stays there, should the agent die"
+    append(path, line("b@example.org"))
+    events.keep()
+    assert path.stat().st_size == 0
+    append(path, line("c@example.org"))
+    events.keep()
+    assert events.take() == {"a@example.org", "b@example.org", "c@example.org"}
+    assert events.take() == set()

@@ -103,8 +103,12 @@ class Mailboxes(Protocol):
         """
         ...
 
-    async def confirm(self) -> None:
-        """Make the group degraded if a change was acknowledged that this node was not told."""
+    async def confirm(self, to: str) -> None:
+        """Return when ``to`` has all that was acknowledged, without this node's word too.
+
+        NotNow if it does not get it; or the group is degraded then. OSError if nobody can tell.
+        """
+        ...
 
     def at_ease(self) -> None:
         """Take ``hurry`` back."""
@@ -283,7 +287,7 @@ class Switchover:
             raise Refused(
                 f"a mailbox change was still under way after {CHANGES_TIMEOUT:g} s; try again."
             )
-        await self._mailboxes.confirm()
+        await self._mailboxes.confirm(to)
         if not (group.state.protected and group.state.peers[to].complete):
             raise Refused(f"{to} was lost on the way: {'; '.join(group.reasons())}.")
         remaining = await self._remaining()

@@ -5,6 +5,9 @@ for (2.4.1, checked by experiment). The file is read from where it was left; an 
 reads it from its beginning, so that nothing that happened while it was down is missed. When it has
 grown it is emptied; a line that comes just then is lost, and the comparison of all users makes up
 for it.
+
+Only a primary takes events, as only it can copy what they tell of. What is written while this node
+may not act stays in the file for its next term; see ``keep``.
 """
 
 from __future__ import annotations
@@ -24,16 +27,34 @@ class ScriptEvents:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._offset = 0
+        self._kept: set[str] = set()
 
     def take(self) -> set[str]:
         """Return the users of the events since the last call. OSError if it cannot be read."""
+        users = self._read() | self._kept
+        self._kept = set()
+        return users
+
+    def keep(self) -> None:
+        """Leave the events for a later ``take``. OSError if the file cannot be read.
+
+        A shadow's file grows slowly, by what an administrator does there and by annotations that
+        are copied to it; but it may be a shadow for years, so a large file is read and emptied.
+        """
+        if self._unread() >= LARGE:
+            self._kept |= self._read()
+
+    def _unread(self) -> int:
         try:
             size = self._path.stat().st_size
         except FileNotFoundError:
-            return set()
+            return 0
         if size < self._offset:
             self._offset = 0  # somebody else emptied it
-        if size == self._offset:
+        return size - self._offset
+
+    def _read(self) -> set[str]:
+        if not self._unread():
             return set()
         with self._path.open("rb") as file:
             file.seek(self._offset)

@@ -687,6 +687,28 @@ class PeerMirror:
         return self._queue.noted
 
     @property
+    def equal(self) -> bool:
+        """Whether the peer has all that this node knows of; rechecks count as well."""
+        busy = self.waiting or self.behind or self.running
+        return self.phase is Phase.PROTECTED and not busy
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the peer lacks something that no sync is going to bring it."""
+        held = len(self._queue.held)
+        syncs = self.waiting or self.running or self.behind > held
+        return not self.phase.waits or (held > 0 and not syncs)
+
+    def unequal(self) -> str:
+        """Return why the peer is not ``equal``: one sentence for people, without its full stop."""
+        if not self.phase.waits:
+            return f"{self.peer} was lost on the way: {self._reason}"
+        if held := sorted(self._queue.held):
+            some = "; ".join(f"{user}: {self.findings.get(user, '')}" for user in held[:3])
+            return f"{len(held)} users cannot be mirrored to {self.peer}: {some}"
+        return f"mailboxes were still being copied to {self.peer}"
+
+    @property
     def suspended(self) -> int:
         """How many users are suspended."""
         return len(self._queue.suspended)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from umbra.api.report import Check
 from umbra.cluster.group import Group, now
+from umbra.cluster.machine import NotNow
 from umbra.cluster.state import Phase as GroupPhase
 from umbra.config import Config, MirrorMode
 from umbra.mailbox import copies, flags, notes
@@ -61,6 +62,10 @@ MERGED_TIMEOUT = 5.0
 LATE_PORTS = 0.5
 EVENTS_INTERVAL = 0.5
 EVENTS_RETRY = 60.0
+# For how long a switchover waits, with the ports closed, until the next primary has all (seconds);
+# with a coordinator it ends before that if D does. And how often it is looked.
+CONFIRM_TIMEOUT = 5.0
+CONFIRM_LOOK = 0.02
 RELAX_INTERVAL = 1.0
 SEED_INTERVAL = 1.0
 
@@ -119,7 +124,8 @@ class Mailboxes:
         self._notes = notes.Notes(paths.missed, paths.run / "unasked")
         self._notes.forbid()
         self._workers = config.mailbox.workers
-        self._events = paths.events
+        self._events = ScriptEvents(paths.events)
+        self._reading = asyncio.Lock()
         self._dsync = paths.run / "dsync"
         self._doveadm = Doveadm()
         self._ledger = Ledger(paths.state / "mirror", paths.run)
@@ -326,10 +332,24 @@ class Mailboxes:
                 log.error("the mirror to %s could not be given up: %s", peer.peer, error)
         return len(names)
 
-    async def confirm(self) -> None:
-        """Look whose change could not be told, now; who is found makes the group degraded."""
+    async def confirm(self, to: str) -> None:
+        """Return when ``to`` has all that clients were told OK. The ports are closed.
+
+        Whose change could not be told makes the group degraded. Changes of scripts were answered
+        without asking, and a user who was put aside was answered long ago: neither is counted as
+        work in flight, so they are waited for here. NotNow if ``to`` does not get all of it.
+        """
         async with self._suspending:
             await self._take_notes(permitted=False)
+        peer = self._peers[to]
+        peer.retry_held()
+        until = monotonic() + CONFIRM_TIMEOUT
+        while not (await self._take_scripts() and peer.equal):
+            # Not draining any more: the coordinator's time for a switchover is over.
+            late = monotonic() > until or self._group.state.phase is not GroupPhase.DRAINING
+            if late or peer.stuck:
+                raise NotNow(f"{peer.unequal()}; try again")
+            await asyncio.sleep(CONFIRM_LOOK)
 
     @property
     def _unasked(self) -> bool:
@@ -367,20 +387,34 @@ class Mailboxes:
 
     async def _follow_scripts(self) -> None:
         """Mirror changes of Sieve scripts soon after they were made."""
-        events = ScriptEvents(self._events)
         while True:
             await asyncio.sleep(EVENTS_INTERVAL)
             try:
-                users = await asyncio.to_thread(events.take)
+                await self._take_scripts()
             except OSError as error:
                 log.warning("changes of Sieve scripts cannot be read: %s", error)
                 await asyncio.sleep(EVENTS_RETRY)
-                continue
-            if users and self._group.is_primary():
-                for name, peer in self._peers.items():
-                    for user in users:
-                        self._scripts[name].changed(user)
-                    peer.recheck(users)
+
+    async def _take_scripts(self) -> bool:
+        """Have the users synced whose scripts changed; False if this node may not act now.
+
+        Then the events are left for when it may again. OSError if they cannot be read.
+        """
+        # To its end even if the caller goes away: what was read would not be read again.
+        return await asyncio.shield(asyncio.create_task(self._scripts_taken()))
+
+    async def _scripts_taken(self) -> bool:
+        async with self._reading:
+            if not self._group.is_primary():
+                await asyncio.to_thread(self._events.keep)
+                return False
+            users = await asyncio.to_thread(self._events.take)
+            # Also if the right has just ended: the notes outlast it.
+            for name, peer in self._peers.items() if users else ():
+                for user in users:
+                    self._scripts[name].changed(user)
+                peer.recheck(users)
+            return True
 
     # -- what the operator wants of the mirror
 

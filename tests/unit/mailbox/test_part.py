@@ -1,0 +1,201 @@
+"""The mirror as a part: what a switchover waits for when the ports are closed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from tests.unit.transport.support import FakeLink
+from tests.unit.transport.test_part import RAW
+
+from umbra import config
+from umbra.cluster.group import Group, Work
+from umbra.cluster.machine import NotNow
+from umbra.cluster.state import Phase as GroupPhase
+from umbra.mailbox import part
+from umbra.mailbox.doveadm import Outcome, SyncResult
+from umbra.mailbox.mirror import Phase
+from umbra.mailbox.part import Mailboxes
+from umbra.node.client import NodeHelper
+
+USER = "a@example.org"
+LINE = b'{"fields":{"user":"%s"}}\n' % USER.encode()
+
+
+@dataclass
+class Paths:
+    state: Path
+    run: Path
+    token: Path
+    missed: Path
+    events: Path
+
+
+class PlayedGroup:
+    """A primary with one shadow, which is about to hand over."""
+
+    def __init__(self) -> None:
+        self.links = {"b": FakeLink("b", {})}
+        self.changes = Work()
+        self.state = SimpleNamespace(phase=GroupPhase.DRAINING)
+        self.primary = True
+        self.degraded = False
+
+    def is_primary(self) -> bool:
+        return self.primary
+
+    async def mirror_failed(self, peer: str, reason: str, *, lost: bool = True) -> None:
+        self.degraded = True
+
+
+class Carrier:
+    """Takes ``seconds`` for a sync."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.2
+        self.synced: list[str] = []
+        self.outcomes: Iterator[Outcome] = iter(())
+
+    async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
+        await asyncio.sleep(self.seconds)
+        self.synced.append(user)
+        outcome = next(self.outcomes, Outcome.SYNCED)
+        return SyncResult(outcome, "state", outcome.value)
+
+    def progress(self, user: str) -> float:
+        return 0.0
+
+    def cut(self) -> None: ...
+
+
+@dataclass
+class World:
+    group: PlayedGroup
+    carrier: Carrier
+    mailboxes: Mailboxes
+    events: Path
+
+    @property
+    def peer(self) -> Any:
+        return self.mailboxes._peers["b"]
+
+
+async def until(done: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not done():  # noqa: ASYNC110
+            await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def protected(tmp_path: Path) -> AsyncIterator[World]:
+    paths = Paths(*(tmp_path / name for name in ("state", "run", "token", "missed", "events")))
+    for directory in (paths.state / "mirror", paths.run, paths.missed):
+        directory.mkdir(parents=True)
+    paths.token.write_text("token\n")
+    group, carrier = PlayedGroup(), Carrier()
+    helper = cast(NodeHelper, SimpleNamespace(sync_mail=None))
+    mailboxes = Mailboxes(config.parse(RAW), cast(Group, group), helper, paths)
+    world = World(group, carrier, mailboxes, paths.events)
+    world.peer._carrier = carrier
+    await mailboxes._ledger.open()
+    running = asyncio.create_task(world.peer.run())
+    try:
+        await asyncio.sleep(0)
+        await world.peer.resume("one", lambda user: asyncio.sleep(0, ""))
+        yield world
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await mailboxes._ledger.close()
+
+
+async def test_a_script_that_was_just_changed_is_at_the_next_primary(tmp_path: Path) -> None:
+    async with protected(tmp_path) as world:
+        world.events.write_bytes(LINE)
+        await world.mailboxes.confirm("b")
+        assert world.carrier.synced == [USER]
+        assert (world.peer.behind, world.peer.running) == (0, 0)
+        assert world.peer.phase is Phase.PROTECTED
+        await world.mailboxes.confirm("b")
+        assert world.carrier.synced == [USER], "nothing to wait for"
+
+
+async def test_what_a_node_that_may_not_act_reads_is_left_for_when_it_may(tmp_path: Path) -> None:
+    async with protected(tmp_path) as world:
+        world.group.primary = False
+        world.events.write_bytes(LINE)
+        assert not await world.mailboxes._take_scripts()
+        assert world.peer.behind == 0
+        world.group.primary = True
+        assert await world.mailboxes._take_scripts()
+        assert world.peer.behind == 1
+
+
+async def test_events_that_may_not_be_taken_are_no_reason_to_hand_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(part, "CONFIRM_TIMEOUT", 0.1)
+    async with protected(tmp_path) as world:
+        world.group.primary = False
+        world.events.write_bytes(LINE)
+        with pytest.raises(NotNow):
+            await world.mailboxes.confirm("b")
+
+
+async def test_who_reads_and_goes_away_loses_no_event(tmp_path: Path) -> None:
+    async with protected(tmp_path) as world:
+        world.events.write_bytes(LINE)
+        asking = asyncio.create_task(world.mailboxes.confirm("b"))
+        await until(lambda: world.mailboxes._events._offset > 0)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        await world.mailboxes.confirm("b")
+        assert world.carrier.synced == [USER]
+
+
+@pytest.mark.parametrize("ends", ["time-out", "D"])
+async def test_a_copy_that_takes_too_long_refuses_the_switchover(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    async with protected(tmp_path) as world:
+        world.events.write_bytes(LINE)
+        if ends == "D":
+            world.group.state.phase = GroupPhase.PRIMARY
+        else:
+            monkeypatch.setattr(part, "CONFIRM_TIMEOUT", 0.05)
+        with pytest.raises(NotNow, match="mailboxes were still being copied to b; try again"):
+            await world.mailboxes.confirm("b")
+        assert world.carrier.synced == []
+
+
+@pytest.mark.parametrize("mended", [True, False])
+async def test_a_user_who_was_put_aside_is_tried_again_or_named(
+    tmp_path: Path, mended: bool
+) -> None:
+    async with protected(tmp_path) as world:
+        world.carrier.seconds = 0.0
+        failures = 5 if mended else 10  # five put a user aside
+        world.carrier.outcomes = iter([Outcome.FAILED] * failures)
+        world.peer.recheck([USER])
+        await until(lambda: bool(world.peer.findings))
+        assert world.peer.phase is Phase.PROTECTED
+        if mended:
+            await world.mailboxes.confirm("b")
+            assert world.peer.behind == 0
+            return
+        with pytest.raises(NotNow, match=f"1 users cannot be mirrored to b: {USER}: failed"):
+            await world.mailboxes.confirm("b")
+
+
+async def test_a_change_that_was_not_told_refuses_the_switchover(tmp_path: Path) -> None:
+    async with protected(tmp_path) as world:
+        (tmp_path / "missed" / "a%40example.org").touch()
+        with pytest.raises(NotNow, match=r"b was lost on the way: changes of a@example.org"):
+            await world.mailboxes.confirm("b")
+        assert world.group.degraded
