@@ -124,7 +124,8 @@ OURS = "inet:localhost:11332, { unix:umbra/milter.sock, default_action=tempfail 
 SHADOWED = {
     "smtp/inet/command": "smtpd",
     "submission/inet/command": "smtpd -o smtpd_sasl_auth_enable=yes",
-    "127.0.0.1:10026/inet/command": "smtpd -o smtpd_milters=$smtpd_milters",
+    "127.0.0.1:10026/inet/command": "smtpd -o smtpd_milters=$umbra_milter",
+    "127.0.0.1:10026/inet/smtpd_milters": "{ unix:umbra/milter.sock, protocol=6 }",  # postconf -Px
     "127.0.0.1:10026/inet/receive_override_options": "no_header_body_checks",
     "smtp/unix/command": "smtp",
     "smtpd_milters": OURS,
@@ -138,10 +139,11 @@ ENTRANCES = ["smtp", "submission", "127.0.0.1:10026", "sendmail", "bounces"]
     ("changes", "open_ones"),
     [
         ({}, []),
-        ({"smtpd_milters": ""}, ["smtp", "submission", "127.0.0.1:10026"]),
-        ({"smtpd_milters": "inet:localhost:11332"}, ["smtp", "submission", "127.0.0.1:10026"]),
+        ({"smtpd_milters": ""}, ["smtp", "submission"]),
+        ({"smtpd_milters": "inet:localhost:11332"}, ["smtp", "submission"]),
+        ({"127.0.0.1:10026/inet/smtpd_milters": ""}, ["127.0.0.1:10026"]),
         ({"submission/inet/smtpd_milters": ""}, ["submission"]),
-        ({"smtpd_milters": "", "smtp/inet/smtpd_milters": OURS}, ["submission", "127.0.0.1:10026"]),
+        ({"smtpd_milters": "", "smtp/inet/smtpd_milters": OURS}, ["submission"]),
         ({"smtp/inet/receive_override_options": "no_milters"}, ["smtp"]),
         ({"non_smtpd_milters": ""}, ["sendmail", "bounces"]),
         ({"internal_mail_filter_classes": ""}, ["bounces"]),

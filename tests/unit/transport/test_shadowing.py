@@ -322,6 +322,44 @@ async def test_a_resubmitted_message_keeps_its_id(bench: Bench) -> None:
     assert progress == Resubmission("4abcDEF", True)
 
 
+SIGNATURE = (b"DKIM-Signature", b" v=1")
+
+
+@pytest.mark.parametrize("policy", [ShadowPolicy.DEFER])
+async def test_a_header_that_another_milter_puts_first_does_not_hide_the_id(bench: Bench) -> None:
+    shadow_id, other = "0" * 31 + "1", "0" * 31 + "2"
+    progress = bench.resubmissions[shadow_id] = Resubmission()
+    bench.resubmissions[other] = Resubmission()  # its id came with the message
+    bench.group.peers = []
+    client = await MilterClient.connect(bench.path, RESUBMISSION)
+    marks = [(b"X-Umbra-Id", b" " + name.encode()) for name in (shadow_id, other)]
+    assert await client.message((SIGNATURE, *marks, *HEADERS)) == [(b"a", b"")]
+    await client.close()
+    assert progress == Resubmission("4abcDEF", False)
+    assert bench.resubmissions[other] == Resubmission()
+
+
+async def test_only_the_id_header_is_left_out(bench: Bench) -> None:
+    shadow_id = "0" * 31 + "1"
+    bench.resubmissions[shadow_id] = Resubmission()
+    client = await MilterClient.connect(bench.path, RESUBMISSION)
+    mark = (b"X-Umbra-Id", b" " + shadow_id.encode())
+    assert await client.message((SIGNATURE, mark, *HEADERS)) == [(b"a", b"")]
+    await client.close()
+    assert await bench.at_shadow(shadow_id) == b"DKIM-Signature: v=1\r\n" + WHOLE + b"text\r\n"
+
+
+async def test_a_message_that_is_on_its_way_has_its_id(bench: Bench) -> None:
+    shadow_id = "0" * 31 + "1"
+    progress = bench.resubmissions[shadow_id] = Resubmission()
+    long = tuple((b"X-Long", b" " + b"a" * 30_000) for _ in range(3))
+    client = await MilterClient.connect(bench.path, RESUBMISSION)
+    mark = (b"X-Umbra-Id", b" " + shadow_id.encode())
+    assert shadow_id_of(await client.message((*long, mark, *HEADERS))) != shadow_id
+    await client.close()
+    assert progress == Resubmission()
+
+
 @BOTH
 @pytest.mark.parametrize("alone", [True, False])
 async def test_a_resubmitted_message_goes_on_without_a_shadow(bench: Bench, alone: bool) -> None:

@@ -159,7 +159,7 @@ class _Message:
         self._shadow_id = ""
         self._epoch = 0
         self._envelope: Envelope | None = None
-        self._first = True
+        self._named = False
         self._resubmission: Resubmission | None = None
         self._alone_here = False
         self._holders: set[str] = set()
@@ -170,7 +170,7 @@ class _Message:
 
     def header(self, name: bytes, lines: bytes) -> None:
         lowered = name.lower()
-        if self._first and lowered == _ID_HEADER and self._claim(lines):
+        if not self._named and lowered == _ID_HEADER and self._claim(lines):
             return
         if lowered == b"message-id" and not self._message_id:
             self._message_id = clean(lines.partition(b":")[2].strip())
@@ -254,9 +254,14 @@ class _Message:
             self._copy = None
 
     def _claim(self, lines: bytes) -> bool:
-        """Tell whether this is our own resubmission, whose id header is no part of the content."""
-        self._first = False
-        if self._transaction.macro(b"daemon_name") != RESUBMISSION:
+        """Tell whether this is our own resubmission, whose id header is no part of the content.
+
+        To be asked about the first header of that name alone: further ones came with the message.
+        Headers of other names may be before it, from milters that are asked before ours.
+        """
+        self._named = True
+        # Once it is on its way to the shadows, it has an id.
+        if self._transaction.macro(b"daemon_name") != RESUBMISSION or self._delivery is not None:
             return False
         shadow_id = clean(lines.partition(b":")[2].strip())
         # Only what this process is resubmitting right now: others may reach the port, but cannot
@@ -268,7 +273,6 @@ class _Message:
         return True
 
     def _take(self, data: bytes) -> None:
-        self._first = False
         if self._body.write(data):
             self._delivery = asyncio.get_running_loop().create_task(self._deliver())
             # Its failure is told when it is awaited; an aborted message awaits nothing.
