@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +64,33 @@ def test_what_is_resubmitted_passes_our_milter_alone() -> None:
     assert "smtpd_milters=$umbra_milter" in found["127.0.0.1:10026/inet"]
     others = [option for name in ("smtp/inet", "submission/inet") for option in found[name]]
     assert not [option for option in others if option.startswith("smtpd_milters")]
+
+
+@pytest.mark.parametrize(
+    ("name", "pauses"), [("lmtp", 50), ("smtp", 50), ("smtpd", 0), ("qmgr", 0)]
+)
+def test_a_stop_waits_for_deliveries_and_not_for_ever(
+    tmp_path: Path, name: str, pauses: int
+) -> None:
+    script, processes, slept = tmp_path / "drain", tmp_path / "cgroup.procs", tmp_path / "slept"
+    script.write_text(rendered("umbra-postfix-drain.j2"))
+    (tmp_path / "sleep").write_text(f"#!/bin/sh\necho >> {slept}\n")
+    (tmp_path / "sleep").chmod(0o755)
+    slept.touch()
+    (tmp_path / name).symlink_to("/bin/sh")  # the kernel names a process by the file it runs
+    with (
+        subprocess.Popen(["/bin/sh", "-c", "read line"], stdin=subprocess.PIPE) as master,
+        subprocess.Popen([tmp_path / name, "-c", "read line"], stdin=subprocess.PIPE) as agent,
+    ):
+        processes.write_text(f"{master.pid}\n{agent.pid}\n")
+        environment = {
+            **os.environ,
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "MAINPID": str(master.pid),
+            "PROCESSES": str(processes),
+        }
+        subprocess.run(["/bin/sh", script], env=environment, check=True, timeout=30)
+        assert master.wait(10) == -9
+        assert agent.poll() is None
+        agent.kill()
+    assert len(slept.read_text().splitlines()) == pauses
