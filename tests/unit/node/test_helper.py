@@ -599,3 +599,41 @@ async def test_a_hook_that_fails_says_why(
     systemd |= {"error": "unit not found", "Result": result, "journal": journal}
     answer = await ask({"do": "stonith", "node": "mail-a"})
     assert answer == {"ok": False, "error": f"umbra-stonith@mail-a.service: {why}"}
+
+
+LOG = """<eve@remote>: host mx.remote[192.0.2.9] said: 550 5.1.1 recipient=nobody
+recipient=eve@remote
+original_recipient=eva@example.org
+offset=588
+dsn_orig_recipient=rfc822;eva@example.org
+status=5.1.1
+action=failed
+reason=host mx.remote[192.0.2.9] said: 550 5.1.1 recipient=nobody
+
+"""
+
+
+@pytest.mark.parametrize("place", ["bounce/4/4abc", "bounce/4abc"])
+@pytest.mark.parametrize("listed", [[], ["dan@remote"], ["eve@remote"]])
+async def test_a_recipient_whose_bounce_is_owed_is_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, listed: list[str]
+) -> None:
+    async def run(*argv: str) -> str:
+        rows = {"4abc": listed, "4other": []}
+        return "\n".join(
+            json.dumps({"queue_id": key, "recipients": [{"address": item} for item in left]})
+            for key, left in rows.items()
+        )
+
+    monkeypatch.setattr(helper, "run", run)
+    (tmp_path / place).parent.mkdir(parents=True)
+    (tmp_path / place).write_text(LOG * 2)
+    answer = await ask({"do": "queue-remaining"}, tmp_path)
+    wanted = [*listed, *({"eve@remote"} - set(listed))]
+    assert answer == {"ok": True, "remaining": {"4abc": wanted, "4other": []}}
+
+
+async def test_bounces_that_cannot_be_read_are_not_none(ran: Ran, tmp_path: Path) -> None:
+    answer = await ask({"do": "queue-remaining"}, tmp_path)
+    assert answer["ok"] is False
+    assert "bounce" in answer["error"]

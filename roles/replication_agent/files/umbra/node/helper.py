@@ -31,7 +31,7 @@ from typing import Any
 
 from umbra.node.addresses import ServiceAddresses
 from umbra.node.packets import Connection
-from umbra.node.queue import queue_files
+from umbra.node.queue import owed_bounces, queue_files
 from umbra.systemd import notify
 
 log = logging.getLogger("umbra.helper")
@@ -299,13 +299,17 @@ class Helper:
         return {"queue": await asyncio.to_thread(queue_files, self._spool)}
 
     async def do_queue_remaining(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Return the recipients that are not delivered yet, by queue id, as Postfix lists them."""
+        """Return the recipients that are not finished yet, by queue id.
+
+        That is those that Postfix lists, and those that failed while the sender has no bounce yet:
+        who goes on with the message without them would never send one.
+        """
         rows = [json.loads(line) for line in (await run("postqueue", "-j")).splitlines() if line]
-        return {
-            "remaining": {
-                row["queue_id"]: [r["address"] for r in row["recipients"]] for row in rows
-            }
-        }
+        owed = await asyncio.to_thread(owed_bounces, self._spool)
+        remaining = {row["queue_id"]: [r["address"] for r in row["recipients"]] for row in rows}
+        for queue_id, left in remaining.items():
+            left += [item for item in dict.fromkeys(owed.get(queue_id, ())) if item not in left]
+        return {"remaining": remaining}
 
     async def do_queue_delete(self, request: dict[str, Any]) -> dict[str, Any]:
         """Delete the queue files ``ids``; one that is gone already is no error."""

@@ -13,6 +13,7 @@ from pathlib import Path
 # meanwhile.
 QUEUES = ("maildrop", "incoming", "active", "deferred", "hold", "corrupt")
 ARRIVING = "arriving"
+_FAILED = "recipient="
 
 
 def queue_files(spool: Path) -> dict[str, str]:
@@ -35,6 +36,29 @@ def queue_files(spool: Path) -> dict[str, str]:
                         found[entry.name] = queue
                     elif place := _incoming(entry.path):
                         found[entry.name] = place
+    return found
+
+
+def owed_bounces(spool: Path) -> dict[str, list[str]]:
+    """Return the recipients of whose failure the sender has not been told yet, by queue id.
+
+    Postfix notes them in a log of the message's name (bounce(8)), marks them as done in the queue
+    file, and removes the log once the bounce is accepted. OSError if the logs cannot be read.
+    """
+    found: dict[str, list[str]] = {}
+    pending = [spool / "bounce"]
+    while pending:
+        # Hashed or not: hash_queue_names tells, and long queue ids do not show their directory.
+        with os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(Path(entry.path))
+                    continue
+                with contextlib.suppress(FileNotFoundError):
+                    lines = Path(entry.path).read_bytes().decode(errors="replace").split("\n")
+                    found[entry.name] = [
+                        line.removeprefix(_FAILED) for line in lines if line.startswith(_FAILED)
+                    ]
     return found
 
 
