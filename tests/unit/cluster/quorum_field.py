@@ -21,6 +21,7 @@ from umbra.cluster.etcd import EtcdError, Shown
 from umbra.cluster.handover import Handover
 from umbra.cluster.quorum import QuorumGroup
 from umbra.cluster.static import StateFile
+from umbra.cluster.switchover import Remaining
 from umbra.cluster.work import POSTFIX
 from umbra.config import (
     Config,
@@ -219,7 +220,9 @@ class Host(NodeHelper):
             self.queue_ids.pop(key)
 
     async def remaining(self) -> Mapping[str, Sequence[str]]:
-        return {key: ["x@example.org"] for key in self.queue_ids}
+        # As postqueue(1), which does not look at what Postfix could not read.
+        listed = (key for key, place in self.queue_ids.items() if place != "corrupt")
+        return {key: ["x@example.org"] for key in listed}
 
     async def prove(self) -> None:
         await self.works.wait()
@@ -231,7 +234,7 @@ class Parts:
     only_asynchronous = False
 
     def __init__(self) -> None:
-        self.taken: list[tuple[str, Mapping[str, Sequence[str]] | None]] = []
+        self.taken: list[tuple[str, Remaining | None]] = []
         self.left = 0
         self.came_back: set[str] = set()
         self.resumed: list[str] = []
@@ -248,7 +251,9 @@ class Parts:
 
     def gave_up(self) -> None: ...
 
-    async def take_over(self, origin: str, remaining: Mapping[str, Sequence[str]] | None) -> None:
+    async def take_over(
+        self, origin: str, remaining: Mapping[str, Sequence[str] | None] | None
+    ) -> None:
         self.taken.append((origin, remaining))
 
     def resubmit(self) -> None: ...

@@ -418,6 +418,15 @@ def test_a_switchover_moves_the_primary(group: Play, queue: dict[str, str]) -> N
     group(scenario)
 
 
+def test_a_switchover_hands_over_what_postfix_could_not_read(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        field.a.host.queue_ids = {"Q1": "deferred", "Q2": "corrupt"}
+        await field.a.handover.run("b", dry_run=False, timeout_s=10)
+        assert field.b.parts.taken == [("a", {"Q1": ["x@example.org"], "Q2": None})]
+
+    group(scenario)
+
+
 def test_an_opening_that_fails_is_tried_again_with_what_was_handed_over(group: Play) -> None:
     """The new primary renews its right meanwhile, so nobody else would come."""
 

@@ -260,6 +260,19 @@ async def test_recipients_that_have_it_are_left_out(bench: Bench) -> None:
     assert await bench.store.stats() == []
 
 
+async def test_a_file_that_postfix_cannot_read_is_carried_on_to_all(bench: Bench) -> None:
+    await bench.held(
+        queue_id="4one", recipients=(Recipient("bob@example.com"), Recipient("eve@example.com"))
+    )
+    assert await bench.resubmitter.claim("a", {"4one": None}) == 0
+    await bench.resubmitter.step()
+    [mail] = bench.smtpd.mails
+    assert [line for line in mail.commands if line.startswith(b"RCPT")] == [
+        b"RCPT TO:<bob@example.com>",
+        b"RCPT TO:<eve@example.com>",
+    ]
+
+
 async def test_a_handover_says_who_is_left(bench: Bench) -> None:
     await bench.held(
         queue_id="4one", recipients=(Recipient("bob@example.com"), Recipient("eve@example.com"))

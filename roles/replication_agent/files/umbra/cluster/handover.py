@@ -29,8 +29,11 @@ from umbra.cluster.switchover import (
     Mailboxes,
     Messages,
     Refused,
+    Remaining,
     Steps,
     Switchover,
+    remaining_of,
+    rows_of,
 )
 from umbra.config import Config, HandoverPolicy, StonithUse
 from umbra.node.client import NodeHelper
@@ -52,7 +55,7 @@ class _Given:
 
     by: str
     epoch: int
-    remaining: Mapping[str, Sequence[str]]
+    remaining: Remaining
 
 
 class Handover(Switchover):
@@ -151,11 +154,10 @@ class Handover(Switchover):
         try:
             remaining = await self._emptied(to, steps)
             change = Change(group.state.node, to, now(), planned=True)
-            rows = [{"queue_id": key, "recipients": list(left)} for key, left in remaining.items()]
             async with group.links[to].exchange(
                 "handover", {"epoch": group.epoch + 1}, timeout=HANDOVER_TIMEOUT
             ) as exchange:
-                await exchange.send_lines(rows)
+                await exchange.send_lines(rows_of(remaining))
                 await exchange.result()
             covered = self._messages.covered(to)
             await quorum.give_up(to)
@@ -197,10 +199,7 @@ class Handover(Switchover):
         """Handler of ``handover``: note who has to get what is left, for the epoch to come."""
         try:
             epoch = int(args["epoch"])
-            remaining = {
-                str(row["queue_id"]): [str(name) for name in row["recipients"]]
-                async for row in exchange.receive_lines()
-            }
+            remaining = dict([remaining_of(row) async for row in exchange.receive_lines()])
         except (KeyError, TypeError, ValueError) as error:
             raise PeerError("protocol", f"a handover that makes no sense: {error!r}") from None
         await self.left_behind.finish()

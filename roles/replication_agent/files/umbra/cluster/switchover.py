@@ -60,6 +60,24 @@ class Refused(Exception):
     """
 
 
+Remaining = Mapping[str, Sequence[str] | None]
+"""By queue id, who still has to get a message; None if nobody knows, so all may have to."""
+
+
+def rows_of(remaining: Remaining) -> list[dict[str, Any]]:
+    """Return what a handover says of the queue, one row a message; ``whole``: to all."""
+    return [
+        {"queue_id": key, "recipients": list(left or ()), "whole": left is None}
+        for key, left in remaining.items()
+    ]
+
+
+def remaining_of(row: Mapping[str, Any]) -> tuple[str, Sequence[str] | None]:
+    """Return the queue id and the recipients of such a row; KeyError or TypeError if it is none."""
+    names = [str(name) for name in row["recipients"]]
+    return str(row["queue_id"]), None if row.get("whole") is True else names
+
+
 class Messages(left_behind.Messages, Protocol):
     """What a switchover needs of the transport."""
 
@@ -75,11 +93,11 @@ class Messages(left_behind.Messages, Protocol):
         """Forget the copies at the shadows: they are the new primary's now."""
         ...
 
-    async def take_over(self, origin: str, remaining: Mapping[str, Sequence[str]] | None) -> None:
+    async def take_over(self, origin: str, remaining: Remaining | None) -> None:
         """Make the messages that are held for ``origin`` this node's to resubmit, durably.
 
         :param remaining: by queue id, the recipients that are not delivered yet; a message that is
-            not in it is delivered. None if that is not known.
+            not in it is delivered. None if that is not known, of one message or of all.
         """
         ...
 
@@ -267,7 +285,7 @@ class Switchover:
         steps.done("tidy")
         return change
 
-    async def _emptied(self, to: str, steps: Steps) -> Mapping[str, Sequence[str]]:
+    async def _emptied(self, to: str, steps: Steps) -> Remaining:
         """Bring what is in flight to its end; return what is left of the queue."""
         group = self._group
         if not await group.messages.idle(MESSAGES_TIMEOUT):
@@ -294,7 +312,7 @@ class Switchover:
         steps.done("flush")
         return remaining
 
-    async def _remaining(self) -> Mapping[str, Sequence[str]]:
+    async def _remaining(self) -> Remaining:
         """Return who still has to get each message of the queue. Postfix does not run."""
         remaining = await self._helper.remaining()
         queue = await self._helper.queue()
@@ -306,7 +324,9 @@ class Switchover:
         if unknown:
             # Not listed would mean delivered: better no switchover than that.
             raise Refused(f"Postfix does not tell the recipients of {', '.join(unknown[:5])}.")
-        return remaining
+        # Postfix cannot read these and never will; the copy is the message now.
+        corrupt = [queue_id for queue_id, place in queue.items() if place == "corrupt"]
+        return {**remaining, **dict.fromkeys(corrupt)}
 
     async def _take_back(self) -> None:
         """Before the right was given up.
@@ -319,7 +339,7 @@ class Switchover:
             await self._helper.ports_open(self._config.fence.ports, self._config.fence.hold)
 
     async def _hand_over(
-        self, to: str, change: Change, remaining: Mapping[str, Sequence[str]], began: float
+        self, to: str, change: Change, remaining: Remaining, began: float
     ) -> float:
         """Return for how long clients were without a primary, in seconds."""
         args = {
@@ -329,8 +349,7 @@ class Switchover:
         }
         link = self._group.links[to]
         async with link.exchange("handover", args, timeout=HANDOVER_TIMEOUT) as exchange:
-            rows = [{"queue_id": key, "recipients": list(left)} for key, left in remaining.items()]
-            await exchange.send_lines(rows)
+            await exchange.send_lines(rows_of(remaining))
             return float((await exchange.result())["outage_s"])
 
     async def _outcome(self, to: str, error: PeerError) -> None:
@@ -392,10 +411,7 @@ class Switchover:
         try:
             epoch, change = int(args["epoch"]), Change.from_json(args["change"])
             elapsed = float(args["elapsed_s"])
-            remaining = {
-                str(row["queue_id"]): [str(name) for name in row["recipients"]]
-                async for row in exchange.receive_lines()
-            }
+            remaining = dict([remaining_of(row) async for row in exchange.receive_lines()])
         except (KeyError, TypeError, ValueError) as error:
             raise PeerError("protocol", f"a handover that makes no sense: {error!r}") from None
         if change.old != peer.node or change.new != self._group.state.node:
@@ -420,7 +436,7 @@ class Switchover:
             raise PeerError("failed", str(error)) from None
         return {"outage_s": outage}
 
-    async def _begin(self, left: Mapping[str, Mapping[str, Sequence[str]] | None]) -> None:
+    async def _begin(self, left: Mapping[str, Remaining | None]) -> None:
         """Take over what each former primary has left, and open. See ``Messages.take_over``."""
         try:
             for origin, remaining in left.items():

@@ -341,7 +341,9 @@ class Messages:
 
     # -- promotion
 
-    async def take_over(self, origin: str, remaining: Mapping[str, Sequence[str]] | None) -> None:
+    async def take_over(
+        self, origin: str, remaining: Mapping[str, Sequence[str] | None] | None
+    ) -> None:
         """Make ``origin``'s messages this node's to resubmit; see ``cluster.switchover``."""
         self._discarder.forget()
         self._unsettled.clear()

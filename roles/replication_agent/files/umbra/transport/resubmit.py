@@ -107,7 +107,9 @@ class Resubmitter:
         self._address = host, port
         self._concurrency = concurrency
 
-    async def claim(self, origin: str, remaining: Mapping[str, Sequence[str]] | None = None) -> int:
+    async def claim(
+        self, origin: str, remaining: Mapping[str, Sequence[str] | None] | None = None
+    ) -> int:
         """Make what is held for ``origin`` ours, durably.
 
         Return how many messages had no recipient left.
@@ -117,7 +119,7 @@ class Resubmitter:
         is known only now.
 
         :param remaining: by queue id of ``origin``: the recipients that had not got the message.
-            What is not named is finished.
+            What is not named is finished; None, of one or of all: nobody knows.
         """
         gone = await self._store.claim(origin, remaining, narrow)
         for meta in gone:

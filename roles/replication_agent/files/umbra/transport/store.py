@@ -337,14 +337,14 @@ class ShadowStore:
         return await self._in(self._files, lambda: self._left(int(pages) * PAGE_SIZE))
 
     async def claim(
-        self, origin: str, remaining: Mapping[str, Sequence[str]] | None, narrow: Narrow
+        self, origin: str, remaining: Mapping[str, Sequence[str] | None] | None, narrow: Narrow
     ) -> list[Gone]:
         """Make what is held for ``origin`` this node's to resubmit, in one transaction.
 
         Repeating it is harmless.
 
         :param remaining: by queue id, who had not got the message when the origin gave it up; a
-            message that is not named there is deleted. None if unknown.
+            message that is not named there is deleted. None if unknown, of one or of all.
         :param narrow: returns the envelope with the remaining recipients only.
         :returns: what was discarded.
         """
@@ -365,7 +365,10 @@ class ShadowStore:
                 ).fetchall()
                 # One envelope at a time: there may be 100,000.
                 for shadow_id, queue_id in names:
-                    if left := remaining.get(queue_id):
+                    left = remaining.get(queue_id, ())
+                    if left is None:
+                        continue
+                    if left:
                         database.execute(
                             "UPDATE message SET envelope = ? WHERE shadow_id = ?",
                             (narrowed(database, shadow_id, left), shadow_id),
