@@ -18,6 +18,8 @@ from umbra.peer.identity import PeerIdentity
 from umbra.transport import ids, part
 from umbra.transport.part import HEADROOM, Messages
 from umbra.transport.resubmit import Report, narrow
+from umbra.transport.service import ShadowService
+from umbra.transport.store import ShadowStore, State
 
 RAW: dict[str, Any] = {
     "group": "mail",
@@ -277,3 +279,26 @@ async def test_only_the_primary_settles(made: Messages, group: PlayedGroup) -> N
             continue
         with pytest.raises(PeerError, match=wrong):
             await settled(PeerIdentity("b", "s"), {"since": since}, cast(Any, None))
+
+
+async def test_what_is_on_hold_gets_no_new_copy(tmp_path: Path, group: PlayedGroup) -> None:
+    shadow = ShadowStore(tmp_path / "there")
+    await shadow.open()
+    service = ShadowService(shadow, lambda: 1, lambda node: True)
+    group.links["b"] = FakeLink("b", service.handlers())
+    made = messages(tmp_path, group)
+    await made.open()
+    for queue_id in ("q1", "q2"):
+        writer = made._store.begin(
+            ids.new(), origin="a", queue_id=queue_id, envelope=ENVELOPE, epoch=1
+        )
+        await writer.commit(delivered=True)
+
+    async def queue() -> dict[str, str]:
+        return {"q1": "hold", "q2": "deferred", "q3": "arriving", "q4": "maildrop"}
+
+    made._helper.queue = queue  # type: ignore[method-assign]
+    await made.catch_up("b")
+    assert [meta.queue_id async for meta in shadow.in_order(State.HELD)] == ["q2"]
+    await made.close()
+    await shadow.close()

@@ -14,6 +14,9 @@ from umbra.node.packets import Connection
 BATCH = 5000
 """Queue ids in one request, which has a bound."""
 
+UNCOMMITTED = ("arriving", "maildrop")
+"""Queues whose files Postfix has not acknowledged yet."""
+
 
 class NodeHelper:
     """Asks the helper for effects, each over a connection of its own.
@@ -129,8 +132,7 @@ class NodeHelper:
 
     async def committed(self) -> set[str]:
         """Return the queue ids of the messages that Postfix has acknowledged."""
-        uncommitted = ("arriving", "maildrop")
-        return {key for key, queue in (await self.queue()).items() if queue not in uncommitted}
+        return {key for key, queue in (await self.queue()).items() if queue not in UNCOMMITTED}
 
     async def remaining(self) -> Mapping[str, Sequence[str]]:
         """Return the recipients that are not delivered yet, {queue id: addresses}."""

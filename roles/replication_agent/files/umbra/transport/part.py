@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from umbra.api.report import Check
 from umbra.cluster.group import Group
 from umbra.config import Config, ShadowPolicy
-from umbra.node.client import NodeHelper
+from umbra.node.client import UNCOMMITTED, NodeHelper
 from umbra.node.helper import HelperError
 from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import PeerIdentity
@@ -330,7 +330,13 @@ class Messages:
 
     async def _copy_queue(self, peer: str) -> None:
         await self._net.flush()
-        await self._back_fill.run_queue(self._group.links[peer], await self._committed_ids())
+        # Not what is on hold: after a failover that is what the former primary had, and the other
+        # node has carried it on. A copy would be resubmitted at the next change of primary, to
+        # recipients elsewhere a second time. A message that somebody put on hold for another reason
+        # keeps the copy it has, and gets none here if it has none.
+        queue = await self._helper.queue()
+        wanted = {key for key, place in queue.items() if place not in (*UNCOMMITTED, "hold")}
+        await self._back_fill.run_queue(self._group.links[peer], wanted)
 
     async def prove_caught_up(self, peer: str) -> None:
         """Copy what is left, if anything, at once. PeerError if that is not the end of it."""
