@@ -138,3 +138,19 @@ async def test_what_nothing_can_copy_is_said(
 ) -> None:
     await bench.back_fill.run_queue(bench.link, {"q4"})  # type: ignore[arg-type]
     assert "b has no copy of 1 messages of the queue" in caplog.text
+
+
+async def test_a_content_that_cannot_be_read_is_told_and_stops_no_other_message(
+    bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lost = await bench.alone(os.urandom(500_000), "q1")
+    await bench.alone(b"x", "q2")
+    [path] = (tmp_path / "own" / "spool").iterdir()
+    path.unlink()
+    assert await bench.back_fill.run(bench.link) == BackFilled(1, complete=True)  # type: ignore[arg-type]
+    assert [meta.queue_id async for meta in bench.shadow.in_order(State.HELD)] == ["q2"]
+    assert bench.discarder.covered("b").keys() == {"q2"}
+    # It is still counted as what only this node has.
+    assert [meta.shadow_id async for meta in bench.own.in_order(State.UNSHADOWED)] == [lost]
+    [record] = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "b gets no copy of the message q1" in record.getMessage()

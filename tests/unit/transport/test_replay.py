@@ -161,3 +161,20 @@ async def test_without_a_postfix_it_ends(bench: Bench) -> None:
     bench.replayer._address = ("127.0.0.1", 1)
     with pytest.raises(SmtpUnreachable):
         await bench.replayer.run(BOB, LONG_AGO, SOON)
+
+
+async def test_a_content_that_cannot_be_read_does_not_end_the_replay(bench: Bench) -> None:
+    lost = await bench.delivered("one")
+    await bench.delivered("two")
+    await bench.store._write(
+        lambda database: (
+            database.execute(
+                "DELETE FROM content WHERE number ="
+                " (SELECT number FROM message WHERE shadow_id = ?)",
+                (lost,),
+            ).rowcount
+        )
+    )
+    result = await bench.replayer.run(BOB, LONG_AGO, SOON)
+    assert list(result.failed) == [lost]
+    assert (result.found, result.resubmitted, bench.subjects()) == (2, 1, ["two"])

@@ -432,3 +432,19 @@ def test_stuffing_does_not_depend_on_the_pieces(parts: list[bytes], size: int) -
     back = b"\n".join(row.removeprefix(b".") for row in rows[:-2])
     expected = whole.replace(b"\r\n", b"\n")
     assert back + b"\n" in (expected, expected + b"\n")
+
+
+async def test_a_content_that_cannot_be_read_stops_no_other_message(
+    bench: Bench, tmp_path: Path
+) -> None:
+    big = b"Subject: x\r\n\r\n" + b"x" * 500_000 + b"\r\n"
+    lost, *others = [await bench.held(big) for _ in range(3)]
+    [path] = (tmp_path / "own" / "spool").glob(f"*{lost}*")
+    path.unlink()
+    await bench.resubmitter.claim("a")
+    bench.resubmitter._concurrency = 1  # so that they meet it first
+    report = await bench.resubmitter.step()
+    assert list(report.failed) == [lost]
+    assert report.resubmitted == len(bench.smtpd.mails) == 2
+    for shadow_id, mail in zip(others, bench.smtpd.mails, strict=True):
+        assert mail.content == f"X-Umbra-Id: {shadow_id}\r\n".encode() + big

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from umbra.peer.link import PeerLink
 from umbra.transport import metrics, wire
 from umbra.transport.discard import Discarder
-from umbra.transport.store import Meta, ShadowStore, State
+from umbra.transport.store import ContentError, Meta, ShadowStore, State
 from umbra.transport.tracking import BACK_FILLED, track
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,9 @@ class BackFill:
         """Copy all there is.
 
         PeerError or StoreError ends it; what was copied stays copied, and another run goes on.
+        A message whose content cannot be read is left out: no run could ever copy it, and it must
+        not keep the others from being protected. It stays ``unshadowed``, and is counted and shown
+        as what only this node has, until it has left the queue.
 
         :param keep: leave the own copies, because another shadow needs them too.
         """
@@ -58,7 +61,8 @@ class BackFill:
         # run.
         on_its_way = self._storing_alone()
         async for meta in self._store.in_order(State.UNSHADOWED, self._node):
-            await self._copy(peer, meta)
+            if not await self._copied(peer, meta):
+                continue
             copied += 1
             if not keep:
                 await self._store.discard(
@@ -78,12 +82,26 @@ class BackFill:
         if not left:
             return
         async for meta in self._store.kept(left):
-            await self._copy(peer, meta)
+            await self._copied(peer, meta)
         if left := left - self._discarder.covered(peer.name).keys():
             log.warning(
                 "%s has no copy of %d messages of the queue, and nothing here can make one: %s",
                 peer.name, len(left), ", ".join(sorted(left)[:20]),
             )  # fmt: skip
+
+    async def _copied(self, peer: PeerLink, meta: Meta) -> bool:
+        """Copy it; return False, and have it in the log, if its content cannot be read."""
+        try:
+            await self._copy(peer, meta)
+        except ContentError as error:
+            # Gone meanwhile, because it was delivered: then there is nothing to tell.
+            if await self._store.find(meta.shadow_id) is not None:
+                log.error(
+                    "%s gets no copy of the message %s of the queue: %s",
+                    peer.name, meta.queue_id, error,
+                )  # fmt: skip
+            return False
+        return True
 
     async def _copy(self, peer: PeerLink, meta: Meta) -> None:
         args, head = wire.arguments(meta.shadow_id, meta.queue_id, meta.envelope)

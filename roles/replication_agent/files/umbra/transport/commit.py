@@ -29,6 +29,10 @@ class StoreError(Exception):
     """The store cannot do this; nothing was changed by the operation that failed."""
 
 
+class ContentError(StoreError):
+    """The content of one message cannot be read; that says nothing about the others."""
+
+
 class StoreFull(StoreError):
     """There is no room on the disk; nothing was stored, and what was there before is intact."""
 

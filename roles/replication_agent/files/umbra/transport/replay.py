@@ -21,7 +21,7 @@ from umbra.transport.discard import QueueIds
 from umbra.transport.envelope import Recipient
 from umbra.transport.resubmit import HOST, PORT
 from umbra.transport.smtp import SmtpClient, SmtpError, SmtpUnreachable
-from umbra.transport.store import Meta, ShadowStore
+from umbra.transport.store import ContentError, Meta, ShadowStore
 from umbra.transport.times import shown
 from umbra.transport.tracking import REPLAYED, track
 
@@ -117,7 +117,7 @@ class Replayer:
                         await self._send(client, meta, recipient)
                     except SmtpUnreachable:
                         raise
-                    except (SmtpError, OSError) as error:
+                    except (SmtpError, OSError, ContentError) as error:
                         result.failed[meta.shadow_id] = str(error)
                         if not getattr(error, "usable", False):
                             client.close()

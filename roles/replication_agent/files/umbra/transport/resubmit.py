@@ -32,7 +32,7 @@ from umbra.transport import ids, metrics
 from umbra.transport.discard import Discarder, QueueIds
 from umbra.transport.envelope import Envelope, Recipient
 from umbra.transport.smtp import SmtpClient, SmtpError, SmtpUnreachable
-from umbra.transport.store import Meta, ShadowStore, State, StoreError
+from umbra.transport.store import ContentError, Meta, ShadowStore, State, StoreError
 from umbra.transport.tracking import DISCARDED, DUPLICATE_DROPPED, RESUBMITTED, track
 
 log = logging.getLogger(__name__)
@@ -211,7 +211,9 @@ class Resubmitter:
                     report.resubmitted += 1
                 except SmtpUnreachable:
                     raise
-                except (SmtpError, OSError) as error:
+                except (SmtpError, OSError, ContentError) as error:
+                    # One message that cannot be read does not stop the others, least of all in the
+                    # middle. Closing takes back what was sent of it.
                     report.failed[meta.shadow_id] = str(error)
                     if client is not None and not getattr(error, "usable", False):
                         client.close()

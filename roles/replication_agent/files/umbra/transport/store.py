@@ -27,11 +27,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from umbra.transport import metrics, spool
-from umbra.transport.commit import Committer, StoreError, StoreFull, translate
+from umbra.transport.commit import Committer, ContentError, StoreError, StoreFull, translate
 from umbra.transport.envelope import Envelope
 from umbra.transport.ids import valid
 
 __all__ = [
+    "ContentError",
     "Copy",
     "Gone",
     "Holding",
@@ -537,14 +538,19 @@ class ShadowStore:
         return _meta(rows[0]) if rows else None
 
     async def content(self, meta: Meta) -> AsyncIterator[bytes]:
-        """Give a message's content piece by piece. StoreError if it is gone or cannot be read."""
+        """Give a message's content piece by piece. ContentError if it is gone or cannot be read."""
         if not meta.file:
-            rows = await self._read(
-                "SELECT data FROM message JOIN content USING (number) WHERE shadow_id = ?",
-                (meta.shadow_id,),
-            )
+            try:
+                rows = await self._read(
+                    "SELECT data FROM message JOIN content USING (number) WHERE shadow_id = ?",
+                    (meta.shadow_id,),
+                )
+            except StoreError as error:
+                raise ContentError(
+                    f"the content of {meta.shadow_id} cannot be read: {error}"
+                ) from None
             if not rows:
-                raise StoreError(f"{meta.shadow_id} is not here any more")
+                raise ContentError(f"{meta.shadow_id} is not here any more")
             yield rows[0][0]
             return
         pieces = spool.read(self._spool / meta.file)
@@ -554,9 +560,9 @@ class ShadowStore:
                 size += len(piece)
                 yield piece
         except OSError as error:
-            raise StoreError(f"the content of {meta.shadow_id} cannot be read: {error}") from None
+            raise ContentError(f"the content of {meta.shadow_id} cannot be read: {error}") from None
         if size != meta.size:
-            raise StoreError(f"the content of {meta.shadow_id} has {size} bytes, not {meta.size}")
+            raise ContentError(f"the content of {meta.shadow_id} has {size} bytes, not {meta.size}")
 
     async def stats(self) -> list[Holding]:
         """Return how much is stored, by origin and state."""
