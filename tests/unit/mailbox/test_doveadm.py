@@ -223,3 +223,15 @@ async def test_standard_input(tmp_path: Path, data: bytes, sent: bytes) -> None:
     async with dovecot(tmp_path, server) as doveadm:
         await doveadm.run("a@example.org", "sieve put", "s", data=data)
     assert (server.asked, server.input) == (b"\ta@example.org\tsieve put\ts\n", sent)
+
+
+async def test_an_address_that_is_no_utf8_has_no_mailbox(tmp_path: Path) -> None:
+    server = Server(b"1\t2\t\n+\n")
+    async with dovecot(tmp_path, server) as doveadm:
+        assert await doveadm.has_message("b\udcff@x", "id", "") is None
+        assert server.asked == b""
+        # A Message-ID that cannot be looked for is left out.
+        assert await doveadm.has_message("bob@x", "id", "<\udcff@x>") is True
+        assert b"Message-ID" not in server.asked
+        with pytest.raises(DoveadmError):
+            await doveadm.exists("b\udcff@x")

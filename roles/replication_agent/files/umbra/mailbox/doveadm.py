@@ -113,6 +113,15 @@ def unescape(field: str) -> str:
     )
 
 
+def _utf8(text: str) -> bool:
+    """Return whether it is UTF-8: no lone surrogates, which stand for other bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 async def read_line(reader: asyncio.StreamReader) -> bytes:
     """Return the next line without its end.
 
@@ -140,11 +149,11 @@ class Doveadm:
 
         DoveadmError if Dovecot does not answer within ``limit`` seconds.
         """
-        line = "\t".join(map(escape, ("", user, *command))).encode() + b"\n"
-        if data is not None:
-            # The line's end before the last dot is not of the data.
-            line += (b"\n" + data).replace(b"\n.", b"\n..")[1:] + b"\r\n.\r\n"
         try:
+            line = "\t".join(map(escape, ("", user, *command))).encode() + b"\n"
+            if data is not None:
+                # The line's end before the last dot is not of the data.
+                line += (b"\n" + data).replace(b"\n.", b"\n..")[1:] + b"\r\n.\r\n"
             async with asyncio.timeout(limit):
                 return await self._run(line)
         except TimeoutError:
@@ -297,8 +306,10 @@ class Doveadm:
         :param message_id: one with this Message-ID will do as well. One that is not in angle
             brackets is not looked for: the search is for a part of the header.
         """
+        if not _utf8(user):
+            return None  # a recipient may be any bytes; a user of Dovecot's has a name in UTF-8
         query = ["HEADER", "X-Umbra-Id", shadow_id]
-        if message_id.startswith("<") and message_id.endswith(">"):
+        if message_id.startswith("<") and message_id.endswith(">") and _utf8(message_id):
             # doveadm's OR stands between; a leading one, as in IMAP, ends its server process.
             query += ["OR", "HEADER", "Message-ID", message_id]
         reply = await self.run(user, "search", "-u", user, *query)
