@@ -367,3 +367,56 @@ def test_a_copy_that_was_in_doubt_is_sure_once_it_was_made() -> None:
     assert copies.sure() == {}
     copies.add("q1", "s1", sure=True)
     assert copies.sure() == {"q1": "s1"}
+
+
+async def test_the_copy_of_a_retry_outlives_the_file_of_the_try_that_failed(
+    shadow: ShadowStore, link: FakeLink, queue: Queue, discarder: Discarder
+) -> None:
+    shadow_id = await held(shadow, "q1")
+    discarder.add("b", "q1", shadow_id)
+    discarder.refused("q1")
+    await discarder.discard()
+    queue.files = {"q2"}
+    writer = shadow.begin(shadow_id, origin="a", queue_id="q2", envelope=ENVELOPE, epoch=1)
+    await writer.commit()
+    discarder.add("b", "q2", shadow_id)
+    for _ in range(3):
+        await discarder.discard()
+    assert "shadow-discard" not in link.ops
+    assert discarder.covered("b") == {"q2": shadow_id}
+    assert await discarder.reconcile("b") == Reconciled(1, [])
+    queue.files = set()
+    for _ in range(2):
+        await discarder.discard()
+    assert discarder.outstanding("b") == 0
+
+
+async def test_a_retry_that_comes_while_its_copy_is_discarded_is_not_sure_of_it(
+    shadow: ShadowStore, link: FakeLink, queue: Queue, discarder: Discarder
+) -> None:
+    shadow_id = await held(shadow, "q1")
+    discarder.add("b", "q1", shadow_id)
+    await discarder.discard()
+    link.fail = lambda op: discarder.add("b", "q2", shadow_id)
+    await discarder.discard()
+    assert link.ops == ["shadow-discard"]
+    assert discarder.covered("b") == {}
+    assert discarder._doubt
+
+
+async def test_what_the_comparison_now_and_then_misses_is_told(
+    shadow: ShadowStore,
+    queue: Queue,
+    discarder: Discarder,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(module, "RECONCILE_INTERVAL", 0.01)
+    queue.files = {"q1"}
+    discarder.add("b", "q1", ids.new())
+    task = asyncio.create_task(discarder.run())
+    async with asyncio.timeout(5):
+        while "b has lost 1 shadow messages: q1" not in caplog.text:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

@@ -139,9 +139,15 @@ class Reconciled:
 
 
 class Copies:
-    """The copies at one holder: decisions only, no I/O."""
+    """The copies at one holder: decisions only, no I/O.
+
+    A holder has one copy of a message, whatever the queue file: a try that failed and its retry
+    share it, and the newest queue id stands for it. Else the end of the failed one's file would
+    have the copy discarded that the retry lives on.
+    """
 
     def __init__(self) -> None:
+        self._queue_ids: dict[str, str] = {}
         self._settled: dict[str, str] = {}
         self._fresh: dict[str, str] = {}
         self._absent: set[str] = set()
@@ -153,11 +159,31 @@ class Copies:
 
     def add(self, queue_id: str, shadow_id: str, *, sure: bool) -> None:
         """There is (if not ``sure``, may be) a copy of the message in this queue file."""
-        self._fresh[queue_id] = shadow_id
+        former = self._queue_ids.get(shadow_id, queue_id)
+        if former != queue_id:
+            self.remove([former])
+        self._note(queue_id, shadow_id)
         if sure:
             self._doubtful.discard(queue_id)
         else:
             self._doubtful.add(queue_id)
+
+    def _note(self, queue_id: str, shadow_id: str) -> None:
+        self._fresh[queue_id] = shadow_id
+        self._queue_ids[shadow_id] = queue_id
+
+    def stands(self, queue_id: str, shadow_id: str) -> bool:
+        """Return whether the copy is this queue file's still, not a newer one's."""
+        return self._queue_ids.get(shadow_id, queue_id) == queue_id
+
+    def shaken(self, shadow_ids: Iterable[str]) -> bool:
+        """These were discarded; return whether newer queue files had come to need one meanwhile.
+
+        Whether the discard or the new copy came first, only the holder knows.
+        """
+        taken = {self._queue_ids[item] for item in shadow_ids if item in self._queue_ids}
+        self._doubtful |= taken
+        return bool(taken)
 
     def refused(self, queue_id: str) -> None:
         """What is there of this message is not to be kept after its discard."""
@@ -186,8 +212,10 @@ class Copies:
     def remove(self, queue_ids: Iterable[str]) -> None:
         """These copies are gone."""
         for queue_id in queue_ids:
-            self._settled.pop(queue_id, None)
-            self._fresh.pop(queue_id, None)
+            for copies in (self._settled, self._fresh):
+                shadow_id = copies.pop(queue_id, None)
+                if shadow_id is not None and self._queue_ids.get(shadow_id) == queue_id:
+                    del self._queue_ids[shadow_id]
             self._absent.discard(queue_id)
             self._doubtful.discard(queue_id)
             self._worthless.discard(queue_id)
@@ -206,9 +234,11 @@ class Copies:
         :param before: what was known before the holder was asked; later ones may be missing in its
             answer.
         """
+        known = self.known()
         for queue_id, shadow_id in held.items():
-            if queue_id not in self._settled:
-                self._fresh.setdefault(queue_id, shadow_id)
+            # Of what is known by another queue id here, the answer may be older.
+            if shadow_id not in self._queue_ids and queue_id not in known:
+                self._note(queue_id, shadow_id)
         self._doubtful -= held.keys()
         now = self.known()
         missing = [
@@ -293,7 +323,11 @@ class Discarder:
             if loop.time() >= reconcile_at:
                 for name in self._mine():
                     try:
-                        await self.reconcile(name)
+                        if missing := (await self.reconcile(name)).missing:
+                            log.warning(
+                                "%s has lost %d shadow messages: %s",
+                                name, len(missing), ", ".join(missing[:20]),
+                            )  # fmt: skip
                     except (PeerError, StoreError) as error:
                         log.info("cannot compare with %s now: %s", name, error)
                 reconcile_at = loop.time() + RECONCILE_INTERVAL
@@ -326,7 +360,10 @@ class Discarder:
         self, name: str, copies: Copies, ripe: list[tuple[str, str]], *, delivered: bool
     ) -> None:
         for start in range(0, len(ripe), BATCH):
-            batch = ripe[start : start + BATCH]
+            # While others were discarded, a newer queue file may have come to need one.
+            batch = [item for item in ripe[start : start + BATCH] if copies.stands(*item)]
+            if not batch:
+                continue
             shadow_ids = [shadow_id for _, shadow_id in batch]
             try:
                 await self._holders[name].discard(shadow_ids, delivered=delivered)
@@ -337,6 +374,7 @@ class Discarder:
                 return
             self._doubt |= not copies.sure().keys() >= {queue_id for queue_id, _ in batch}
             copies.remove(queue_id for queue_id, _ in batch)
+            self._doubt |= copies.shaken(shadow_ids)
 
     async def reconcile(self, holder: str) -> Reconciled:
         """Compare what ``holder`` has with what it should have.
