@@ -422,6 +422,41 @@ async def test_a_damaged_database_is_refused(tmp_path: Path) -> None:
         await ShadowStore(tmp_path / "s").open()
 
 
+async def test_a_damaged_table_of_messages_is_refused(tmp_path: Path) -> None:
+    store = ShadowStore(tmp_path / "s")
+    await store.open()
+    for _ in range(50):
+        await put(store, os.urandom(4096))
+    await store.close()
+    path = tmp_path / "s" / "shadow.db"
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        (root,) = database.execute(
+            "SELECT rootpage FROM sqlite_schema WHERE name = 'message'"
+        ).fetchone()
+    data = bytearray(path.read_bytes())
+    data[4096 * (root - 1) : 4096 * root] = os.urandom(4096)
+    path.write_bytes(data)
+    with pytest.raises(StoreError):
+        await ShadowStore(tmp_path / "s").open()
+
+
+async def test_opening_does_not_read_the_contents(tmp_path: Path) -> None:
+    def read_so_far() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    store = ShadowStore(tmp_path / "s")
+    await store.open()
+    for _ in range(160):
+        await put(store, bytes(200_000))
+    await store.close()
+    assert (tmp_path / "s" / "shadow.db").stat().st_size > 30_000_000
+    before = read_so_far()
+    store = ShadowStore(tmp_path / "s")
+    await store.open()
+    assert read_so_far() - before < 3_000_000
+    await store.close()
+
+
 # -- memory
 
 
