@@ -15,8 +15,9 @@ from tests.unit.transport.test_resubmit import Smtpd
 from umbra.transport import ids
 from umbra.transport.envelope import Recipient
 from umbra.transport.replay import Replayer, UnknownMailbox
+from umbra.transport.resubmit import narrow
 from umbra.transport.smtp import SmtpUnreachable
-from umbra.transport.store import ShadowStore
+from umbra.transport.store import ShadowStore, State
 
 BOB = "bob@example.com"
 
@@ -129,6 +130,19 @@ async def test_the_window_is_the_time_of_acceptance(bench: Bench) -> None:
 async def test_what_is_still_in_the_queue_waits_for_its_own_delivery(bench: Bench) -> None:
     await bench.delivered("one", queue_id="4here")
     bench.queue = {"4here"}
+    result = await bench.replayer.run(BOB, LONG_AGO, SOON)
+    assert (result.found, result.queued, result.resubmitted) == (1, 1, 0)
+
+
+async def test_what_was_resubmitted_and_is_still_in_the_queue_waits_too(bench: Bench) -> None:
+    shadow_id = ids.new()
+    envelope = replace(ENVELOPE, received=time.time(), recipients=(Recipient(BOB, ()),))
+    writer = bench.store.begin(shadow_id, origin="c", queue_id="4old", envelope=envelope, epoch=1)
+    await writer.commit()
+    await bench.store.claim("c", None, narrow)
+    await bench.store.note_queue_id(shadow_id, "4new")
+    await bench.store.discard([shadow_id], origin="c", state=State.RESUBMITTING)
+    bench.queue = {"4new"}
     result = await bench.replayer.run(BOB, LONG_AGO, SOON)
     assert (result.found, result.queued, result.resubmitted) == (1, 1, 0)
 

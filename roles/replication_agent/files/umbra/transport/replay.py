@@ -104,8 +104,10 @@ class Replayer:
         try:
             async for meta in self._store.delivered(addresses, first, last):
                 result.found += 1
-                # The primary's own copy is written before the message has left the queue.
-                if meta.origin == self._node and meta.queue_id in queued:
+                # The primary's own copy is written before the message has left the queue. What was
+                # resubmitted here is in it by its new id.
+                own = meta.origin == self._node and meta.queue_id in queued
+                if own or meta.new_queue_id in queued:
                     result.queued += 1
                     continue
                 if await self._present(recipient, meta.shadow_id, meta.envelope.message_id):
