@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -48,6 +49,8 @@ class PlayedGroup:
         self.statuses: dict[str, dict[str, Any]] = {"b": {"load": ""}}
         self.epoch = 1
         self.leading: str | None = "b"
+        self.right = True
+        self.state = SimpleNamespace(serving=True)
 
     def primary(self) -> str | None:
         return self.leading
@@ -56,7 +59,7 @@ class PlayedGroup:
         return 5
 
     def is_primary(self) -> bool:
-        return True
+        return self.right
 
     def shadows(self) -> list[FakeLink]:
         return [self.links["b"]] if self.synchronous else []
@@ -302,3 +305,35 @@ async def test_what_is_on_hold_gets_no_new_copy(tmp_path: Path, group: PlayedGro
     assert [meta.queue_id async for meta in shadow.in_order(State.HELD)] == ["q2"]
     await made.close()
     await shadow.close()
+
+
+async def test_resubmission_waits_for_a_right_that_lapsed_and_comes_back(
+    tmp_path: Path, group: PlayedGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(part, "RIGHT_PAUSE", 0.01)
+    made = messages(tmp_path, group)
+    await made.open()
+    ran = asyncio.Event()
+
+    async def run() -> Report:
+        ran.set()
+        return Report()
+
+    monkeypatch.setattr(made._resubmitter, "run", run)
+    task = asyncio.create_task(made._resubmit_when_told())
+    group.right = group.state.serving = False  # the role is another's: a later opening tells
+    made.resubmit()
+    await asyncio.sleep(0.05)
+    group.right = True
+    await asyncio.sleep(0.05)
+    assert not ran.is_set()
+    group.right, group.state.serving = False, True
+    made.resubmit()
+    await asyncio.sleep(0.05)
+    assert not ran.is_set()
+    group.right = True  # without a word
+    async with asyncio.timeout(5):
+        await ran.wait()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await made.close()

@@ -40,6 +40,7 @@ STATS_INTERVAL = 1.0
 BACK_FILL_PAUSE = 0.2
 BACK_FILL_TIMEOUT = 3600.0
 SETTLE_TIMEOUT = 30.0
+RIGHT_PAUSE = 0.2
 HEADROOM = 32 * 1024 * 1024
 """Bytes of room under which new messages are refused at MAIL; those that have begun still fit."""
 MAX_AGE = 4 * 3600.0
@@ -415,6 +416,10 @@ class Messages:
             self._resubmitting.clear()
             # An agent that starts anew in between does not wait.
             await asyncio.sleep(self._resubmit_at - asyncio.get_running_loop().time())
+            # With a quorum, the right can lapse at this instant and come back without an opening,
+            # and then nobody tells this again.
+            while not self._group.is_primary() and self._group.state.serving:  # noqa: ASYNC110
+                await asyncio.sleep(RIGHT_PAUSE)
             if not self._group.is_primary():
                 continue
             self._aliases.forget()
