@@ -22,8 +22,8 @@ _QUEUE_ID = re.compile(r"[0-9A-Za-z]{1,64}")
 def arguments(shadow_id: str, queue_id: str, envelope: Envelope) -> tuple[dict[str, Any], bytes]:
     """Return the arguments of ``shadow-store`` and what goes before the content in its data."""
     args: dict[str, Any] = {"shadow_id": shadow_id, "queue_id": queue_id}
-    # A rough bound first: measuring each envelope exactly would cost more than sending it.
-    if len(envelope.recipients) > 20 and len(text := envelope.to_json()) > INLINE_LIMIT:
+    # Measured, not counted: the arguments of a few recipients may be long.
+    if len(text := envelope.to_json()) > INLINE_LIMIT:
         args["envelope_size"] = len(text)
         return args, text.encode("ascii")
     args["envelope"] = envelope.to_object()
