@@ -157,6 +157,7 @@ class Host(NodeHelper):
         self.crashed = False
         self.restarts = 0
         self.warm = 0
+        self.mail = ""
         self.free = {"/var/vmail": 2**30}
         self.clients_reach = True
 
@@ -171,6 +172,11 @@ class Host(NodeHelper):
 
     async def ports_close(self) -> None:
         self.until = 0.0
+
+    async def mail_store(self, storage: str, *, claim: bool) -> str | None:
+        if claim:
+            self.mail = storage
+        return self.mail
 
     async def postfix_start(self) -> None:
         await asyncio.sleep(0.1)

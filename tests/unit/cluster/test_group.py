@@ -324,3 +324,48 @@ async def test_a_promotion_by_force_ends_what_the_lost_primary_has_begun_here(di
     assert dsync
     assert stored is not None
     assert stored.epoch == 1  # before this node is primary for anybody
+
+
+class MailDisk(NodeHelper):
+    """A helper whose host has a disk of mailboxes with a mark."""
+
+    def __init__(self, mark: str | None) -> None:
+        super().__init__(Path("/nonexistent"))
+        self.mark = mark
+
+    async def mail_store(self, storage: str, *, claim: bool) -> str | None:
+        if claim and self.mark is not None:
+            self.mark = storage
+        return self.mark
+
+
+@pytest.mark.parametrize("mark", ["", "fe1d"], ids=["replaced or not mounted", "another's"])
+async def test_a_node_does_not_run_on_another_disk_than_that_of_its_state(
+    disk: Disk, mark: str
+) -> None:
+    host = MailDisk(mark)
+    await Group(CONFIG, disk, host).own_mail()  # the first time
+    stored = disk.load()
+    assert stored is not None
+    assert (stored.marked, host.mark) == (True, stored.storage_id)
+    await Group(CONFIG, disk, host).own_mail()
+    host.mark = mark
+    with pytest.raises(static.StateError, match="mount the right one"):
+        await Group(CONFIG, disk, host).own_mail()
+    assert host.mark == mark
+
+
+async def test_an_older_helper_says_nothing_of_the_disk(disk: Disk) -> None:
+    await Group(CONFIG, disk, MailDisk(None)).own_mail()
+    stored = disk.load()
+    assert stored is not None
+    assert not stored.marked
+
+
+async def test_a_promotion_does_not_forget_the_mark(disk: Disk) -> None:
+    disk.save(replace(static.first("shadow", AT), epoch=1, marked=True))
+    group = make(disk)
+    await group.apply(machine.Promote(2, Change("b", "a", AT, planned=False), protected=False))
+    stored = disk.load()
+    assert stored is not None
+    assert stored.marked

@@ -13,6 +13,7 @@ from tests.unit.cluster.quorum_field import TIMING, D, Field, Node, Play
 
 from umbra.api.report import Check
 from umbra.cluster import protocol as p
+from umbra.cluster.static import StateError
 from umbra.cluster.switchover import Refused
 from umbra.config import Profile, Stonith, StonithUse
 from umbra.peer.exchange import Exchange, PeerError
@@ -991,5 +992,21 @@ def test_a_shadow_without_the_coordinator_leaves_postfix_alone(group: Play) -> N
         await asyncio.sleep(10 * D)
         assert not field.b.host.postfix
         assert field.b.host.warm <= 1
+
+    group(scenario)
+
+
+def test_the_mark_of_the_mailboxes_disk_outlasts_changes_of_the_state(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        await field.a.group.own_mail()
+        assert field.a.host.mail == field.a.group.state.durable.storage_id
+        await field.a.handover.run("b", dry_run=False, timeout_s=10)
+        await field.protected(field.b)
+        await field.a.crash()
+        field.a.start()
+        assert field.a.group.state.durable.marked
+        field.a.host.mail = ""
+        with pytest.raises(StateError, match="no mark"):
+            await field.a.group.own_mail()
 
     group(scenario)

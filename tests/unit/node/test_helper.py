@@ -637,3 +637,26 @@ async def test_bounces_that_cannot_be_read_are_not_none(ran: Ran, tmp_path: Path
     answer = await ask({"do": "queue-remaining"}, tmp_path)
     assert answer["ok"] is False
     assert "bounce" in answer["error"]
+
+
+async def test_the_mailboxes_disk_has_its_stores_mark(tmp_path: Path) -> None:
+    host = Helper(tmp_path, tmp_path / "mail")
+
+    async def ask(storage: object, claim: bool = False) -> dict[str, Any]:
+        request = {"do": "mail-store", "storage": storage, "claim": claim}
+        return await host.answer(json.dumps(request).encode())
+
+    assert not (await ask("a1", claim=True))["ok"]  # no such directory
+    (tmp_path / "mail").mkdir()
+    assert await ask("a1") == {"ok": True, "storage": ""}
+    assert await ask("a1", claim=True) == {"ok": True, "storage": "a1"}
+    assert await ask("b2") == {"ok": True, "storage": "a1"}
+    assert await ask("b2", claim=True) == {"ok": True, "storage": "b2"}
+    for wrong in ("", "../x", "a1\n", 7, None):
+        assert not (await ask(wrong, claim=True))["ok"]
+    # The directory is another user's.
+    (tmp_path / "mail" / helper.STORE).unlink()
+    (tmp_path / "mail" / helper.STORE).symlink_to(tmp_path / "elsewhere")
+    assert not (await ask("a1", claim=True))["ok"]
+    assert not (await ask("a1"))["ok"]
+    assert not (tmp_path / "elsewhere").exists()

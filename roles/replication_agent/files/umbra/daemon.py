@@ -187,6 +187,7 @@ class Agent:
         async with AsyncExitStack() as stack:
             if self._etcd is not None:
                 await stack.enter_async_context(self._etcd)
+            await group.own_mail()
             for part in (self._messages, self._mailboxes):
                 await part.open()
                 stack.push_async_callback(part.close)

@@ -25,7 +25,7 @@ from umbra.cluster import machine
 from umbra.cluster.fitness import Fitness
 from umbra.cluster.machine import Event, NotNow
 from umbra.cluster.state import Mode, Phase, Role, State
-from umbra.cluster.static import StateFile, first
+from umbra.cluster.static import StateError, StateFile, first
 from umbra.cluster.work import warm_up
 from umbra.config import Config
 from umbra.node.client import NodeHelper
@@ -348,6 +348,32 @@ class Group:
                 if view.synchronous and not new.peers[name].synchronous:
                     self.on_lost(name, new.peers[name].reason or "this node is not primary")
             return new
+
+    async def own_mail(self) -> None:
+        """Return when the mailboxes' disk is the one that this node's state speaks of.
+
+        StateError if it is not: a copy that is empty must neither serve nor count as one, and a
+        primary would make the others what it is. HelperError if nobody can tell.
+        """
+        durable = self.state.durable
+        found = await self._helper.mail_store(durable.storage_id, claim=not durable.marked)
+        if found is None:
+            return
+        if found != durable.storage_id:
+            raise StateError(
+                "the mailboxes' disk is not the one of this node's state (it has"
+                f" {'the mark of another' if found else 'no mark'}): mount the right one. If it is"
+                " lost for good, move /var/lib/umbra away: this node begins anew then, as a shadow"
+                " that the primary fills"
+            )
+        if not durable.marked:
+            await self._marked()
+
+    async def _marked(self) -> None:
+        async with self._lock:
+            durable = replace(self.state.durable, marked=True)
+            await asyncio.to_thread(self._states.save, durable)
+            self.state = replace(self.state, durable=durable)
 
     async def peer_silent(self, peer: str, reason: str) -> None:
         """Note that ``peer`` answers no heartbeat."""

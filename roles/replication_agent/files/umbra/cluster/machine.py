@@ -374,6 +374,7 @@ def _promote(state: State, event: Promote) -> State:
         mode=Mode.ALONE,
         since=event.change.at,
         last_change=event.change,
+        marked=state.durable.marked,
     )
     peers = dict(state.peers)
     if event.protected:

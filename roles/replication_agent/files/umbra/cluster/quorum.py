@@ -454,6 +454,11 @@ class QuorumGroup(Group):
         await asyncio.to_thread(self._states.save, durable)
         self._durable = durable
 
+    async def _marked(self) -> None:
+        async with self._disk:
+            await self._write(replace(self._durable, marked=True))
+        self._show()
+
     async def merged(self) -> None:
         """Note that the primary has brought its mailboxes and this node's together, durably."""
         async with self._disk:

@@ -77,6 +77,7 @@ class Durable:
     :param acted: only with a coordinator: the last epoch under which this node opened its services,
         0 once reconciled. None in a state of the static coordinator, whose epochs count by
         themselves.
+    :param marked: the mailboxes' disk has this store's mark; see ``Helper.do_mail_store``.
     :param silence: only with a coordinator: see ``protocol.Durable``; None if it is not known.
     """
 
@@ -92,6 +93,7 @@ class Durable:
     acted: int | None = None
     unshared: bool = True
     silence: float | None = None
+    marked: bool = False
 
 
 @dataclass(frozen=True)

@@ -99,4 +99,5 @@ def _decode(raw: dict[str, Any]) -> Durable:
         last_change=Change.from_json(change) if change else None,
         acted=None if (acted := raw.get("acted")) is None else int(acted),
         silence=None if (silence := raw.get("silence")) is None else float(silence),
+        marked=bool(raw.get("marked", False)),
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from umbra.node.helper import MAX_REQUEST, MAX_TICKLES, STONITH_TIMEOUT, HelperError
+from umbra.node.helper import MAX_REQUEST, MAX_TICKLES, STONITH_TIMEOUT, UNKNOWN, HelperError
 from umbra.node.packets import Connection
 
 BATCH = 5000
@@ -92,6 +92,20 @@ class NodeHelper:
     async def sync_mail(self) -> None:
         """Return when the disk has all that was written to mailboxes before."""
         await self._ask("sync-mail")
+
+    async def mail_store(self, storage: str, *, claim: bool) -> str | None:
+        """Return whose store the mailboxes' disk belongs to, "" for nobody's; see the helper.
+
+        None if the helper is an older one, which the run that installs this one restarts.
+
+        :param claim: it is that of ``storage`` from now on.
+        """
+        try:
+            return str((await self._ask("mail-store", storage=storage, claim=claim))["storage"])
+        except HelperError as error:
+            if str(error) == UNKNOWN:
+                return None
+            raise
 
     async def ports_close(self) -> None:
         """Have no service address, and close the ports, for established connections too.

@@ -36,6 +36,7 @@ from umbra.systemd import notify
 
 log = logging.getLogger("umbra.helper")
 
+STORAGE = re.compile(r"[0-9a-f]{1,64}\Z")
 NODE = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,62}\Z")
 STONITH_TIMEOUT = 35.0  # its unit's own is 30 s at most
 QUEUE_ID = re.compile(r"[0-9A-Za-z]{5,30}\Z")
@@ -47,6 +48,8 @@ MAX_PROBES = 8
 ECHO_TIMEOUT = 5.0  # ping's own is 1 s
 NO_ANSWER = re.compile(r"\(1\)|unreachable|No route|Cannot assign")
 PROOF = ".umbra-proof"
+STORE = ".umbra-store"
+UNKNOWN = "not a request that the helper knows"
 RUNTIME = Path("/run/umbra-helper")  # its unit has it stay over a restart; a boot empties it
 LOST = "mail-lost"
 SLOW = 0.2  # seconds by which the ports may stay open past the right; nft takes a tenth of that
@@ -253,6 +256,20 @@ class Helper:
                 " may lack something: look at the disk, then reboot the host"
             )
 
+    async def do_mail_store(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Return whose store the mailboxes' file system belongs to, "" for nobody's.
+
+        With ``claim`` it is that of ``storage`` from now on, durably. A disk that was replaced, or
+        is not mounted, has no mark or another's.
+        """
+        storage, claim = request.get("storage"), request.get("claim")
+        if not isinstance(storage, str) or not STORAGE.match(storage):
+            raise HelperError("storage must be the id of a store")
+        mark = self._mail / STORE
+        if claim is True:
+            await asyncio.to_thread(_mark, mark, storage)
+        return {"storage": await asyncio.to_thread(_marked, mark)}
+
     async def do_postfix_start(self, request: dict[str, Any]) -> dict[str, Any]:
         """Start Postfix; harmless if it runs."""
         try:
@@ -406,7 +423,7 @@ class Helper:
                 self, f"do_{name}"
             )
         except (ValueError, KeyError, TypeError, AttributeError):
-            return {"ok": False, "error": "not a request that the helper knows"}
+            return {"ok": False, "error": UNKNOWN}
         try:
             return {"ok": True, **await effect(request)}
         except (HelperError, OSError, ValueError) as error:
@@ -476,6 +493,34 @@ def _write(files: Sequence[Path]) -> None:
             os.fdatasync(number)
         finally:
             os.close(number)
+
+
+def _mark(path: Path, storage: str) -> None:
+    """Write a mark, durably. The directory belongs to another user, so no link is followed."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    number = os.open(path, flags, 0o600)
+    try:
+        os.ftruncate(number, 0)
+        os.write(number, f"{storage}\n".encode())
+        os.fsync(number)
+    finally:
+        os.close(number)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _marked(path: Path) -> str:
+    try:
+        number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return ""
+    try:
+        return os.read(number, 100).decode(errors="replace").strip()
+    finally:
+        os.close(number)
 
 
 def _syncfs(directory: Path) -> None:
