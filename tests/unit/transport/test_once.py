@@ -47,6 +47,16 @@ async def test_a_first_delivery_is_not_searched_for() -> None:
     assert mailbox.searches == 0
 
 
+async def test_after_another_primarys_term_even_a_first_delivery_is_searched_for() -> None:
+    """The queue file was on hold here, and the other one has delivered the message."""
+    mailbox, shadow_id = Mailbox(), ids.new()
+    asked = mailbox.once()
+    asked.accepted(shadow_id)
+    mailbox.held.add((BOB, shadow_id))
+    asked.doubt()
+    assert await asked.delivered(shadow_id, BOB, 1)
+
+
 async def test_a_second_try_finds_what_the_first_has_stored() -> None:
     mailbox, shadow_id = Mailbox(), ids.new()
     asked = mailbox.once()

@@ -87,6 +87,11 @@ class Once:
         """Note a message that has just got its id, before anybody can have delivered it."""
         self._remember(shadow_id, _Message(fresh=True))
 
+    def doubt(self) -> None:
+        """Note that another node may have delivered any of them since: it was primary."""
+        for message in self._messages.values():
+            message.fresh = False
+
     async def delivered(self, shadow_id: str, recipient: str, process: int) -> bool:
         """Return whether ``recipient`` has the message, so that it must not be stored again.
 

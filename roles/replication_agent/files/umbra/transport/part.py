@@ -353,6 +353,7 @@ class Messages:
     ) -> None:
         """Make ``origin``'s messages this node's to resubmit; see ``cluster.switchover``."""
         self._discarder.forget()
+        self._once.doubt()
         self._unsettled.clear()
         if remaining is None:
             pause = self._config.transport.resubmit_after
