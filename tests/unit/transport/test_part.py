@@ -194,6 +194,20 @@ async def test_the_queue_view_reads_the_store(made: Messages) -> None:
     assert [row["holder"] for row in view["copies"]] == ["a", "b"]
 
 
+def resubmitting(
+    made: Messages, monkeypatch: pytest.MonkeyPatch
+) -> tuple[asyncio.Event, asyncio.Task[None]]:
+    """Have it wait to be told; the event is set when it resubmits."""
+    ran = asyncio.Event()
+
+    async def run() -> Report:
+        ran.set()
+        return Report()
+
+    monkeypatch.setattr(made._resubmitter, "run", run)
+    return ran, asyncio.create_task(made._resubmit_when_told())
+
+
 @pytest.mark.parametrize(
     ("remaining", "waits"), [(None, True), ({}, False)], ids=["failover", "switchover"]
 )
@@ -206,14 +220,7 @@ async def test_only_a_failover_waits_before_it_resubmits(
 ) -> None:
     made = messages(tmp_path, group, resubmit_after=1.0)
     await made.open()
-    ran = asyncio.Event()
-
-    async def run() -> Report:
-        ran.set()
-        return Report()
-
-    monkeypatch.setattr(made._resubmitter, "run", run)
-    task = asyncio.create_task(made._resubmit_when_told())
+    ran, task = resubmitting(made, monkeypatch)
     began = asyncio.get_running_loop().time()
     await made.take_over("b", remaining)
     made.resubmit()
@@ -313,14 +320,7 @@ async def test_resubmission_waits_for_a_right_that_lapsed_and_comes_back(
     monkeypatch.setattr(part, "RIGHT_PAUSE", 0.01)
     made = messages(tmp_path, group)
     await made.open()
-    ran = asyncio.Event()
-
-    async def run() -> Report:
-        ran.set()
-        return Report()
-
-    monkeypatch.setattr(made._resubmitter, "run", run)
-    task = asyncio.create_task(made._resubmit_when_told())
+    ran, task = resubmitting(made, monkeypatch)
     group.right = group.state.serving = False  # the role is another's: a later opening tells
     made.resubmit()
     await asyncio.sleep(0.05)

@@ -408,13 +408,18 @@ async def test_a_damaged_content_is_told_and_not_given(
     await store.close()
 
 
-async def test_a_damaged_database_is_refused(tmp_path: Path) -> None:
-    store = ShadowStore(tmp_path / "s")
+async def filled(directory: Path) -> Path:
+    """Make a store with fifty messages and close it; return its database."""
+    store = ShadowStore(directory)
     await store.open()
     for _ in range(50):
         await put(store, os.urandom(4096))
     await store.close()
-    path = tmp_path / "s" / "shadow.db"
+    return directory / "shadow.db"
+
+
+async def test_a_damaged_database_is_refused(tmp_path: Path) -> None:
+    path = await filled(tmp_path / "s")
     data = bytearray(path.read_bytes())
     data[4096 * 3 : 4096 * 20] = os.urandom(4096 * 17)
     path.write_bytes(data)
@@ -423,12 +428,7 @@ async def test_a_damaged_database_is_refused(tmp_path: Path) -> None:
 
 
 async def test_a_damaged_table_of_messages_is_refused(tmp_path: Path) -> None:
-    store = ShadowStore(tmp_path / "s")
-    await store.open()
-    for _ in range(50):
-        await put(store, os.urandom(4096))
-    await store.close()
-    path = tmp_path / "s" / "shadow.db"
+    path = await filled(tmp_path / "s")
     with contextlib.closing(sqlite3.connect(path)) as database:
         (root,) = database.execute(
             "SELECT rootpage FROM sqlite_schema WHERE name = 'message'"
