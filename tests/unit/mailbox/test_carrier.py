@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -119,7 +119,14 @@ class FakeDoveadm:
         self.talk, self.user = talk, user
 
     async def sync(
-        self, user: str, destination: str, state: str, limit: float, *, merge: bool = False
+        self,
+        user: str,
+        destination: str,
+        state: str,
+        limit: float,
+        *,
+        merge: bool = False,
+        apart: Sequence[str] = (),
     ) -> SyncResult:
         reader, writer = await asyncio.open_unix_connection(destination.removeprefix("tcp:"))
         try:
@@ -205,7 +212,7 @@ def test_valid_user() -> None:
 
 async def test_both_ways_and_to_the_end(tmp_path: Path) -> None:
     """Several megabytes each way through small buffers, then both ends close."""
-    blob = bytes(range(256)) * 8192
+    blob = bytes(range(256)) * 8192 + b"\n"
 
     async def master(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Outcome:
         writer.write(blob)
@@ -299,7 +306,7 @@ async def test_a_sync_has_ended_when_the_peers_disk_has_it(
         await on_disk.wait()
 
     async def master(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Outcome:
-        writer.write(b"x")
+        writer.write(b"x\n")
         return Outcome.SYNCED if await reader.read(1) else Outcome.FAILED
 
     async def slave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -381,7 +388,14 @@ async def test_the_shadow_prepares_while_dsync_starts(tmp_path: Path) -> None:
 
     class Slow(FakeDoveadm):
         async def sync(
-            self, user: str, destination: str, state: str, limit: float, *, merge: bool = False
+            self,
+            user: str,
+            destination: str,
+            state: str,
+            limit: float,
+            *,
+            merge: bool = False,
+            apart: Sequence[str] = (),
         ) -> SyncResult:
             await asyncio.wait_for(prepared.wait(), 2)
             return await super().sync(user, destination, state, limit, merge=merge)
@@ -400,7 +414,14 @@ async def test_a_sync_that_never_connects_leaves_nothing(tmp_path: Path) -> None
 
     class Absent(FakeDoveadm):
         async def sync(
-            self, user: str, destination: str, state: str, limit: float, *, merge: bool = False
+            self,
+            user: str,
+            destination: str,
+            state: str,
+            limit: float,
+            *,
+            merge: bool = False,
+            apart: Sequence[str] = (),
         ) -> SyncResult:
             return SyncResult(Outcome.NO_USER, reason="the user is unknown")
 

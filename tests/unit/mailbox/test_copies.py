@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
@@ -71,7 +71,9 @@ class Pair:
             self, self, cast(Dovecot, here), lambda user, shadow_id: shadow_id in self.delivered
         )
 
-    async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
+    async def sync(
+        self, user: str, state: str, *, merge: bool = False, apart: Sequence[str] = ()
+    ) -> SyncResult:
         if merge:
             both = {**self.here.messages, **self.there.messages}
             self.here.messages, self.there.messages = dict(both), dict(both)
@@ -124,7 +126,9 @@ async def test_nobody_looks_into_mailboxes_that_are_merged() -> None:
     merging, go = asyncio.Event(), asyncio.Event()
     sync = pair.sync
 
-    async def slow(user: str, state: str, *, merge: bool = False) -> SyncResult:
+    async def slow(
+        user: str, state: str, *, merge: bool = False, apart: Sequence[str] = ()
+    ) -> SyncResult:
         merging.set()
         await go.wait()
         return await sync(user, state, merge=merge)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -11,7 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from umbra.mailbox.compare import Difference, Found, of_descriptions, of_messages, to_look_into
+from umbra.mailbox.compare import (
+    Difference,
+    Found,
+    Unlike,
+    missing,
+    of_descriptions,
+    of_mailbox,
+    of_messages,
+    to_look_into,
+)
 from umbra.mailbox.describe import (
     DescribeHandler,
     Description,
@@ -272,6 +281,48 @@ def test_differences_of_descriptions() -> None:
     assert [name for name, _, _ in to_look_into(here, there)] == ["INBOX"]
     unknown = list(of_descriptions(here, Description(exists=False)))
     assert unknown == [Difference("", "user", "known", "")]
+
+
+def test_mailboxes_that_the_other_node_has_under_no_name() -> None:
+    here = Description(
+        mailboxes={
+            "INBOX": Mailbox("g1"),
+            "new": Mailbox("g2"),
+            "renamed": Mailbox("g3"),
+            "made twice": Mailbox("g4"),
+            "only a name": Mailbox(),
+        }
+    )
+    there = Description(
+        mailboxes={"INBOX": Mailbox("g1"), "old": Mailbox("g3"), "made twice": Mailbox("g5")}
+    )
+    assert missing(here, there) == ["new"]
+
+
+@pytest.mark.parametrize(
+    ("there", "brings"),
+    [
+        ([(1, "g1", "")], False),
+        ([(1, "g1", "\\Seen")], False),
+        ([(1, "g1", ""), (2, "g2", ""), (3, "g3", "")], True),
+        ([(1, "g1", ""), (2, "other", "")], True),
+    ],
+    ids=["lacks one", "other flags", "has more", "another under one UID"],
+)
+async def test_whether_the_other_node_brings_messages(
+    there: list[tuple[int, str, str]], brings: bool
+) -> None:
+    async def listed(rows: list[tuple[int, str, str]]) -> AsyncGenerator[Message, None]:
+        for uid, guid, flags in rows:
+            yield Message(uid, guid, flags, "1", "2")
+
+    found = Found()
+    unlike = found.unlike["INBOX"] = Unlike("g", "g")
+    here = [(1, "g1", ""), (2, "g2", "")]
+    async for _ in of_mailbox("INBOX", unlike, listed(here), listed(there)):
+        pass
+    assert unlike.brings is brings
+    assert found.lacking() == ([] if brings else ["INBOX"])
 
 
 ROWS = st.dictionaries(

@@ -96,6 +96,15 @@ async def test_one_way_but_for_a_merge(
     assert (fields[2], "-f" in fields) == (command, not state), "from scratch: every mailbox"
 
 
+async def test_mailboxes_that_a_merge_leaves_alone(tmp_path: Path) -> None:
+    server = Server(f"{STATE}\t\n+\n".encode())
+    async with dovecot(tmp_path, server) as doveadm:
+        await doveadm.sync("a", "tcp:/run/x.sock", "", 5, merge=True, apart=["one", "-A"])
+    fields = server.asked.decode().split("\t")
+    at = fields.index("-x")
+    assert fields[at : at + 4] == ["-x", "one", "-x", "-A"]
+
+
 async def test_a_user_cannot_add_arguments(tmp_path: Path) -> None:
     server = Server(b"\n-NOUSER\n")
     async with dovecot(tmp_path, server) as doveadm:

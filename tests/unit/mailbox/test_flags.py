@@ -178,7 +178,9 @@ class Copier:
         self.done: list[tuple[str, bool]] = []
         self.outcome = Outcome.SYNCED
 
-    async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
+    async def sync(
+        self, user: str, state: str, *, merge: bool = False, apart: Sequence[str] = ()
+    ) -> SyncResult:
         self.done.append((state, merge))
         for uid, flags in self.old.items():
             self.pair.there.change(uid, flags)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import pytest
@@ -48,7 +48,9 @@ class World:
         self.handler = GoneHandler(lambda: self.closed, cast(Dovecot, self.there))
         self.carrier = GoneCarrier(self, self, cast(Dovecot, self.here))
 
-    async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
+    async def sync(
+        self, user: str, state: str, *, merge: bool = False, apart: Sequence[str] = ()
+    ) -> SyncResult:
         self.syncs.append(state)
         nested = "m/c/d" in self.there.found
         return self.failed if nested else SyncResult(Outcome.SYNCED, "new")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from umbra.mailbox.compare import Difference, Found
+from umbra.mailbox.compare import Difference, Found, Unlike
 from umbra.mailbox.doveadm import DoveadmError, Outcome, SyncResult
 from umbra.mailbox.merged import Record, RecordingCarrier, of_the_peer
 from umbra.peer.exchange import PeerError
@@ -26,9 +26,15 @@ class Peer:
         self.settled: list[bool] = []
         self.led = 0
         self.spread: list[str] = []
+        self.unlike: dict[str, Unlike] = {}
+        self.missing: list[str] = []
+        self.apart: list[Sequence[str]] = []
 
-    async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
+    async def sync(
+        self, user: str, state: str, *, merge: bool = False, apart: Sequence[str] = ()
+    ) -> SyncResult:
         self.done.append((user, merge))
+        self.apart.append(apart)
         return SyncResult(Outcome.SYNCED, "state")
 
     def progress(self, user: str) -> float:
@@ -49,6 +55,7 @@ class Peer:
             raise self.error
         assert self.led, "before it is compared"
         found = Found()
+        found.unlike, found.missing = self.unlike, self.missing
         for difference in filter(counts, self.differences):
             found.add(difference)
         return found
@@ -108,6 +115,27 @@ async def test_flags_of_the_peer_count_only_if_somebody_may_know_of_them(
     peer.done.clear()
     await made.sync("u1", "", merge=True)
     assert peer.settled == [not unshared]
+
+
+@pytest.mark.parametrize("unshared", [True, False])
+async def test_what_the_peer_only_lacks_is_left_out_of_a_merge(
+    tmp_path: Path, unshared: bool
+) -> None:
+    """dsync renumbered a mailbox on both nodes, since the peer's files of it were lost (2.4.1)."""
+    peer = Peer(Difference("old", "mailbox", "", "3 messages"))
+    peer.unlike = {
+        "INBOX": Unlike("g1", "g1"),
+        "brought": Unlike("g2", "g2", brings=True),
+        "two": Unlike("g3", "g4"),
+        "all*": Unlike("g5", "g5"),
+    }
+    peer.missing = ["new", "what?", "\\Junk"]
+    peer.unshared = unshared
+    made, _ = carrier(peer, tmp_path)
+    await made.sync("u1", "", merge=True)
+    assert [list(names) for names in peer.apart] == [[] if unshared else ["new", "INBOX"]], (
+        "unless somebody may know"
+    )
 
 
 @pytest.mark.parametrize(

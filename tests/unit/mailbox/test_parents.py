@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from umbra.mailbox.doveadm import Outcome, SyncResult
 from umbra.mailbox.parents import ParentsCarrier
 
@@ -11,7 +13,9 @@ class Dsync:
         self.states: list[str] = []
         self.outcome = Outcome.SYNCED
 
-    async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
+    async def sync(
+        self, user: str, state: str, *, merge: bool = False, apart: Sequence[str] = ()
+    ) -> SyncResult:
         self.states.append(state)
         return SyncResult(self.outcome, f"s{len(self.states)}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
@@ -72,7 +72,9 @@ class World:
         self.handler = handler
         self.carrier = ScriptCarrier(self, self, cast(Dovecot, self.here))
 
-    async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
+    async def sync(
+        self, user: str, state: str, *, merge: bool = False, apart: Sequence[str] = ()
+    ) -> SyncResult:
         return SyncResult(self.outcome, "state")
 
     def progress(self, user: str) -> float:

@@ -25,7 +25,7 @@ import asyncio
 import functools
 import logging
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ from typing import Any, Protocol
 from umbra.mailbox import metrics
 from umbra.mailbox.disk import MailDisk
 from umbra.mailbox.doveadm import SOCKET, Doveadm, Outcome, SyncResult, escape, read_line, unescape
+from umbra.mailbox.expunged import Expunged
 from umbra.mailbox.seeding import Pacer
 from umbra.peer.exchange import PeerError
 from umbra.peer.identity import PeerIdentity
@@ -138,12 +139,14 @@ async def copy(
     pace: Callable[[int], Awaitable[None]] | None = None,
     settle: Callable[[], Awaitable[None]] | None = None,
     ended: Callable[[], None] = lambda: None,
+    through: Callable[[bytes], bytes] = lambda data: data,
 ) -> tuple[int, int]:
     """Copy both ways until both sides have ended; call ``moved`` whenever data did.
 
     :param pace: returns when so many bytes may be sent.
     :param settle: awaited when the local side has ended, before the other side hears of that.
     :param ended: called when the other side has ended.
+    :param through: returns what the local side gets of data that has come; ValueError for none.
     :returns: the bytes sent and received over the exchange.
 
     Back pressure: each direction holds at most one chunk beside the transports' buffers. When one
@@ -175,7 +178,7 @@ async def copy(
             moved()
             try:
                 if not gone:
-                    writer.write(data)
+                    writer.write(through(data))
                     await writer.drain()
             except OSError:
                 # The local side has all it wants. What still comes is dropped, so that the
@@ -264,10 +267,12 @@ class DsyncCarrier:
         for task in self._streams:
             task.cancel()
 
-    async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
+    async def sync(
+        self, user: str, state: str, *, merge: bool = False, apart: Sequence[str] = ()
+    ) -> SyncResult:
         """Sync ``user`` to the peer; never two at once for one user.
 
-        ``merge``: both ways, see ``Doveadm.sync``. LOST if the link is why it failed.
+        ``merge`` and ``apart``: see ``Doveadm.sync``. LOST if the link is why it failed.
         """
         loop = asyncio.get_running_loop()
         local, settled = loop.create_future(), loop.create_future()
@@ -277,7 +282,7 @@ class DsyncCarrier:
         self._expected[user] = _Stream(local, task, monotonic())
         try:
             result = await self._doveadm.sync(
-                user, f"tcp:{self._path}", state, SYNC_LIMIT, merge=merge
+                user, f"tcp:{self._path}", state, SYNC_LIMIT, merge=merge, apart=apart
             )
             if result.outcome in (Outcome.SYNCED, Outcome.CHANGED):
                 # The peer's disk has it, or the stream has ended without.
@@ -437,6 +442,15 @@ class DsyncHandler:
                 answer = [await read_line(reader), await read_line(reader)]
             if answer != SERVER_HELLO.splitlines():
                 raise OSError(f"unexpected handshake {answer!r}; is the socket's mode 0600?")
-            return await copy(reader, writer, exchange, settle=self._settle)
+            expunged = Expunged()
+            try:
+                return await copy(
+                    reader, writer, exchange, settle=self._settle, through=expunged.feed
+                )
+            finally:
+                if expunged.left_out:
+                    metrics.EXPUNGED.inc(expunged.left_out)
+                    log.info("%d messages of %s were expunged while they were copied: the sync"
+                             " is to be made again", expunged.left_out, user)  # fmt: skip
         finally:
             writer.transport.abort()

@@ -31,17 +31,19 @@ class Difference:
         return self.what.startswith("flags")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Unlike:
     """A mailbox on both nodes whose messages differ.
 
     :param here: its GUID on this node; ``there``, on the other.
     :param flags: the UIDs of messages that both have, with other flags.
+    :param brings: whether the other has a message that this one lacks, or is another mailbox.
     """
 
     here: str
     there: str
     flags: list[int] = field(default_factory=list)
+    brings: bool = False
 
 
 class Found:
@@ -51,6 +53,13 @@ class Found:
         self.count = 0
         self.shown: list[Difference] = []
         self.unlike: dict[str, Unlike] = {}
+        self.missing: list[str] = []
+        """Mailboxes that the other node has under no name."""
+
+    def lacking(self) -> list[str]:
+        """Return the mailboxes to which the other node brings no message: it only lacks some."""
+        same = (name for name, box in self.unlike.items() if box.here == box.there)
+        return [*self.missing, *(name for name in same if not self.unlike[name].brings)]
 
     def add(self, difference: Difference) -> None:
         """Add one."""
@@ -88,6 +97,16 @@ def of_descriptions(here: Description, there: Description) -> Iterator[Differenc
                 yield Difference(name, what, mine_by.get(name, ""), theirs_by.get(name, ""))
     if here.active != there.active:
         yield Difference("", "active script", here.active, there.active)
+
+
+def missing(here: Description, there: Description) -> list[str]:
+    """Return the mailboxes that the other node has under no name."""
+    theirs = {mailbox.guid for mailbox in there.mailboxes.values()}
+    return sorted(
+        name
+        for name, mailbox in here.mailboxes.items()
+        if mailbox.guid and mailbox.guid not in theirs and name not in there.mailboxes
+    )
 
 
 def to_look_into(here: Description, there: Description) -> list[tuple[str, Mailbox, Mailbox]]:
@@ -131,11 +150,13 @@ async def of_mailbox(
     here: AsyncGenerator[Message, None],
     there: AsyncGenerator[Message, None],
 ) -> AsyncIterator[Difference]:
-    """Yield the same of one mailbox, note in ``unlike`` whose flags differ, and close the lists."""
+    """Yield the same of one mailbox, note in ``unlike`` what it is, and close the lists."""
     async with aclosing(here), aclosing(there):
         async for difference in of_messages(mailbox, here, there):
             if difference.of_flags:
                 unlike.flags.append(difference.uid)
+            elif difference.there:
+                unlike.brings = True
             yield difference
 
 

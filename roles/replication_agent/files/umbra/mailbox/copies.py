@@ -163,7 +163,9 @@ class CopiesCarrier:
         while event := self._merging.get(user):
             await event.wait()
 
-    async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
+    async def sync(
+        self, user: str, state: str, *, merge: bool = False, apart: Sequence[str] = ()
+    ) -> SyncResult:
         """See ``Carrier.sync``."""
         if not merge:
             return await self._carrier.sync(user, state)
@@ -172,7 +174,7 @@ class CopiesCarrier:
         event = self._merging[user] = asyncio.Event()
         try:
             await self._remove(user)
-            return await self._carrier.sync(user, state, merge=True)
+            return await self._carrier.sync(user, state, merge=True, apart=apart)
         except (DoveadmError, PeerError) as error:
             return SyncResult.of(error)
         finally:

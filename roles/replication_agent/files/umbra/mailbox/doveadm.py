@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -111,6 +111,14 @@ def unescape(field: str) -> str:
         _UNESCAPES.get(after, after) if char == "\x01" and (after := next(chars, "")) else char
         for char in chars
     )
+
+
+def nameable(mailbox: str) -> bool:
+    """Return whether dsync's ``-x`` can name this mailbox and no other.
+
+    It takes wildcards, and a leading backslash for a special use.
+    """
+    return not (mailbox.startswith("\\") or "*" in mailbox or "?" in mailbox)
 
 
 def _utf8(text: str) -> bool:
@@ -238,7 +246,14 @@ class Doveadm:
             raise DoveadmError(f"doveadm {name} ended with {code or 'UNKNOWN'}")
 
     async def sync(
-        self, user: str, destination: str, state: str, limit: float, *, merge: bool = False
+        self,
+        user: str,
+        destination: str,
+        state: str,
+        limit: float,
+        *,
+        merge: bool = False,
+        apart: Sequence[str] = (),
     ) -> SyncResult:
         """Sync all mailboxes of ``user`` to ``destination`` (``tcp:/path`` or ``tcp:host:port``).
 
@@ -251,6 +266,8 @@ class Doveadm:
         counters are the same on both sides by chance, whatever is in it (found by the model test).
 
         :param merge: two-way (``doveadm sync``): nothing that only one side has is lost.
+        :param apart: mailboxes that it leaves as they are on both sides; names for which
+            ``nameable`` holds.
         :param state: of the last sync to the same place; "" compares everything.
         :param limit: seconds, after which the outcome is FAILED.
         """
@@ -261,6 +278,7 @@ class Doveadm:
                 "-u",
                 user,
                 *([] if state else ["-f"]),
+                *(word for name in apart for word in ("-x", name)),
                 "-l",
                 str(LOCK_SECONDS),
                 "-T",

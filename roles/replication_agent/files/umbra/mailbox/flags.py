@@ -202,10 +202,12 @@ class FlagsCarrier:
         self._here = here
         self._there = there
 
-    async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
+    async def sync(
+        self, user: str, state: str, *, merge: bool = False, apart: Sequence[str] = ()
+    ) -> SyncResult:
         """See ``Carrier.sync``. If only the look at the flags failed, all is done again."""
         if state or merge:
-            return await self._carrier.sync(user, state, merge=merge)
+            return await self._carrier.sync(user, state, merge=merge, apart=apart)
         try:
             before = await self._settler.theirs(user)
             result = await self._carrier.sync(user, state)

@@ -10,7 +10,7 @@ its own refuses.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from umbra.mailbox.carrier import Exchange, valid_user
@@ -42,9 +42,11 @@ class GoneCarrier:
         self._link = link
         self._dovecot = dovecot
 
-    async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
+    async def sync(
+        self, user: str, state: str, *, merge: bool = False, apart: Sequence[str] = ()
+    ) -> SyncResult:
         """See ``Carrier.sync``."""
-        result = await self._carrier.sync(user, state, merge=merge)
+        result = await self._carrier.sync(user, state, merge=merge, apart=apart)
         if result.outcome is Outcome.FAILED and not merge and await self._removed(user):
             return await self._carrier.sync(user, state)
         return result

@@ -8,6 +8,11 @@ that is primary, ``merged-PEER.jsonl``, one line for each user who differed, the
 merge itself. A later merge with the same node replaces it.
 
 Dying between the record and the merge: the user is compared again, and may stand there twice.
+
+A mailbox of which the peer only lacks something is left out of a merge, unless the peer may have
+told somebody that it is gone. For two-way dsync would renumber the messages that the peer has lost,
+on both nodes, and where the peer's copy was deleted to be made anew it deletes the primary's, how
+old the deletion may be (2.4.1). What such a mailbox lacks comes with the sync one way that follows.
 """
 
 from __future__ import annotations
@@ -16,13 +21,13 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 from umbra.mailbox.compare import Difference, Found
-from umbra.mailbox.doveadm import DoveadmError, Outcome, SyncResult
+from umbra.mailbox.doveadm import DoveadmError, Outcome, SyncResult, nameable
 from umbra.mailbox.mirror import Carrier
 from umbra.peer.exchange import PeerError
 
@@ -30,6 +35,10 @@ log = logging.getLogger(__name__)
 
 # Users who are listed one by one; of the rest the journal has a line.
 LISTED = 1000
+
+
+# Mailboxes that one command can leave out.
+APART = 1000
 
 
 # They follow from others that are told.
@@ -148,7 +157,9 @@ class RecordingCarrier:
         self._unshared = unshared
         self._merged = merged
 
-    async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
+    async def sync(
+        self, user: str, state: str, *, merge: bool = False, apart: Sequence[str] = ()
+    ) -> SyncResult:
         """See ``Carrier.sync``. A merge that cannot be written down is not made."""
         if merge:
             two = False
@@ -170,11 +181,14 @@ class RecordingCarrier:
                         "merge with %s: %s differs in %d places: %s", self._peer, user,
                         found.count, "; ".join(f"{d.mailbox} {d.what}" for d in found.shown[:5]),
                     )  # fmt: skip
-                await self._settler.settle(user, found, ours=not self._unshared())
+                ours = not self._unshared()
+                await self._settler.settle(user, found, ours=ours)
+                if ours:
+                    apart = [*filter(nameable, found.lacking())][:APART]
             except (DoveadmError, PeerError, OSError) as error:
                 return SyncResult.of(error)
         try:
-            return await self._carrier.sync(user, state, merge=merge)
+            return await self._carrier.sync(user, state, merge=merge, apart=apart)
         finally:
             if merge:  # also one that failed half-way
                 self._merged(user)

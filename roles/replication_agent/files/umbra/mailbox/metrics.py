@@ -59,6 +59,10 @@ COPIES_REMOVED = Counter(
     "umbra_mirror_copies_removed_total",
     "Messages removed here before a merge because the primary had them too",
 )
+EXPUNGED = Counter(
+    "umbra_mirror_expunged_total",
+    "Messages that were expunged while they were copied here, so that the sync failed",
+)
 DIFFERENT = Gauge(
     "umbra_mirror_different_users", "Users who differed when they were last compared", ["peer"]
 )

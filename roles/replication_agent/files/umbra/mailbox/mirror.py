@@ -28,7 +28,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from enum import Enum
 from time import monotonic
@@ -105,8 +105,13 @@ class Users(Protocol):
 class Carrier(Protocol):
     """Runs syncs to one peer."""
 
-    async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
-        """Make ``user`` at the peer what it is here; with ``merge``, bring both together."""
+    async def sync(
+        self, user: str, state: str, *, merge: bool = False, apart: Sequence[str] = ()
+    ) -> SyncResult:
+        """Make ``user`` at the peer what it is here; with ``merge``, bring both together.
+
+        :param apart: mailboxes that a merge leaves as they are on both nodes.
+        """
 
     def progress(self, user: str) -> float:
         """Return when data of the running sync of ``user`` last moved, on the monotonic clock."""

@@ -7,6 +7,8 @@ that may have made mailboxes is followed by another one before anybody is told t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from umbra.mailbox.doveadm import Outcome, SyncResult
 from umbra.mailbox.mirror import Carrier
 
@@ -22,11 +24,13 @@ class ParentsCarrier:
         """``user`` created or renamed mailboxes: the next sync shall see to it."""
         self._restructured.add(user)
 
-    async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
+    async def sync(
+        self, user: str, state: str, *, merge: bool = False, apart: Sequence[str] = ()
+    ) -> SyncResult:
         """See ``Carrier.sync``. If the second one failed, both are done again."""
         twice = user in self._restructured
         self._restructured.discard(user)
-        result = await self._carrier.sync(user, state, merge=merge)
+        result = await self._carrier.sync(user, state, merge=merge, apart=apart)
         if result.outcome is Outcome.SYNCED and not merge and (twice or not state):
             result = await self._carrier.sync(user, result.state or "")
         if twice and result.outcome is not Outcome.SYNCED:

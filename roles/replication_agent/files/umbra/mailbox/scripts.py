@@ -24,7 +24,7 @@ user's mail from it.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
@@ -72,11 +72,13 @@ class ScriptCarrier:
         """Scripts of ``user`` changed: the next sync shall take that along."""
         self._changed.add(user)
 
-    async def sync(self, user: str, state: str, *, merge: bool = False) -> SyncResult:
+    async def sync(
+        self, user: str, state: str, *, merge: bool = False, apart: Sequence[str] = ()
+    ) -> SyncResult:
         """See ``Carrier.sync``. If only the scripts failed, all is done again."""
         changed = user in self._changed
         self._changed.discard(user)
-        result = await self._carrier.sync(user, state, merge=merge)
+        result = await self._carrier.sync(user, state, merge=merge, apart=apart)
         if result.outcome is Outcome.SYNCED and not merge and (changed or not state):
             failed = await self._keep(user)
             result = failed or result

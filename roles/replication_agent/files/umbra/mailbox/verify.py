@@ -20,6 +20,7 @@ from umbra.mailbox.compare import (
     Difference,
     Found,
     Unlike,
+    missing,
     of_descriptions,
     of_mailbox,
     to_look_into,
@@ -187,10 +188,13 @@ class Verifier:
         if not mine.exists and not theirs.exists:
             raise DoveadmError("the user is unknown")
         found = Found()
+        found.missing = missing(mine, theirs)
         for difference in filter(counts, of_descriptions(mine, theirs)):
             found.add(difference)
         for name, my_box, their_box in to_look_into(mine, theirs):
-            unlike = found.unlike[name] = Unlike(my_box.guid, their_box.guid)
+            unlike = found.unlike[name] = Unlike(
+                my_box.guid, their_box.guid, brings=my_box.uidvalidity != their_box.uidvalidity
+            )
             left = self._here.messages(user, my_box.guid, bodies=bodies)
             right = there.messages(user, their_box.guid, bodies=bodies)
             async for difference in of_mailbox(name, unlike, left, right):
