@@ -71,7 +71,7 @@ class Field:
         self.since = ""
         """When the trial began, as the agents write times."""
 
-    def lab(self, *words: str, timeout: float = 120) -> None:
+    def lab(self, *words: str, timeout: float = 240) -> None:
         """Run the lab's own command."""
         _run([str(LAB), "--name", self.name, *words], "lab", words, timeout=timeout)
 

@@ -56,6 +56,16 @@ def processes(name: str) -> Iterator[int]:
             yield from map(int, (Path(directory) / "cgroup.procs").read_text().split())
 
 
+def is_populated(name: str) -> bool:
+    """Whether there is any process in a cgroup or below it.
+
+    One read: a process that moves from one to another below is missed by who walks through them.
+    """
+    with suppress(OSError):  # there is no such cgroup
+        return "populated 1" in (root() / name / "cgroup.events").read_text()
+    return False
+
+
 def kill(name: str, timeout: float = 10) -> None:
     """Kill all processes in a cgroup at one instant, wait until they are gone, remove it."""
     path = root() / name
@@ -64,13 +74,13 @@ def kill(name: str, timeout: float = 10) -> None:
     (path / "cgroup.kill").write_text("1")
     deadline = time.monotonic() + timeout
     while True:
-        left = list(processes(name))
-        if not left:
+        if not is_populated(name):
             with suppress(OSError):
                 for directory, _, _ in os.walk(path, topdown=False):
                     os.rmdir(directory)
                 return
         if time.monotonic() > deadline:
+            left = list(processes(name))
             raise LabError(f"Processes of {name} outlived SIGKILL by {timeout:g} s: {left}.")
         time.sleep(0.01)
 

@@ -54,7 +54,7 @@ def cgroup(lab: Lab, member: Member) -> str:
 
 def is_on(lab: Lab, member: Member) -> bool:
     """Whether the host has any process."""
-    return any(cgroups.processes(cgroup(lab, member)))
+    return cgroups.is_populated(cgroup(lab, member))
 
 
 def state(lab: Lab, member: Member) -> str:
@@ -113,7 +113,7 @@ def boot(lab: Lab, member: Member) -> None:
     network.attach(lab, member)
     directory = lab.host_dir(member)
     procs = cgroups.make(cgroup(lab, member)) / "cgroup.procs"
-    script = f'echo $$ >{procs}; exec unshare --mount --propagation private sh -c "$BOOT"'
+    script = f'echo $$ >{procs} && exec unshare --mount --propagation private sh -c "$BOOT"'
     with (directory / "console.log").open("ab") as log:
         process = subprocess.Popen(
             ["sh", "-c", script],
@@ -141,9 +141,12 @@ def wait(lab: Lab, member: Member, timeout: float = 180) -> None:
     deadline = time.monotonic() + timeout
     init = None
     while not (init and Path(f"/proc/{init}/root/run/systemd/private").exists()):
-        if time.monotonic() > deadline or not is_on(lab, member):
+        on = is_on(lab, member)
+        if time.monotonic() > deadline or not on:
+            why = f"has not booted in {timeout:g} s" if on else "has no process any more"
+            last = _console(lab, member)
             see = f"lab --name {lab.name} logs {member.name}"
-            raise LabError(f"{member.name} does not boot: see `{see}`.")
+            raise LabError(f"{member.name} does not boot: it {why}; {last}; see `{see}`.")
         time.sleep(0.02)
         init = _init(lab, member)
     command = enter_command(lab, member, ["systemctl", "is-system-running", "--wait"])
@@ -158,6 +161,13 @@ def wait(lab: Lab, member: Member, timeout: float = 180) -> None:
         if time.monotonic() > deadline:
             raise LabError(f"{member.name} booted, but SSH does not answer: {done.stderr.strip()}")
         time.sleep(0.1)
+
+
+def _console(lab: Lab, member: Member) -> str:
+    """What the host's console said last, in one line. A good boot says nothing there."""
+    lines = (lab.host_dir(member) / "console.log").read_text(errors="replace").split("\n")
+    said = " | ".join(line.strip() for line in lines[-6:] if line.strip())
+    return f"its console: {said}" if said else "its console is empty"
 
 
 def power_off(lab: Lab, member: Member) -> None:

@@ -23,7 +23,7 @@ def _cgroup(lab: Lab) -> str:
 
 def is_running(lab: Lab) -> bool:
     """Whether the relay's process lives."""
-    return any(cgroups.processes(_cgroup(lab)))
+    return cgroups.is_populated(_cgroup(lab))
 
 
 def start(lab: Lab) -> None:
