@@ -21,11 +21,13 @@ from tests.unit.transport.support import (
 
 from umbra.config import ShadowPolicy
 from umbra.peer.exchange import PeerError
+from umbra.transport import metrics
 from umbra.transport import shadowing as module
 from umbra.transport.discard import Copies, Discarder, LocalHolder, PeerHolder
 from umbra.transport.milter_server import MilterServer
 from umbra.transport.ports import NotPrimary, Refusal
 from umbra.transport.resubmit import Resubmission
+from umbra.transport.safety_net import SafetyNet
 from umbra.transport.service import ShadowService
 from umbra.transport.shadowing import RESUBMISSION, Shadowing
 from umbra.transport.store import ShadowStore, State, StoreFull
@@ -462,6 +464,32 @@ async def test_a_message_that_enough_shadows_have_is_accepted_without_the_others
     # Durably, before the 250: b must not be promoted without it.
     assert bench.group.failures == [("b", "b cannot be reached")]
     assert bench.discarder.counts() == {"a": 0, "b": 1, "c": 1}
+
+
+@SIZES
+async def test_what_one_shadow_did_not_take_is_kept_for_its_return(
+    bench: Bench, second: FakeLink, body: bytes
+) -> None:
+    net = bench.shadowing.net = SafetyNet(bench.own, hold=3600, max_size=1 << 30)
+    bench.link.fail = lambda op: PeerError("unreachable", "b cannot be reached")
+    shadow_id = shadow_id_of(await bench.deliver(body))
+    await net.flush()
+    [meta] = [meta async for meta in bench.own.kept({"4abcDEF"})]
+    assert meta.shadow_id == shadow_id
+    assert await content(bench.own.content(meta)) == WHOLE + body
+    assert os.listdir(bench.own._spool) == ([meta.file] if meta.file else [])
+
+
+async def test_what_is_not_kept_is_counted(bench: Bench) -> None:
+    net = bench.shadowing.net = SafetyNet(bench.own, hold=3600, max_size=1 << 30)
+    before = metrics.NET_MISSED._value.get()
+    net._tight = True
+    for body in (b"text\r\n", LARGE):
+        shadow_id_of(await bench.deliver(body))
+    assert metrics.NET_MISSED._value.get() == before + 2
+    bench.shadowing.net = SafetyNet(bench.own, hold=0, max_size=1 << 30)
+    shadow_id_of(await bench.deliver())
+    assert metrics.NET_MISSED._value.get() == before + 2, "nothing is to be kept"
 
 
 @DEFER

@@ -57,6 +57,11 @@ class SafetyNet:
         """Whether the primary should offer a copy."""
         return self._hold > 0 and not self._tight and self._bytes < MAX_PENDING
 
+    def missed(self, count: int = 1) -> None:
+        """Count what was accepted and is not kept here, if anything is to be kept."""
+        if self._hold > 0:
+            metrics.NET_MISSED.inc(count)
+
     def keep(self, writer: ShadowWriter) -> None:
         """Keep a message that was acknowledged and is whole in ``writer``. Never waits."""
         self._pending.append(writer)
@@ -86,7 +91,7 @@ class SafetyNet:
         for writer in pending:
             writer.abort()
         if failed:
-            metrics.NET_MISSED.inc(len(failed))
+            self.missed(len(failed))
             log.warning("%d messages are not in this node's safety net: %s", len(failed), failed[0])
 
     async def _write(self) -> None:

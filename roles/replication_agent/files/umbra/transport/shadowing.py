@@ -236,12 +236,13 @@ class _Message:
                 self._shadowing.discarder.refused(self._queue_id)
             return
         net, copy = self._shadowing.net, self._copy
-        if net is None or self._alone_here or not (copy or net.wanted):
+        if net is None or self._alone_here:
             self._drop_copy()
             return
         if copy is None:
-            if self._body.large:
-                return  # it has streamed past
+            if self._body.large or not net.wanted:  # a large one has streamed past
+                net.missed()
+                return
             assert self._envelope is not None
             copy = self._writer(self._envelope)
             await self._write(copy, self._body.reader())  # in memory: nothing to wait for
@@ -374,13 +375,14 @@ class _Message:
             if failed:
                 with self._storing_alone():
                     await self._failed(failed, writer, envelope)
-                return
-            if kept:
+            else:
+                self._shadowed("+".join(peer.name for peer in peers))
+            # Also where one failed: it gets its copy from the net when it is back.
+            if kept and not self._alone_here:
                 self._copy, writer = writer, None
         finally:
             if writer is not None:
                 writer.abort()
-        self._shadowed("+".join(peer.name for peer in peers))
 
     def _shadowed(self, where: str) -> None:
         metrics.ACCEPTED.labels("shadow").inc()
