@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import struct
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -27,6 +28,8 @@ ENVELOPE = Envelope(
     message_id="<1@example.org>",
     received=1_700_000_000.0,
 )
+LONG = ENVELOPE.only([Recipient(f"user{number}@example.com", ()) for number in range(2000)])
+"""An envelope that does not fit a frame."""
 
 
 class MilterClient:
@@ -140,13 +143,23 @@ class FakeExchange:
     async def receive(self) -> bytes | None:
         if self._over:
             return None
-        data = await self._come.get()
+        coming = asyncio.ensure_future(self._come.get())
+        try:
+            if self.answer is not None:  # a handler that has failed sends no more
+                both: list[asyncio.Future[Any]] = [coming, self.answer]
+                await asyncio.wait(both, return_when="FIRST_COMPLETED")
+                if self._come.empty() and not coming.done():
+                    return None
+            data = await coming
+        finally:
+            coming.cancel()
         self._over = data is None
         return data
 
-    async def receive_lines(self) -> AsyncIterator[dict[str, Any]]:
-        import json
+    async def send_lines(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        await self.send(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
 
+    async def receive_lines(self) -> AsyncIterator[dict[str, Any]]:
         text = b""
         while (data := await self.receive()) is not None:
             text += data
@@ -192,6 +205,8 @@ class FakeLink:
         there: asyncio.Queue[bytes | None] = asyncio.Queue(1)
         back: asyncio.Queue[bytes | None] = asyncio.Queue(1)
         near, far = FakeExchange(there, back), FakeExchange(back, there)
+        if op not in self.handlers:
+            raise PeerError("refused", f"unknown operation {op!r}")
         task = asyncio.ensure_future(self.handlers[op](self.caller, args, cast(Any, far)))
         near.answer = cast("asyncio.Future[dict[str, Any]]", task)
         try:

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tests.unit.transport.support import ENVELOPE, FakeLink, content
+from tests.unit.transport.support import ENVELOPE, LONG, FakeLink, content
 
 from umbra.peer.exchange import PeerError
 from umbra.transport import ids
 from umbra.transport.backfill import BackFill, BackFilled
-from umbra.transport.discard import Discarder, LocalHolder, PeerHolder
+from umbra.transport.discard import Copies, Discarder, LocalHolder, PeerHolder
 from umbra.transport.resubmit import narrow
 from umbra.transport.service import ShadowService
 from umbra.transport.store import ShadowStore, State
+
+CONTENT = os.urandom(300_000)
 
 
 @dataclass
@@ -102,14 +104,6 @@ async def test_it_is_not_complete_while_a_resubmission_waits(bench: Bench) -> No
     assert not (await bench.back_fill.run(bench.link)).complete  # type: ignore[arg-type]
 
 
-async def test_another_shadow_may_need_the_own_copy(bench: Bench) -> None:
-    await bench.alone(b"x")
-    await bench.back_fill.run(bench.link, keep=True)  # type: ignore[arg-type]
-    assert [holding.count for holding in await bench.own.stats()] == [1]
-    await bench.back_fill.run(bench.link)  # type: ignore[arg-type]
-    assert [holding.count for holding in await bench.shadow.stats()] == [1]
-
-
 async def test_a_shadow_gets_what_the_queue_has_and_it_was_not_there_to_take(bench: Bench) -> None:
     own = await bench.alone(b"own", "q1")
     taken_over = await bench.alone(b"taken over", "old", origin="c", state=State.HELD)
@@ -138,6 +132,60 @@ async def test_what_nothing_can_copy_is_said(
 ) -> None:
     await bench.back_fill.run_queue(bench.link, {"q4"})  # type: ignore[arg-type]
     assert "b has no copy of 1 messages of the queue" in caplog.text
+
+
+@pytest.fixture
+async def other(tmp_path: Path, bench: Bench) -> AsyncIterator[FakeLink]:
+    """Another shadow, which has a message of the queue that this node has not."""
+    store = ShadowStore(tmp_path / "other")
+    await store.open()
+    link = FakeLink("c", ShadowService(store, lambda: 2, lambda node: True).handlers())
+    bench.discarder._holders["c"] = PeerHolder(link)  # type: ignore[arg-type]
+    bench.discarder._copies["c"] = Copies()
+    bench.back_fill._shadows = lambda: [bench.link, link]  # type: ignore[list-item]
+    for queue_id, envelope in (("q1", ENVELOPE), ("q2", LONG)):
+        shadow_id = ids.new()
+        writer = store.begin(shadow_id, origin="a", queue_id=queue_id, envelope=envelope, epoch=1)
+        await writer.write(CONTENT)
+        await writer.commit()
+        bench.discarder.add("c", queue_id, shadow_id)
+    yield link
+    await store.close()
+
+
+async def test_what_another_shadow_alone_has_is_copied_from_there(
+    bench: Bench, other: FakeLink
+) -> None:
+    await bench.back_fill.run_queue(bench.link, {"q1", "q2"})  # type: ignore[arg-type]
+    found = {meta.queue_id: meta async for meta in bench.shadow.in_order(State.HELD)}
+    assert bench.discarder.covered("b") == bench.discarder.covered("c")
+    assert {key: meta.shadow_id for key, meta in found.items()} == bench.discarder.covered("c")
+    assert found["q2"].envelope == LONG
+    for meta in found.values():
+        assert await content(bench.shadow.content(meta)) == CONTENT
+
+
+async def test_a_shadow_does_not_lack_what_another_could_be_promoted_with(
+    bench: Bench, other: FakeLink
+) -> None:
+    other.fail = lambda op: PeerError("unreachable", "c does not answer")
+    with pytest.raises(PeerError, match="c does not answer"):
+        await bench.back_fill.run_queue(bench.link, {"q1"})  # type: ignore[arg-type]
+    del other.handlers["shadow-fetch"]  # type: ignore[attr-defined]
+    other.fail = lambda op: None
+    with pytest.raises(PeerError, match="unknown operation"):  # an older agent
+        await bench.back_fill.run_queue(bench.link, {"q1"})  # type: ignore[arg-type]
+
+
+async def test_a_copy_that_is_lost_there_too_is_told(
+    bench: Bench, other: FakeLink, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for path in (tmp_path / "other" / "spool").iterdir():
+        path.unlink()
+    await bench.back_fill.run_queue(bench.link, {"q1"})  # type: ignore[arg-type]
+    assert "c has no copy of the message q1" in caplog.text
+    assert "b has no copy of 1 messages of the queue" in caplog.text
+    assert await bench.shadow.stats() == []
 
 
 async def test_a_content_that_cannot_be_read_is_told_and_stops_no_other_message(

@@ -32,6 +32,8 @@ RAW: dict[str, Any] = {
     "peers": [{"name": "b", "site": "beta", "address": "10.86.0.2"}],
 }
 
+PEERS = [*RAW["peers"], {"name": "c", "site": "gamma", "address": "10.86.0.3"}]
+
 
 @dataclass
 class Paths:
@@ -62,7 +64,7 @@ class PlayedGroup:
         return self.right
 
     def shadows(self) -> list[FakeLink]:
-        return [self.links["b"]] if self.synchronous else []
+        return list(self.links.values()) if self.synchronous else []
 
 
 class NoMailboxes:
@@ -81,8 +83,10 @@ class Helper:
         return {}
 
 
-def messages(tmp_path: Path, group: PlayedGroup, **transport: Any) -> Messages:
-    settings = config.parse({**RAW, "transport": transport})
+def messages(
+    tmp_path: Path, group: PlayedGroup, peers: Any = RAW["peers"], **transport: Any
+) -> Messages:
+    settings = config.parse({**RAW, "peers": peers, "transport": transport})
     return Messages(
         settings,
         cast(Group, group),
@@ -194,6 +198,13 @@ async def test_the_queue_view_reads_the_store(made: Messages) -> None:
     assert [row["holder"] for row in view["copies"]] == ["a", "b"]
 
 
+async def held(store: ShadowStore, origin: str) -> str:
+    shadow_id = ids.new()
+    writer = store.begin(shadow_id, origin=origin, queue_id="q", envelope=ENVELOPE, epoch=1)
+    await writer.commit()
+    return shadow_id
+
+
 def resubmitting(
     made: Messages, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[asyncio.Event, asyncio.Task[None]]:
@@ -236,30 +247,48 @@ async def test_the_primary_has_former_primaries_copies_dropped_once_all_is_carri
     tmp_path: Path, group: PlayedGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("umbra.transport.part.STATS_INTERVAL", 0.01)
-    told: list[dict[str, Any]] = []
+    told: list[str] = []
 
-    async def settled(peer: PeerIdentity, args: Any, exchange: Any) -> dict[str, Any]:
-        told.append(dict(args))
-        if len(told) == 1:
-            raise PeerError("refused", "b has not heard yet")
-        return {}
+    there = ShadowStore(tmp_path / "there")
+    await there.open()
+    lost = await held(there, "c")
 
-    group.links["b"] = FakeLink("b", {"shadow-settled": settled})
+    def leads(node: str) -> bool:
+        told.append(node)
+        return len(told) > 1
+
+    group.links["b"] = FakeLink("b", ShadowService(there, lambda: 1, leads).handlers())
     made = messages(tmp_path, group)
     await made.open()
-    writer = made._store.begin(ids.new(), origin="c", queue_id="q", envelope=ENVELOPE, epoch=1)
-    await writer.commit()
+    finished = await held(made._store, "c")
     made._unsettled = {"b"}
-    task = asyncio.create_task(made._tell_settled())
+    task = asyncio.create_task(made._settle())
     await asyncio.sleep(0.1)
     assert not told, "what was not claimed yet is not carried on"
-    for meta in await made._store.settle("a", 0):
-        assert meta.queue_id == "q"
+    await made._store.discard([finished], origin="c")
     await asyncio.sleep(0.2)
-    assert told == [{"since": 5}] * 2
+    assert made._unsettled == set(), "the second time it has heard who is primary"
+    assert made._resubmitting.is_set()
+    assert [meta.shadow_id async for meta in made._store.in_order(State.RESUBMITTING)] == [lost]
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     await made.close()
+    await there.close()
+
+
+async def test_what_is_held_for_a_node_that_left_the_group_is_claimed_too(
+    made: Messages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shadow_id = await held(made._store, "z")
+    ran, task = resubmitting(made, monkeypatch)
+    made.resubmit()
+    async with asyncio.timeout(5):
+        await ran.wait()
+    assert [meta.shadow_id async for meta in made._store.in_order(State.RESUBMITTING)] == [
+        shadow_id
+    ]
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def test_what_is_outstanding_is_told_to_the_former_primary(
@@ -276,19 +305,19 @@ async def test_what_is_outstanding_is_told_to_the_former_primary(
     await made._store.claim("b", None, narrow)
     assert await outstanding() == 1
     await made.give_back()
-    await made._store.settle("a", 0)
+    await made._store.settle(
+        "a", [meta.shadow_id async for meta in made._store.in_order(State.HELD)]
+    )
     assert await outstanding() == 0
 
 
-async def test_only_the_primary_settles(made: Messages, group: PlayedGroup) -> None:
-    settled = made.handlers()["shadow-settled"]
-    for leading, since, wrong in (("b", 1, None), (None, 1, "not primary"), ("b", "1", "epoch")):
-        group.leading = leading
-        if wrong is None:
-            assert await settled(PeerIdentity("b", "s"), {"since": since}, cast(Any, None))
-            continue
-        with pytest.raises(PeerError, match=wrong):
-            await settled(PeerIdentity("b", "s"), {"since": since}, cast(Any, None))
+@pytest.mark.parametrize("op", ["shadow-settled", "shadow-left", "shadow-fetch"])
+async def test_only_the_primary_settles(made: Messages, group: PlayedGroup, op: str) -> None:
+    group.leading = None
+    link = FakeLink("a", made.handlers(), caller="b")
+    args = {"shadow_ids": [ids.new()], "shadow_id": ids.new()}
+    with pytest.raises(PeerError, match="not primary"):
+        await link.request(op, args, timeout=5)
 
 
 async def test_what_is_on_hold_gets_no_new_copy(tmp_path: Path, group: PlayedGroup) -> None:

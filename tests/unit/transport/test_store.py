@@ -219,6 +219,20 @@ async def test_what_was_taken_over_and_not_carried_on_is_given_back(store: Shado
     assert await store.give_back() == 0
 
 
+async def test_what_is_to_be_done_for_another_copy_is_told_by_state_and_epoch(
+    store: ShadowStore,
+) -> None:
+    names = {state: await put(store, b"x", state=state) for state in (State.HELD, State.UNSHADOWED)}
+    [delivered] = [await put(store, b"x")]
+    store._keep = True
+    await store.discard([delivered], origin="a")
+    epoch = (await found(store, delivered)).epoch
+    known = {*names.values(), delivered}
+    assert await store.carried_on(dict.fromkeys([*known, ids.new()], epoch)) == known
+    # Another primary had it still, after it was finished here.
+    assert await store.carried_on(dict.fromkeys(known, epoch + 1)) == known - {delivered}
+
+
 async def test_copies_for_former_primaries_go_when_all_is_settled(store: ShadowStore) -> None:
     async def held(origin: str, epoch: int) -> str:
         shadow_id = ids.new()
@@ -228,9 +242,9 @@ async def test_copies_for_former_primaries_go_when_all_is_settled(store: ShadowS
         return shadow_id
 
     gone = {await held("a", 3), await held("c", 4)}
-    # The primary's own, and one from before a promotion by force: nobody else may have it.
+    # The primary's own, and one that it does not name.
     kept = [await held("b", 4), await held("a", 2)]
-    assert {meta.shadow_id for meta in await store.settle("b", 3)} == gone
+    assert {meta.shadow_id for meta in await store.settle("b", [*gone, *kept[:1]])} == gone
     assert [(await found(store, shadow_id)).state for shadow_id in kept] == [State.HELD] * 2
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Set
+from collections.abc import AsyncIterator, Callable, Sequence, Set
 from dataclasses import dataclass
 
+from umbra.peer.exchange import PeerError
 from umbra.peer.link import PeerLink
 from umbra.transport import metrics, wire
 from umbra.transport.discard import Discarder
+from umbra.transport.envelope import Envelope
+from umbra.transport.fetch import LOST, fetch
 from umbra.transport.store import ContentError, Meta, ShadowStore, State
 from umbra.transport.tracking import BACK_FILLED, track
 
@@ -36,25 +39,30 @@ class BackFill:
     dropped by the discarder.
 
     :param storing_alone: returns how many messages are on their way into the own store.
+    :param shadows: returns the shadows that are there; they may have what this node does not.
     """
 
     def __init__(
-        self, node: str, store: ShadowStore, discarder: Discarder, storing_alone: Callable[[], int]
+        self,
+        node: str,
+        store: ShadowStore,
+        discarder: Discarder,
+        storing_alone: Callable[[], int],
+        shadows: Callable[[], Sequence[PeerLink]] = tuple,
     ) -> None:
         self._node = node
         self._store = store
         self._discarder = discarder
         self._storing_alone = storing_alone
+        self._shadows = shadows
 
-    async def run(self, peer: PeerLink, *, keep: bool = False) -> BackFilled:
+    async def run(self, peer: PeerLink) -> BackFilled:
         """Copy all there is.
 
         PeerError or StoreError ends it; what was copied stays copied, and another run goes on.
         A message whose content cannot be read is left out: no run could ever copy it, and it must
         not keep the others from being protected. It stays ``unshadowed``, and is counted and shown
         as what only this node has, until it has left the queue.
-
-        :param keep: leave the own copies, because another shadow needs them too.
         """
         copied = 0
         # Asked before the look: what was on its way then is seen in the store now, or by the next
@@ -64,10 +72,8 @@ class BackFill:
             if not await self._copied(peer, meta):
                 continue
             copied += 1
-            if not keep:
-                await self._store.discard(
-                    [meta.shadow_id], origin=self._node, state=State.UNSHADOWED
-                )
+            # Another shadow that lacks it too gets it from the net, or from this one.
+            await self._store.discard([meta.shadow_id], origin=self._node, state=State.UNSHADOWED)
         waiting = [
             holding for holding in await self._store.stats() if holding.state is State.RESUBMITTING
         ]
@@ -76,13 +82,17 @@ class BackFill:
     async def run_queue(self, peer: PeerLink, queue_ids: Set[str]) -> None:
         """Copy what ``peer`` lacks of these queue files, which it was not there to take.
 
-        The safety net has their content. PeerError or StoreError ends it, as before.
+        The safety net has their content, or else another shadow. PeerError or StoreError ends it,
+        as before: what another shadow may be promoted with, this one must not lack.
         """
         left = queue_ids - self._discarder.covered(peer.name).keys()
         if not left:
             return
         async for meta in self._store.kept(left):
             await self._copied(peer, meta)
+        for other in self._shadows():
+            if other.name != peer.name:
+                await self._relay(other, peer, left)
         if left := left - self._discarder.covered(peer.name).keys():
             log.warning(
                 "%s has no copy of %d messages of the queue, and nothing here can make one: %s",
@@ -103,18 +113,42 @@ class BackFill:
             return False
         return True
 
+    async def _relay(self, other: PeerLink, peer: PeerLink, queue_ids: Set[str]) -> None:
+        """Copy to ``peer`` what ``other`` alone has of these queue files."""
+        there = self._discarder.covered(other.name)
+        lacking = queue_ids & there.keys() - self._discarder.covered(peer.name).keys()
+        for queue_id in sorted(lacking):
+            try:
+                async with fetch(other, there[queue_id]) as message:
+                    await self._send(
+                        peer, there[queue_id], queue_id, message.envelope, message.content
+                    )
+            except PeerError as error:
+                if error.code != LOST:
+                    raise
+                log.error("%s has no copy of the message %s: %s", other.name, queue_id, error)
+
     async def _copy(self, peer: PeerLink, meta: Meta) -> None:
-        args, head = wire.arguments(meta.shadow_id, meta.queue_id, meta.envelope)
+        content = self._store.content(meta)
+        await self._send(peer, meta.shadow_id, meta.queue_id, meta.envelope, content)
+
+    async def _send(
+        self,
+        peer: PeerLink,
+        shadow_id: str,
+        queue_id: str,
+        envelope: Envelope,
+        content: AsyncIterator[bytes],
+    ) -> None:
+        args, head = wire.arguments(shadow_id, queue_id, envelope)
         async with peer.exchange("shadow-store", args, timeout=TIMEOUT) as exchange:
             if head:
                 await exchange.send(head)
-            async for piece in self._store.content(meta):
+            async for piece in content:
                 await exchange.send(piece)
             await exchange.result()
         # Before the own copy goes: dying here leaves both, and the same id is stored again at the
         # next run.
-        self._discarder.add(peer.name, meta.queue_id, meta.shadow_id)
+        self._discarder.add(peer.name, queue_id, shadow_id)
         metrics.BACK_FILLED.inc()
-        track(
-            BACK_FILLED, meta.queue_id, meta.envelope.message_id, meta.shadow_id, f"at={peer.name}"
-        )
+        track(BACK_FILLED, queue_id, envelope.message_id, shadow_id, f"at={peer.name}")

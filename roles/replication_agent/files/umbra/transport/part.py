@@ -31,6 +31,7 @@ from umbra.transport.replay import Replayer
 from umbra.transport.resubmit import Resubmission, Resubmitter
 from umbra.transport.safety_net import SafetyNet
 from umbra.transport.service import MAX_STORES, ShadowService
+from umbra.transport.settle import Settlement
 from umbra.transport.shadowing import Shadowing
 from umbra.transport.store import Holding, ShadowStore, State, StoreError
 
@@ -39,7 +40,6 @@ log = logging.getLogger(__name__)
 STATS_INTERVAL = 1.0
 BACK_FILL_PAUSE = 0.2
 BACK_FILL_TIMEOUT = 3600.0
-SETTLE_TIMEOUT = 30.0
 RIGHT_PAUSE = 0.2
 HEADROOM = 32 * 1024 * 1024
 """Bytes of room under which new messages are refused at MAIL; those that have begun still fit."""
@@ -154,8 +154,9 @@ class Messages:
             self._store, lambda: group.epoch, lambda node: group.primary() == node, self._full
         )
         self._back_fill = BackFill(
-            config.node, self._store, self._discarder, lambda: self._shadowing.storing_alone
-        )
+            config.node, self._store, self._discarder, lambda: self._shadowing.storing_alone,
+            group.shadows,
+        )  # fmt: skip
         self._resubmitter = Resubmitter(
             config.node,
             self._store,
@@ -165,6 +166,9 @@ class Messages:
             committed_ids=self._committed_ids,
             delivered=mailboxes.delivered,
             targets=self._aliases.targets,
+        )
+        self._settlement = Settlement(
+            self._store, settings.safety_net_hold, lambda: group.state.serving, self.resubmit
         )
         self._replayer = Replayer(
             config.node,
@@ -208,7 +212,7 @@ class Messages:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._discarder.run())
             tasks.create_task(self._resubmit_when_told())
-            tasks.create_task(self._tell_settled())
+            tasks.create_task(self._settle())
             tasks.create_task(self._net.run())
             tasks.create_task(self._count())
 
@@ -355,6 +359,7 @@ class Messages:
         self._discarder.forget()
         self._once.doubt()
         self._unsettled.clear()
+        self._settlement.forget()
         if remaining is None:
             pause = self._config.transport.resubmit_after
             self._resubmit_at = asyncio.get_running_loop().time() + pause
@@ -425,8 +430,9 @@ class Messages:
                 continue
             self._aliases.forget()
             try:
-                # What a crash between promotion and claim has left.
-                for origin in self._group.links:
+                # What a crash between promotion and claim has left, and of nodes that have left.
+                held = [row for row in await self._store.stats() if row.state is State.HELD]
+                for origin in {row.origin for row in held} - {self._config.node}:
                     await self._resubmitter.claim(origin, None)
             except StoreError as error:
                 log.error("messages of the former primary cannot be claimed: %s", error)
@@ -438,10 +444,10 @@ class Messages:
                     report.resubmitted, report.duplicates, report.finished_before,
                 )  # fmt: skip
 
-    async def _tell_settled(self) -> None:
-        """Have the other shadows drop the copies of what former primaries had left.
+    async def _settle(self) -> None:
+        """Go through what the shadows hold for former primaries; see ``transport.settle``.
 
-        An agent that dies before tells them after its start: it looks what is to be resubmitted.
+        An agent that dies before does so after its start: it looks what is to be resubmitted.
         """
         while True:
             await asyncio.sleep(STATS_INTERVAL)
@@ -449,12 +455,12 @@ class Messages:
                 if link.name not in self._unsettled:
                     continue
                 try:
+                    # Until all is carried on, the copies there are what would be promoted with.
                     rows = await self._store.stats()
                     left = sum(row.count for row in rows if row.state is not State.DELIVERED)
                     if left or not self._group.is_primary():
                         break
-                    args = {"since": self._group.whole_since()}
-                    await link.request("shadow-settled", args, timeout=SETTLE_TIMEOUT)
+                    await self._settlement.run(link, self._group.whole_since())
                 except (PeerError, StoreError) as error:
                     log.info("%s keeps the copies of former primaries: %s", link.name, error)
                 else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,8 +13,9 @@ from umbra.peer.identity import PeerIdentity
 from umbra.peer.server import Handler
 from umbra.transport import metrics, wire
 from umbra.transport.envelope import Envelope, EnvelopeError
+from umbra.transport.fetch import LOST
 from umbra.transport.ids import valid
-from umbra.transport.store import Gone, ShadowStore, StoreError, StoreFull
+from umbra.transport.store import ContentError, Gone, ShadowStore, StoreError, StoreFull
 from umbra.transport.tracking import DISCARDED, track
 
 RECEIVE_TIMEOUT = 300.0
@@ -32,6 +34,8 @@ def _told() -> Iterator[None]:
         yield
     except StoreFull as error:
         raise PeerError("store-full", str(error)) from None
+    except ContentError as error:
+        raise PeerError(LOST, str(error)) from None
     except StoreError as error:
         raise PeerError("store-failed", str(error)) from None
 
@@ -64,6 +68,8 @@ class ShadowService:
             "shadow-store": self.store,
             "shadow-list": self.list,
             "shadow-discard": self.discard,
+            "shadow-fetch": self.fetch,
+            "shadow-left": self.left,
             "shadow-settled": self.settled,
         }
 
@@ -140,36 +146,74 @@ class ShadowService:
         With ``delivered`` false they were never accepted, and are not kept for the safety net.
         Ids that are not here do no harm.
         """
-        shadow_ids = args.get("shadow_ids")
-        if (
-            not isinstance(shadow_ids, list)
-            or len(shadow_ids) > MAX_DISCARD
-            or not all(map(valid, shadow_ids))
-        ):
-            raise PeerError("protocol", f"shadow_ids must be a list of at most {MAX_DISCARD} ids")
+        shadow_ids = _ids(args.get("shadow_ids"))
         delivered = args.get("delivered", True) is not False
         with _told():
             gone = await self._store.discard(shadow_ids, origin=peer.node, delivered=delivered)
         _tell(gone, peer.node)
         return {"discarded": len(gone)}
 
+    async def fetch(
+        self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+    ) -> dict[str, Any]:
+        """``shadow-fetch``: a message that the primary lacks, and that this node has.
+
+        As DATA: a line with the arguments of ``shadow-store`` and ``origin``, a long envelope, the
+        content. ``content-lost`` if it is not here or cannot be read.
+        """
+        shadow_id = args.get("shadow_id")
+        if not isinstance(shadow_id, str) or not valid(shadow_id):
+            raise PeerError("protocol", "shadow_id has not the form of one")
+        self._check(peer.node)
+        with _told():
+            meta = await self._store.find(shadow_id)
+            if meta is None:
+                raise PeerError(LOST, f"{shadow_id} is not here")
+            names, envelope = wire.arguments(shadow_id, meta.queue_id, meta.envelope)
+            line = json.dumps({**names, "origin": meta.origin}, separators=(",", ":"))
+            await exchange.send(line.encode("ascii") + b"\n" + envelope)
+            async for piece in self._store.content(meta):
+                await exchange.send(piece)
+        await exchange.end()
+        return {}
+
+    async def left(
+        self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+    ) -> dict[str, Any]:
+        """``shadow-left``: what is held for others than the primary, as JSON lines."""
+        self._check(peer.node)
+        with _told():
+            async for page in self._store.left(peer.node):
+                await exchange.send_lines(
+                    [{"shadow_id": shadow_id, "epoch": epoch} for shadow_id, epoch in page]
+                )
+        await exchange.end()
+        return {}
+
     async def settled(
         self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
     ) -> dict[str, Any]:
-        """``shadow-settled``: the primary has carried on what former ones had left.
+        """``shadow-settled``: the primary has carried these on, which former ones had left.
 
-        So the copies here that were made for them have done their duty. ``since``: the epoch since
-        which each acknowledged message has come to the primary; older copies stay.
+        So the copies here have done their duty. An agent from before they were named asks for all;
+        it does not know which it has, so they stay.
         """
-        since = args.get("since")
-        if not isinstance(since, int):
-            raise PeerError("protocol", "since must be an epoch")
-        if not self._leads(peer.node):
-            raise PeerError("refused", f"{peer.node} is not primary, as far as is known here")
+        shadow_ids = _ids(args.get("shadow_ids", []))
+        self._check(peer.node)
         with _told():
-            gone = await self._store.settle(peer.node, since)
+            gone = await self._store.settle(peer.node, shadow_ids)
         _tell(gone, "a former primary")
         return {"discarded": len(gone)}
+
+    def _check(self, node: str) -> None:
+        if not self._leads(node):
+            raise PeerError("refused", f"{node} is not primary, as far as is known here")
+
+
+def _ids(value: object) -> list[str]:
+    if not isinstance(value, list) or len(value) > MAX_DISCARD or not all(map(valid, value)):
+        raise PeerError("protocol", f"shadow_ids must be a list of at most {MAX_DISCARD} ids")
+    return value
 
 
 def _tell(gone: Iterable[Gone], origin: str) -> None:

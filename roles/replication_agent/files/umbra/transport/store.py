@@ -127,7 +127,7 @@ delivered) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 
 _ADOPT = """
-UPDATE message SET origin = ?, queue_id = ?, state = ?, epoch = ?, envelope = ?
+UPDATE message SET origin = ?, queue_id = ?, state = ?, epoch = ?, envelope = ?, new_queue_id = ''
 WHERE shadow_id = ?
 """
 
@@ -398,18 +398,19 @@ class ShadowStore:
             )
         )
 
-    async def settle(self, origin: str, since: int) -> list[Gone]:
-        """Discard what is held for others than ``origin``, stored under epoch ``since`` or later.
+    async def settle(self, origin: str, shadow_ids: Sequence[str]) -> list[Gone]:
+        """Discard those of ``shadow_ids`` that are held for others than ``origin``.
 
-        Return what it was. It was delivered, or ``origin`` has it.
+        Return what they were. They were delivered, or ``origin`` has them.
         """
         now = time.time()
 
         def run(database: sqlite3.Connection) -> list[Gone]:
             rows = database.execute(
                 "SELECT shadow_id, origin FROM message"
-                " WHERE state = ? AND origin <> ? AND epoch >= ?",
-                (State.HELD, origin, since),
+                " WHERE state = ? AND origin <> ?"
+                " AND shadow_id IN (SELECT value FROM json_each(?))",
+                (State.HELD, origin, json.dumps(list(shadow_ids))),
             ).fetchall()
             gone: list[Gone] = []
             for shadow_id, other in rows:
@@ -459,6 +460,42 @@ class ShadowStore:
                 return
             last = rows[-1][0]
             yield [Copy(shadow_id, queue_id) for _, shadow_id, queue_id in rows]
+
+    async def left(self, origin: str) -> AsyncIterator[list[tuple[str, int]]]:
+        """Give what is held for others than ``origin``: shadow ids, and epochs of their storing.
+
+        In order of arrival, some hundred at a time.
+        """
+        last = 0
+        while True:
+            rows = await self._read(
+                "SELECT number, shadow_id, epoch FROM message"
+                " WHERE number > ? AND origin <> ? AND state = ? ORDER BY number LIMIT ?",
+                (last, origin, State.HELD, PAGE),
+            )
+            if not rows:
+                return
+            last = rows[-1][0]
+            yield [(shadow_id, epoch) for _, shadow_id, epoch in rows]
+
+    async def carried_on(self, epochs: Mapping[str, int]) -> set[str]:
+        """Return of which messages nothing is to be done for a copy elsewhere.
+
+        Such a one is this node's to carry on, or was finished after that copy was made. If the copy
+        was made under a later epoch, another primary had it still when it was finished here.
+
+        :param epochs: by shadow id, under which epoch the other copy was stored.
+        """
+        rows = await self._read(
+            "SELECT shadow_id, state, epoch FROM message"
+            " WHERE shadow_id IN (SELECT value FROM json_each(?))",
+            (json.dumps(list(epochs)),),
+        )
+        return {
+            shadow_id
+            for shadow_id, state, epoch in rows
+            if state != State.DELIVERED or epoch >= epochs[shadow_id]
+        }
 
     async def in_order(self, state: State, origin: str | None = None) -> AsyncIterator[Meta]:
         """Give what is in ``state``.
