@@ -348,6 +348,7 @@ class Node:
         self.field, self.name = field, name
         self.up = False
         self.host = Host()
+        self.load = ""
         others = [n for n in field.names if n != name]
         self.config = Config(
             group="mail", node=name, site=SITES[name],
@@ -399,7 +400,7 @@ class Node:
             durable = group.state.durable
             return {
                 "storage_id": durable.storage_id, "epoch": group.epoch, "role": durable.role,
-                "state": "", **group.describe(),
+                "state": "", "load": self.load, **group.describe(),
             }  # fmt: skip
 
         self.handlers: dict[str, Handler] = {

@@ -487,6 +487,28 @@ def test_what_was_handed_over_is_not_sent_again_after_a_switch_back(group: Play)
     group(scenario)
 
 
+def test_who_has_no_room_does_not_catch_up_while_the_group_is_protected_without(
+    group: Play,
+) -> None:
+    async def scenario(field: Field) -> None:
+        c = field.nodes["c"]
+        await whole(field)
+        c.load = "disk"
+        await asyncio.sleep(2)
+        await field.a.group.shadow_failed("c", "its disk is full")
+        await asyncio.sleep(20)
+        assert field.a.group.synchronous() == ["b"]
+        # Without b it is better than nobody.
+        await field.b.power_cut()
+        await field.until(lambda: field.a.group.synchronous() == ["c"], 2 * D)
+        await field.protected(field.a)
+        c.load = ""
+        field.b.start()
+        await whole(field)
+
+    group(scenario, names="abc")
+
+
 def test_a_switchover_waits_for_what_is_being_taken_over(group: Play) -> None:
     async def scenario(field: Field) -> None:
         field.a.parts.left = 3

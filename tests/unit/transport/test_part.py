@@ -130,6 +130,30 @@ async def test_the_load_of_the_shadow_is_answered_at_mail(
     assert (refusal.code if refusal else None) == code
 
 
+@pytest.mark.parametrize(
+    ("policy", "copies", "load", "code"),
+    [
+        ("defer", 1, "disk", None),
+        ("defer", 1, "busy", None),
+        ("defer", 2, "disk", 452),
+        ("accept", 1, "busy", None),
+        ("accept", 2, "disk", None),
+        ("accept", 2, "busy", 451),
+    ],
+)
+async def test_a_loaded_shadow_is_no_reason_while_the_others_are_enough(
+    tmp_path: Path, group: PlayedGroup, policy: str, copies: int, load: str, code: int | None
+) -> None:
+    group.links["c"] = FakeLink("c", {})
+    group.statuses = {"b": {"load": ""}, "c": {"load": load}}
+    made = messages(tmp_path, group, peers=PEERS, shadow_policy=policy, shadow_copies=copies)
+    refusal = made._shadowing.pressure()
+    assert (refusal.code if refusal else None) == code
+    group.statuses["b"]["load"] = load
+    refusal = made._shadowing.pressure()
+    assert (refusal is None) is (policy == "accept" and load != "busy")
+
+
 async def test_alone_the_own_disk_decides(tmp_path: Path, group: PlayedGroup) -> None:
     made = messages(tmp_path, group, shadow_policy="accept")
     made._room = HEADROOM - 1

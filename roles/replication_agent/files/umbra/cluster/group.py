@@ -562,12 +562,17 @@ class Group:
                 and view.role is Role.SHADOW
                 and view.phase is Phase.SHADOW
                 and view.epoch == self.epoch
+                and not (state.protected and self._loaded(name))
             )
             wanted = state.phase is Phase.PRIMARY and self._lacks(name) and ready
             if wanted and name not in self._catching_up:
                 task = asyncio.create_task(self._catch_up(name), name=f"catch-up of {name}")
                 self._catching_up[name] = task
                 task.add_done_callback(functools.partial(self._catch_up_ended, name))
+
+    def _loaded(self, peer: str) -> bool:
+        """Whether ``peer`` has said that it has no room for messages: it would fail again."""
+        return self.statuses.get(peer, {}).get("load") in ("disk", "queue")
 
     def _lacks(self, peer: str) -> bool:
         """Return whether ``peer`` has not been proven to have everything."""

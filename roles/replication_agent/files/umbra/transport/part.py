@@ -260,17 +260,22 @@ class Messages:
         """Return why no message is taken at MAIL because of somebody's load.
 
         What a shadow says is as old as its last heartbeat. Under ``accept`` a full shadow is no
-        reason: then the message is taken here.
+        reason: then the message is taken here. Nor is any load while the other shadows are enough:
+        one that cannot take a message in the end is gone on without.
         """
         shadows = self._group.shadows()
         if not shadows and self._room < HEADROOM:
             return FULL_HERE
         defer = self._config.transport.shadow_policy is ShadowPolicy.DEFER
-        for link in shadows:
-            word = self._group.statuses.get(link.name, {}).get("load", "")
-            if word == "busy" or (word and defer):
-                return BUSY_THERE if word == "busy" else FULL_THERE
-        return None
+        words = {
+            link.name: self._group.statuses.get(link.name, {}).get("load", "") for link in shadows
+        }
+        refusing = {
+            name: word for name, word in words.items() if word == "busy" or (word and defer)
+        }
+        if not refusing or self._enough(words.keys() - refusing.keys()):
+            return None
+        return BUSY_THERE if "busy" in refusing.values() else FULL_THERE
 
     def checks(self) -> Sequence[Check]:
         """Return the findings of this part."""
