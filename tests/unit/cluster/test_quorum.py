@@ -487,6 +487,35 @@ def test_what_was_handed_over_is_not_sent_again_after_a_switch_back(group: Play)
     group(scenario)
 
 
+def test_who_was_promoted_by_force_has_not_carried_on_what_was_handed_over_to_another(
+    group: Play,
+) -> None:
+    async def scenario(field: Field) -> None:
+        b, c = field.b, field.nodes["c"]
+        await whole(field)
+        await c.power_cut()
+        await field.until(lambda: len(field.register.record.protected) == 1, D)
+        field.a.host.queue_ids = {"Q1": "deferred"}
+        b.parts.left = 1
+        await field.a.handover.run("b", dry_run=False, timeout_s=10)
+        field.separate("a", "b")
+        await field.until(lambda: field.register.record.mode is p.Mode.ALONE, D)
+        await b.power_cut()
+        c.start()
+        await field.until(lambda: c.phase is p.Phase.SYNCING, 2 * D)
+        await c.handover.failover(accept_loss=True)
+        await field.until(lambda: c.group.state.protected, 30)
+        assert c.parts.left == 0
+        await asyncio.sleep(5)
+        assert field.a.host.queue_ids == {"Q1": "hold"}
+        await c.handover.run("a", dry_run=False, timeout_s=10)
+        await asyncio.sleep(5)
+        assert field.a.serves
+        assert field.a.host.queue_ids == {"Q1": "hold"}
+
+    group(scenario, names="abc")
+
+
 def test_who_has_no_room_does_not_catch_up_while_the_group_is_protected_without(
     group: Play,
 ) -> None:

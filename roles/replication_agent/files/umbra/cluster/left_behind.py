@@ -5,7 +5,9 @@ after the other. Until then the queue file here, which is on hold, is the other 
 deleted. If the new primary is lost before and this node takes over, what was not carried on there
 is released here, and Postfix goes on with it.
 
-If this agent dies before, the files stay on hold for the administrator, as after a failover.
+If a node that may never have had them is promoted by force, its word says nothing of them: they
+stay on hold. If this agent dies before, the files stay on hold for the administrator, as after a
+failover.
 """
 
 from __future__ import annotations
@@ -60,8 +62,17 @@ class LeftBehind:
         self._put.set()
 
     async def finish(self) -> None:
-        """Tidy up now: the primary hands over, so it has nothing left to carry on."""
+        """Tidy up now: the primary hands over, so it has nothing left to carry on.
+
+        Dying before leaves all on hold.
+        """
         files, self._files = self._files, {}
+        if files and self._forced():
+            log.error(
+                "%d messages stay on hold here: who carried them on was replaced by force: %s",
+                len(files), ", ".join(sorted(files)[:20]),
+            )  # fmt: skip
+            return
         try:
             await self._helper.queue_delete(sorted(files))
         except HelperError as error:
@@ -88,11 +99,15 @@ class LeftBehind:
     async def _carried_on(self) -> bool:
         """Whether the primary, whoever that is by now, has nothing left that only it has."""
         primary = self._group.primary()
-        if primary is None:
+        if primary is None or self._forced():
             return False
         link = self._group.links[primary]
         answer = await link.request("shadow-outstanding", {}, timeout=TIMEOUT)
         return answer.get("messages") == 0
+
+    def _forced(self) -> bool:
+        """Whether a node has been promoted by force since, which may never have had them."""
+        return self._group.whole_since() > self._since
 
     def _forget(self, files: Mapping[str, str]) -> None:
         # Not all: a handover may have put others meanwhile.
