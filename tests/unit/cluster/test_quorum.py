@@ -455,7 +455,8 @@ def test_what_was_handed_over_is_not_lost_with_the_new_primary(
     group: Play, came_back: bool
 ) -> None:
     async def scenario(field: Field) -> None:
-        field.a.host.queue_ids = {"Q1": "deferred", "Q2": "deferred"}  # no copy of Q2 elsewhere
+        # No copy of Q2 is elsewhere, so a person has put it on hold.
+        field.a.host.queue_ids = {"Q1": "deferred", "Q2": "hold"}
         field.b.parts.left = 1  # it carries Q1 on
         await field.a.handover.run("b", dry_run=False, timeout_s=10)
         await field.protected(field.b, 3)
@@ -514,6 +515,24 @@ def test_who_was_promoted_by_force_has_not_carried_on_what_was_handed_over_to_an
         assert field.a.host.queue_ids == {"Q1": "hold"}
 
     group(scenario, names="abc")
+
+
+@pytest.mark.parametrize("place", ["incoming", "deferred"])
+def test_a_switchover_to_who_lacks_something_of_the_queue_is_refused(
+    group: Play, place: str
+) -> None:
+    async def scenario(field: Field) -> None:
+        field.a.host.queue_ids = {"Q1": "deferred", "Q2": place, "Q3": "maildrop"}
+        with pytest.raises(Refused, match=r"b has no copy of 1 messages of the queue \(Q2\)"):
+            await field.a.handover.run("b", dry_run=False, timeout_s=0.05)
+        assert field.a.serves
+        assert field.longest_gap < 0.2, "nobody has noticed anything"
+        # A node that is ailing goes all the same.
+        field.a.host.free = {"/var/vmail": 2**20}
+        await field.until(lambda: field.b.serves, 60)
+        assert "Q2" in field.a.host.held
+
+    group(scenario)
 
 
 def test_who_has_no_room_does_not_catch_up_while_the_group_is_protected_without(

@@ -73,7 +73,6 @@ class Handover(Switchover):
         self._quorum = group
         self._given: _Given | None = None
         self._by_word = False
-        self._automatic = False
         self._hindered = ("", "")
         self._not_before = 0.0
         group.on_ailing = self.volunteer

@@ -2,7 +2,7 @@
 
 On the primary, in this order (docs/operations.md shows what a failure at each step leaves behind):
 
-1. prepare: the candidate starts Postfix behind its closed ports.
+1. prepare: all of the queue is on the candidate, which starts Postfix behind its closed ports.
 2. drain: new mail gets 421; messages that have begun are finished.
 3. close: ports closed for new and established connections, users disconnected, Postfix stopped.
 4. flush: every mailbox change that is in flight reaches the candidate.
@@ -51,6 +51,8 @@ HANDOVER_TIMEOUT = 10.0
 OUTCOME_TIMEOUT = 15.0
 OUTSTANDING_PAUSE = 0.2
 PREPARED_FOR = 60.0
+MOVING = ("incoming", "active", "deferred")
+"""Queues whose messages were acknowledged, and are to be delivered."""
 
 
 class Refused(Exception):
@@ -177,6 +179,7 @@ class Switchover:
         self._messages = messages
         self._mailboxes = mailboxes
         self._running = asyncio.Lock()
+        self._automatic = False
         self.left_behind = left_behind.LeftBehind(group, helper, messages)
 
     def handlers(self) -> dict[str, Handler]:
@@ -253,10 +256,25 @@ class Switchover:
             if time.monotonic() > deadline:
                 raise Refused(f"{count} messages of the former primary are not carried on yet.")
             await asyncio.sleep(OUTSTANDING_PAUSE)
+        # A node that is ailing goes all the same: what has no copy waits on hold here.
+        while not self._automatic and (lacking := await self._lacking(to)):
+            if time.monotonic() > deadline:
+                raise Refused(
+                    f"{to} has no copy of {len(lacking)} messages of the queue"
+                    f" ({', '.join(lacking[:5])}); try again when they are delivered, or leave them"
+                    f" on {self._group.state.node} with `postsuper -h`."
+                )
+            await asyncio.sleep(OUTSTANDING_PAUSE)
         await self._group.links[to].request(
             "handover-prepare", {}, timeout=min(PREPARE_TIMEOUT, timeout_s)
         )
         steps.done("prepare")
+
+    async def _lacking(self, to: str) -> list[str]:
+        """Return what of the queue, as far as Postfix is to deliver it, ``to`` has no copy of."""
+        queue = await self._helper.queue()
+        moving = {key for key, place in queue.items() if place in MOVING}
+        return sorted(moving - self._messages.covered(to).keys())
 
     async def _change(self, to: str, steps: Steps) -> Change:
         group = self._group
