@@ -400,7 +400,7 @@ class Node:
             durable = group.state.durable
             return {
                 "storage_id": durable.storage_id, "epoch": group.epoch, "role": durable.role,
-                "state": "", "load": self.load, **group.describe(),
+                "merged": durable.merged, "state": "", "load": self.load, **group.describe(),
             }  # fmt: skip
 
         self.handlers: dict[str, Handler] = {

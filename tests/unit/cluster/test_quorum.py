@@ -405,7 +405,7 @@ def test_a_switchover_moves_the_primary(group: Play, queue: dict[str, str]) -> N
         await field.protected(field.b, 3)
         await field.until(lambda: not field.a.host.queue_ids, 3)
         gave = field.a.group.state.durable
-        assert (gave.merged, gave.acted) == (True, 0)
+        assert (gave.merged, gave.merged_under, gave.acted) == (True, 2, 0)
         change = field.b.group.state.durable.last_change
         assert change is not None
         assert change.planned
@@ -966,6 +966,60 @@ def test_a_shadow_that_lacks_something_never_goes_before_one_that_has_all(group:
         await field.until(lambda: field.b.serves, 3 * D)
 
     group(scenario, names="abc")
+
+
+@pytest.mark.parametrize("reads", [True, False], ids=["reads the key", "has not read it yet"])
+def test_who_has_what_a_promotion_by_force_lacks_is_merged_and_not_made_a_copy(
+    group: Play, reads: bool
+) -> None:
+    async def scenario(field: Field) -> None:
+        b, c = field.b, field.nodes["c"]
+        await whole(field)
+        await b.power_cut()
+        await field.until(lambda: len(field.register.record.protected) == 1, D)
+        assert field.a.group.is_copy("c")
+        field.separate("a", "c")  # for a moment, and then the primary is lost
+        await field.until(lambda: field.register.record.mode is p.Mode.ALONE, D)
+        await field.a.power_cut()
+        field.cut.clear()
+        b.start()
+        await field.until(lambda: b.phase is c.phase is p.Phase.SYNCING, 2 * D)
+        merges: list[bool] = []
+        catch_up = b.group.catch_up
+        assert catch_up is not None
+
+        async def looks(peer: str, protect: Any) -> None:
+            merges.append(not b.group.is_copy(peer))
+            await catch_up(peer, protect)
+
+        b.group.catch_up = looks
+        if not reads:
+            field.register.cut.add("c")
+        await b.handover.failover(accept_loss=True)
+        await field.until(lambda: bool(merges), p.LONGEST + D)
+        assert merges == [True]
+        assert c.group.state.durable.merged is not reads
+        field.register.cut.clear()
+        await field.until(lambda: c.phase is p.Phase.READY, 3 * D)
+        assert c.group.state.durable.merged
+        # Once: from then on it is a copy, also for the next primary and after a restart.
+        await c.crash()
+        await field.until(lambda: field.register.record.mode is p.Mode.ALONE, D)
+        c.start()
+        await field.until(lambda: c.phase is p.Phase.READY, 10)
+        assert merges == [True, False]
+
+    group(scenario, names="abc")
+
+
+def test_a_copy_of_an_older_agent_is_believed(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        del field.a.group.statuses["b"]["merged_under"]
+        assert field.a.group.is_copy("b")
+        field.a.group.statuses["b"]["merged"] = False
+        assert not field.a.group.is_copy("b")
+
+    group(scenario)
 
 
 def test_the_limit_of_automatic_changes_is_the_inventory_s(group: Play) -> None:

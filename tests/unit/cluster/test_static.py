@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,20 @@ def test_round_trip(tmp_path: Path) -> None:
     states.save(DURABLE)
     assert states.load() == DURABLE
     assert [path.name for path in tmp_path.iterdir()] == ["state.json"]
+
+
+def test_the_state_of_an_older_agent_is_read_as_one_that_may_have_mail_of_its_own(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "state.json"
+    states = StateFile(path, "mail", "a")
+    states.save(replace(DURABLE, merged_under=7))
+    assert states.load() == replace(DURABLE, merged_under=7)
+    raw = json.loads(path.read_text())
+    del raw["merged_under"]
+    path.write_text(json.dumps(raw))
+    assert states.load() == DURABLE
+    assert DURABLE.merged_under == 0, "so after each promotion by force it is merged"
 
 
 def test_the_state_of_another_node_is_refused(tmp_path: Path) -> None:

@@ -305,6 +305,10 @@ class Group:
         planned = change is not None and change.planned
         return self.epoch - 1 if planned else self.epoch
 
+    def is_copy(self, peer: str) -> bool:
+        """Whether the mailboxes of ``peer`` hold nothing that this primary's lack, by its word."""
+        return bool(self.statuses.get(peer, {}).get("merged"))
+
     def answers(self, peer: str) -> bool:
         """Whether ``peer`` answers now."""
         view = self.state.peers.get(peer)

@@ -91,7 +91,7 @@ class QuorumGroup(Group):
         self.planned = False
         self._ready = 0
         self._ever_open = False
-        self._handed_over = False
+        self._handed_over = 0
         self._lease_error = ""
         self._silent_voters: list[str] = []
         self._shut_done = False
@@ -123,7 +123,7 @@ class QuorumGroup(Group):
             self._states.save(durable)
         elif durable.acted is None:
             log.warning("epochs begin anew: the group had the static coordinator before")
-            durable = replace(durable, epoch=0, acted=0, handing_to=None, offered=0)
+            durable = replace(durable, epoch=0, acted=0, merged_under=0, handing_to=None, offered=0)
             self._states.save(durable)
         self._durable = durable
         settings = config.coordinator
@@ -233,6 +233,7 @@ class QuorumGroup(Group):
             "holder": known.holder if known else None,
             "protected_set": sorted(m.node for m in known.protected) if known else [],
             "shut": self._shut_done,
+            "merged_under": self._durable.merged_under,
             "ailments": self.fitness.doubts(),
         }
 
@@ -328,9 +329,9 @@ class QuorumGroup(Group):
         entitled = new.known is not None and p.entitled(new, new.known)
         if entitled:
             self._entitled_at = self._clock()
-        if new.durable.acted and not _holds(new) and entitled:
+        if new.known is not None and new.durable.acted and not _holds(new) and entitled:
             # It gave its role away and has all that the new primary has.
-            self._handed_over = True
+            self._handed_over = new.known.epoch
             self.driver.note(p.Reconciled())
 
     def _end_catch_up(self, peers: Iterable[str]) -> None:
@@ -410,10 +411,19 @@ class QuorumGroup(Group):
         return began and not self._ever_open and self.driver.state.durable.acted > 0
 
     def _is_merged(self) -> bool:
-        state = self.driver.state
-        if state.durable.acted and state.known is not None and not _holds(state):
-            return p.entitled(state, state.known)
-        return self._durable.merged
+        state, known = self.driver.state, self.driver.state.known
+        if known is None or _holds(state):
+            return self._durable.merged
+        if state.durable.acted:
+            return p.entitled(state, known)
+        # Whom a person has promoted since then may lack what this node has.
+        return self._durable.merged and self._durable.merged_under >= known.forced
+
+    def is_copy(self, peer: str) -> bool:
+        """See ``Group``; also by the key, which the peer may not have read yet."""
+        known = self.driver.state.known
+        under = self.statuses.get(peer, {}).get("merged_under", math.inf)  # an older agent
+        return super().is_copy(peer) and known is not None and under >= known.forced
 
     def whole_since(self) -> int:
         """Return the epoch of the last promotion by force, since which the key has decided."""
@@ -441,14 +451,16 @@ class QuorumGroup(Group):
         async with self._disk:
             old = self._durable
             since = old.since if role is old.role else now()
-            merged = old.merged or (self._handed_over and not durable.acted)
+            merged, under = old.merged, old.merged_under
+            if self._handed_over and not durable.acted:
+                merged, under = True, self._handed_over
             await self._write(
                 replace(
                     old, epoch=durable.epoch, acted=durable.acted, silence=durable.silence,
-                    role=role, since=since, merged=merged,
+                    role=role, since=since, merged=merged, merged_under=under,
                 )
             )  # fmt: skip
-            self._handed_over = False
+            self._handed_over = 0
 
     async def _write(self, durable: Durable) -> None:
         await asyncio.to_thread(self._states.save, durable)
@@ -460,9 +472,13 @@ class QuorumGroup(Group):
         self._show()
 
     async def merged(self) -> None:
-        """Note that the primary has brought its mailboxes and this node's together, durably."""
+        """Note that the primary has brought its mailboxes and this node's together, durably.
+
+        Dying before that is on disk, they are merged again, which changes nothing.
+        """
+        epoch = self.epoch
         async with self._disk:
-            await self._write(replace(self._durable, merged=True))
+            await self._write(replace(self._durable, merged=True, merged_under=epoch))
         await self.driver.take(p.Reconciled())
         self._show()
 

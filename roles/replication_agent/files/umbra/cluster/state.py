@@ -71,6 +71,8 @@ class Durable:
         outcome.
     :param merged: this node's mailboxes hold nothing that the group's primary lacks. Not so for a
         node that is new, or that lost its role without handing it over.
+    :param merged_under: only with a coordinator: the epoch under which ``merged`` became true. Whom
+        a person has promoted since then may lack what this node has.
     :param unshared: what this node has and the primary lacks may have been acknowledged; without a
         meaning where ``merged``.
     :param offered: the epoch that was offered to ``handing_to``.
@@ -94,6 +96,7 @@ class Durable:
     unshared: bool = True
     silence: float | None = None
     marked: bool = False
+    merged_under: int = 0
 
 
 @dataclass(frozen=True)

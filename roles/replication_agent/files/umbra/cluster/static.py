@@ -100,4 +100,5 @@ def _decode(raw: dict[str, Any]) -> Durable:
         acted=None if (acted := raw.get("acted")) is None else int(acted),
         silence=None if (silence := raw.get("silence")) is None else float(silence),
         marked=bool(raw.get("marked", False)),
+        merged_under=int(raw.get("merged_under", 0)),
     )

@@ -595,7 +595,7 @@ class Mailboxes:
         PeerError if it cannot be done now.
         """
         binding = self._binding(peer, self._group.epoch)
-        merge = not self._group.statuses.get(peer, {}).get("merged")
+        merge = not self._group.is_copy(peer)
 
         async def copied() -> None:
             if merge:
