@@ -155,7 +155,10 @@ def test_a_static_group_shows_nothing_of_it(api: Played) -> None:
 def test_a_forced_failover_names_what_is_lost_and_wants_it_typed(
     api: Played, typed: str, done: bool
 ) -> None:
-    loss = {"certain": False, "messages": 3, "changes": None, "seconds": 240.0}
+    loss = {
+        "certain": False, "messages": 3, "changes": None, "seconds": 240.0,
+        "others": {"mail-c": 1.5}, "renewed": True,
+    }  # fmt: skip
     answers: list[Any] = [loss, {"to": "mail-b", "epoch": 5}]
     asked: list[Any] = []
 
@@ -170,6 +173,8 @@ def test_a_forced_failover_names_what_is_lost_and_wants_it_typed(
         words = ["failover", "--candidate", "mail-b", "--accept-loss"]
         result = CliRunner().invoke(cli.cli, words, input=f"{typed}\n")
     assert "3 messages" in result.output
+    assert "mail-c had everything 1.5 seconds ago." in result.output
+    assert "mail-b had everything, but on another disk: this one began anew." in result.output
     assert (result.exit_code == 0) is done
     assert len(asked) == 1 + done
     assert asked[0]["dry_run"]

@@ -341,6 +341,16 @@ def test_a_promotion_by_force_that_loses_nothing_is_not_noted() -> None:
     assert (swap.record.holder, swap.record.forced) == ("b", 0)
 
 
+def test_only_the_store_that_is_named_stands_in_the_way_of_a_person() -> None:
+    named = replace(RECORD, protected=frozenset({p.Member("c", "c.0")}))
+    for stores in ({}, {"c": "c.0"}, {"a": "a.1"}):
+        with pytest.raises(p.NotNow, match="c has everything"):
+            take(B, shadow(100.0, named), p.Force(stores), now=100.1)
+    _, effects = take(B, shadow(100.0, named), p.Force({"c": "c.1"}), now=100.1)
+    (swap,) = [effect for effect in effects if isinstance(effect, p.Swap)]
+    assert (swap.record.holder, swap.record.forced) == ("b", 2)
+
+
 def test_a_record_that_contradicts_itself_is_refused() -> None:
     value = {**RECORD.to_json(), "mode": "alone"}
     with pytest.raises(ValueError, match="protected"):

@@ -1012,6 +1012,49 @@ def test_who_has_what_a_promotion_by_force_lacks_is_merged_and_not_made_a_copy(
     group(scenario, names="abc")
 
 
+def test_a_name_whose_disk_died_stands_in_nobody_s_way(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        b, c = field.b, field.nodes["c"]
+        await whole(field)
+        await b.power_cut()
+        await field.until(lambda: len(field.register.record.protected) == 1, D)
+        await asyncio.gather(field.a.power_cut(), c.power_cut())
+        b.start()
+        await field.until(lambda: b.phase is p.Phase.SYNCING, D)
+        with pytest.raises(Refused, match="c has everything that was acknowledged"):
+            await b.handover.failover(accept_loss=True)
+        c.path.unlink()
+        c.start()
+        await field.until(lambda: c.phase is p.Phase.SYNCING and b.group.answers("c"), D)
+        assert {member.node for member in field.register.record.protected} == {"c"}
+        assert c.handover.loss()["renewed"]
+        assert not b.handover.loss()["renewed"]
+        await b.handover.failover(accept_loss=True)
+        assert b.serves
+
+    group(scenario, names="abc")
+
+
+def test_who_promotes_is_told_what_other_shadows_had(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        b = field.b
+        await whole(field)
+        field.separate("a", "b")
+        await asyncio.sleep(100)
+        field.separate("a", "c")
+        await field.until(lambda: field.register.record.mode is p.Mode.ALONE, D)
+        await field.a.power_cut()
+        await asyncio.sleep(2 * D)
+        loss = b.handover.loss()
+        assert 100 <= loss["seconds"] <= 100 + 4 * D
+        assert list(loss["others"]) == ["c"]
+        assert loss["others"]["c"] <= 4 * D
+        del b.group.statuses["c"]["entitled_s"]  # an older agent
+        assert b.handover.loss()["others"] == {}
+
+    group(scenario, names="abc")
+
+
 def test_a_copy_of_an_older_agent_is_believed(group: Play) -> None:
     async def scenario(field: Field) -> None:
         del field.a.group.statuses["b"]["merged_under"]

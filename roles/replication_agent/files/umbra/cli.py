@@ -366,6 +366,10 @@ def _confirm_known_loss(candidate: str, loss: dict[str, Any]) -> None:
             f" {amounts[2]} seconds.\n"
             "When the lost primary returns, its mailboxes are merged and its queue is on hold."
         )
+        if loss.get("renewed"):
+            click.echo(f"{candidate} had everything, but on another disk: this one began anew.")
+        for node, seconds in loss.get("others", {}).items():
+            click.echo(f"{node} had everything {seconds:g} seconds ago.")
         words = f"lose {' '.join(amounts)}"
     if click.prompt(f"Type `{words}` to go on", default="", show_default=False) != words:
         _fail("nothing was changed.")

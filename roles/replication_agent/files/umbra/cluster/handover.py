@@ -276,7 +276,7 @@ class Handover(Switchover):
         if not accept_loss:
             raise Refused("say --accept-loss if what only the lost primary has may be lost.")
         # Nobody is switched off for what would be refused then.
-        reason = p.unforceable(self._quorum.driver.state)
+        reason = p.unforceable(self._quorum.driver.state, self._quorum.stores())
         if reason is not None:
             raise Refused(f"{reason}.")
         said = await self._shoot(old, stonith) if old is not None else ""

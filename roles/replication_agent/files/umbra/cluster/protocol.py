@@ -454,7 +454,12 @@ class Pause:
 
 @dataclass(frozen=True)
 class Force:
-    """A person makes this node primary and accepts what may be lost."""
+    """A person makes this node primary and accepts what may be lost.
+
+    :param stores: the store of each peer that was heard of, by its name.
+    """
+
+    stores: Mapping[str, str] = field(default_factory=dict)
 
 
 Event = (
@@ -746,8 +751,8 @@ def _take(
             return replace(state, drained=state.switching is not None)
         case Pause(on):
             return replace(state, pause=on)
-        case Force():
-            return _force(state)
+        case Force(stores):
+            return _force(state, stores)
 
 
 def _holds(state: State) -> bool:
@@ -873,22 +878,30 @@ def _switch(config: Config, state: State, event: Switch, now: float, wall: float
     )
 
 
-def unforceable(state: State) -> str | None:
-    """Return why a person cannot make this node primary, or None."""
+def unforceable(state: State, stores: Mapping[str, str]) -> str | None:
+    """Return why a person cannot make this node primary, or None.
+
+    :param stores: see ``Force``. One that is not the member's has nothing, and its answers extend
+        no right.
+    """
     known = state.known
     if known is None:
         return "the coordinator does not answer; a forced failover needs it too"
     if _holds(state):
         return f"{state.node} holds the key already"
-    if not _names(known) <= {state.node}:
+    others = sorted(
+        name
+        for name, storage in known.protected
+        if name != state.node and stores.get(name, storage) == storage
+    )
+    if others:
         # With one of these the primary may go on without a quorum.
-        others = ", ".join(sorted(_names(known) - {state.node}))
-        return f"{others} has everything that was acknowledged; promote that one"
+        return f"{', '.join(others)} has everything that was acknowledged; promote that one"
     return None
 
 
-def _force(state: State) -> State:
-    reason = unforceable(state)
+def _force(state: State, stores: Mapping[str, str]) -> State:
+    reason = unforceable(state, stores)
     if reason is not None:
         raise NotNow(reason)
     return replace(state, forced=True)

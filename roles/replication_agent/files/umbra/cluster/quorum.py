@@ -234,6 +234,7 @@ class QuorumGroup(Group):
             "protected_set": sorted(m.node for m in known.protected) if known else [],
             "shut": self._shut_done,
             "merged_under": self._durable.merged_under,
+            "entitled_s": self._entitled_age(),
             "ailments": self.fitness.doubts(),
         }
 
@@ -697,7 +698,7 @@ class QuorumGroup(Group):
 
     async def force(self) -> None:
         """Become primary by an operator's word; returns when this node serves."""
-        await self._wish(p.Force())
+        await self._wish(p.Force(self.stores()))
         if not await self.driver.until(self.is_primary, WRITE_DOWN + p.LONGEST):
             state = self.driver.state
             raise NotNow(
@@ -744,10 +745,21 @@ class QuorumGroup(Group):
     def _trouble(self) -> str:
         return self.driver.coordinator_error or "it answers"
 
+    def stores(self) -> dict[str, str]:
+        """Return the store of each peer that was heard of, by its name."""
+        return {name: view.storage_id for name, view in self.state.peers.items() if view.storage_id}
+
+    def _entitled_age(self) -> float | None:
+        """Return how long ago this node had everything, in seconds; None is not known."""
+        at = self._entitled_at
+        return None if at is None else round(self._clock() - at, 1)
+
     def loss(self) -> dict[str, Any]:
         """Return what a promotion of this node by an operator may lose.
 
         ``messages``, ``changes`` and ``seconds`` as this node last heard them; None is not known.
+        ``others``: how many seconds ago other shadows that answer had everything. ``renewed``: this
+        node had everything, and has another store since.
         """
         state = self.driver.state
         known = state.known
@@ -757,12 +769,21 @@ class QuorumGroup(Group):
             return {"certain": True, "messages": 0, "changes": 0, "seconds": 0.0}
         said = self.statuses.get(known.holder, {})
         lag = said.get("lag", {}).get(state.node)
-        at = self._entitled_at
+        ages = {name: status.get("entitled_s") for name, status in self.statuses.items()}
         return {
             "certain": False,
             "messages": said.get("alone_messages"),
             "changes": None if lag is None else int(lag[0]),
-            "seconds": None if at is None else round(self._clock() - at, 1),
+            "seconds": self._entitled_age(),
+            "others": {
+                name: float(age)
+                for name, age in sorted(ages.items())
+                if age is not None and name != known.holder and self.answers(name)
+            },
+            "renewed": any(
+                name == state.node and storage != state.durable.storage
+                for name, storage in known.protected
+            ),
         }
 
     def reopen(self) -> None:
