@@ -30,6 +30,7 @@ from umbra.config import (
     Endpoint,
     HandoverRules,
     Heartbeat,
+    Mailbox,
     Peer,
     Profile,
 )
@@ -343,7 +344,13 @@ class Node:
     """One mail host with its agent."""
 
     def __init__(
-        self, field: Field, name: str, path: Path, settings: Coordinator, rules: HandoverRules
+        self,
+        field: Field,
+        name: str,
+        path: Path,
+        settings: Coordinator,
+        rules: HandoverRules,
+        copies: int,
     ) -> None:
         self.field, self.name = field, name
         self.up = False
@@ -356,6 +363,7 @@ class Node:
             link=Endpoint("127.0.0.1", 1), api=Endpoint("127.0.0.1", 2),
             peers=tuple(Peer(n, SITES[n], "127.0.0.2") for n in others),
             heartbeat=Heartbeat(0.5, 2.0), coordinator=settings, handover=rules,
+            mailbox=Mailbox(mirror_copies=copies),
         )  # fmt: skip
         self.path = path / f"{name}.json"
         self._task: asyncio.Task[None] | None = None
@@ -455,6 +463,7 @@ class Field:
         names: str = "ab",
         *,
         rules: HandoverRules | None = None,
+        copies: int = 1,
         **settings: Any,
     ) -> None:
         self.names = names
@@ -465,7 +474,8 @@ class Field:
             CoordinatorKind.ETCD, Profile.DEFAULT, endpoints=("x",) * 3, **settings
         )
         self.nodes = {
-            name: Node(self, name, path, coordinator, rules or HandoverRules()) for name in names
+            name: Node(self, name, path, coordinator, rules or HandoverRules(), copies)
+            for name in names
         }
         self.a, self.b = self.nodes["a"], self.nodes["b"]
         self.longest_gap = 0.0

@@ -323,6 +323,31 @@ def test_the_better_of_two_shadows_gets_the_role(group: Play) -> None:
     group(scenario, names="abc")
 
 
+@pytest.mark.parametrize("ailing", [True, False])
+def test_a_shadow_that_is_away_keeps_no_role_where_two_copies_are_wanted(
+    group: Play, ailing: bool
+) -> None:
+    async def scenario(field: Field) -> None:
+        await field.nodes["c"].power_cut()
+        await field.until(lambda: len(field.register.record.protected) == 1, D)
+        assert not field.a.group.state.protected
+        if ailing:
+            fill(field.a)
+            await field.until(lambda: field.b.serves, SOON)
+        else:
+            await field.a.handover.run("b", dry_run=True, timeout_s=10)
+            await field.a.handover.run("b", dry_run=False, timeout_s=10)
+        change = field.b.group.state.durable.last_change
+        assert change is not None
+        assert change.planned
+        with pytest.raises(Refused, match="the group is degraded, so c may lack something"):
+            await field.b.handover.run("c", dry_run=False, timeout_s=10)
+        field.nodes["c"].start()
+        await field.until(lambda: field.b.group.state.protected, 30)
+
+    group(scenario, names="abc", copies=2)
+
+
 def test_an_agent_that_ends_in_the_middle_leaves_no_task(group: Play) -> None:
     async def scenario(field: Field) -> None:
         fill(field.a)

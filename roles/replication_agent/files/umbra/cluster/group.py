@@ -305,6 +305,11 @@ class Group:
         planned = change is not None and change.planned
         return self.epoch - 1 if planned else self.epoch
 
+    def is_whole(self, peer: str) -> bool:
+        """Whether ``peer`` has all that this primary has acknowledged, so that it may take over."""
+        view = self.state.peers.get(peer)
+        return self.state.protected and view is not None and view.synchronous and view.complete
+
     def is_copy(self, peer: str) -> bool:
         """Whether the mailboxes of ``peer`` hold nothing that this primary's lack, by its word."""
         return bool(self.statuses.get(peer, {}).get("merged"))
@@ -411,15 +416,10 @@ class Group:
         return True
 
     async def complete_within(self, peer: str, seconds: float) -> bool:
-        """Wait until this primary is protected and ``peer`` has everything; False if it is late."""
-
-        def complete() -> bool:
-            view = self.state.peers.get(peer)
-            return self.state.protected and view is not None and view.complete
-
+        """Wait until ``peer`` is whole; False if that takes longer."""
         try:
             async with asyncio.timeout(seconds), self._moved:
-                await self._moved.wait_for(complete)
+                await self._moved.wait_for(lambda: self.is_whole(peer))
         except TimeoutError:
             return False
         return True

@@ -420,6 +420,11 @@ class QuorumGroup(Group):
         # Whom a person has promoted since then may lack what this node has.
         return self._durable.merged and self._durable.merged_under >= known.forced
 
+    def is_whole(self, peer: str) -> bool:
+        """See ``Group``; by the key, however many copies are wanted beside it."""
+        view = self.state.peers.get(peer)
+        return self.state.serving and view is not None and view.synchronous and view.complete
+
     def is_copy(self, peer: str) -> bool:
         """See ``Group``; also by the key, which the peer may not have read yet."""
         known = self.driver.state.known
@@ -647,10 +652,8 @@ class QuorumGroup(Group):
         return await self.driver.until(lambda: self.state.phase is not phase, seconds)
 
     async def complete_within(self, peer: str, seconds: float) -> bool:
-        """Wait until this primary is protected and ``peer`` has everything; False if it is late."""
-        return await self.driver.until(
-            lambda: self.state.protected and self.state.peers[peer].complete, seconds
-        )
+        """Wait until ``peer`` is whole; False if that takes longer."""
+        return await self.driver.until(lambda: self.is_whole(peer), seconds)
 
     # -- an operator's word
 

@@ -199,13 +199,15 @@ class Switchover:
             raise Refused(f"{to} is no node of this group; it has {known}.")
         if state.phase is not Phase.PRIMARY:
             raise Refused(f"{state.node} is {state.phase}, not an open primary.")
+        if self._group.is_whole(to):
+            return True
         if not state.protected and not (dry_run and self._mailboxes.only_asynchronous):
             raise Refused(
                 f"the group is degraded, so {to} may lack something:"
                 f" {'; '.join(self._group.reasons())}."
             )
         view = state.peers.get(to)
-        if view is None or not (view.synchronous and (view.complete or dry_run)):
+        if view is None or not (view.synchronous and dry_run):
             raise Refused(f"{to} is not protected: {view.reason if view else 'not heard of yet'}.")
         return True
 
@@ -324,7 +326,7 @@ class Switchover:
                 f"a mailbox change was still under way after {CHANGES_TIMEOUT:g} s; try again."
             )
         await self._mailboxes.confirm(to)
-        if not (group.state.protected and group.state.peers[to].complete):
+        if not group.is_whole(to):
             raise Refused(f"{to} was lost on the way: {'; '.join(group.reasons())}.")
         remaining = await self._remaining()
         steps.done("flush")
