@@ -229,7 +229,7 @@ async def test_after_a_switchover_a_users_first_sync_has_the_former_primarys_sta
 
 async def test_who_has_nothing_to_merge_is_mirrored_at_once(tmp_path: Path) -> None:
     world = World()
-    async with mirror(world, tmp_path, protected=False) as peer:
+    async with mirror(world, tmp_path, workers=1, protected=False) as peer:
         world.outcome = lambda user: Outcome.EQUAL if world.kinds[-1][1] else Outcome.SYNCED
         await peer.catch_up(world.protect, everyone=True, binding="one", merge=True)
         assert [merge for user, merge in world.kinds if user == "u1"] == [True, False]
