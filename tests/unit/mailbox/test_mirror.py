@@ -646,6 +646,22 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
+async def test_the_first_change_of_a_term_blames_nobody_who_catches_up(tmp_path: Path) -> None:
+    world = World()
+    async with mirror(world, tmp_path, protected=False) as peer:
+        assert await change(world, peer, "u1") is Verdict.RECORDED
+        assert world.lost is False
+        peer.stop()  # another term
+        world.lost, world.delay = None, lambda user: 0.05
+        catch_up = asyncio.create_task(peer.catch_up(world.protect, everyone=True, binding="one"))
+        await until(lambda: peer.phase is Phase.CATCHING_UP)
+        assert await change(world, peer, "u1") is Verdict.RECORDED
+        assert world.lost is False
+        await catch_up
+        await peer.lose("it does not answer")
+        assert world.lost is True
+
+
 async def test_asynchronous_never_waits_and_copies_all(tmp_path: Path) -> None:
     world = World()
     copied = 0

@@ -316,7 +316,7 @@ class PeerMirror:
         if self.phase is not Phase.RECORDING:
             log.warning("mirror to %s: %s", self.peer, reason)
         users, tickets = self._stop_waiting(reason, cut=cut)
-        await asyncio.shield(self._background(self._release(users, tickets)))
+        await asyncio.shield(self._background(self._release(users, tickets, lost)))
 
     def stop(self, *, cut: bool = True) -> None:
         """End of this node's time as primary: whoever waits gets NotPrimary."""
@@ -344,9 +344,11 @@ class PeerMirror:
             del self._arrived[number]
         return list(given), [self._tickets.pop(number) for number in numbers]
 
-    async def _release(self, users: list[str], tickets: list[asyncio.Future[Verdict]]) -> None:
+    async def _release(
+        self, users: list[str], tickets: list[asyncio.Future[Verdict]], lost: bool
+    ) -> None:
         try:
-            await self._be_alone()
+            await self._be_alone(lost=lost)
             await self._ledger.flag(self.peer, users)
         except Exception as error:
             for future in tickets:
@@ -355,12 +357,15 @@ class PeerMirror:
             for future in tickets:
                 future.set_result(Verdict.RECORDED)
 
-    async def _be_alone(self) -> None:
-        """Return when the group is alone on disk; tried again by each change until it works."""
+    async def _be_alone(self, *, lost: bool = False) -> None:
+        """Return when the group is alone on disk; tried again by each change until it works.
+
+        :param lost: the peer is to blame. That a change does not wait for it is no reason.
+        """
         if self._alone is None or (
             self._alone.done() and (self._alone.cancelled() or self._alone.exception())
         ):
-            self._alone = self._background(self._commit_alone())
+            self._alone = self._background(self._commit_alone(lost))
         await asyncio.shield(self._alone)
 
     def _background(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
@@ -370,9 +375,9 @@ class PeerMirror:
         task.add_done_callback(self._works.discard)
         return task
 
-    async def _commit_alone(self) -> None:
+    async def _commit_alone(self, lost: bool) -> None:
         async with self._commit:
-            await self._group.mirror_failed(self.peer, self._reason, lost=self._lost)
+            await self._group.mirror_failed(self.peer, self._reason, lost=lost)
 
     def _note(self, users: Iterable[str]) -> None:
         users = list(users)
@@ -582,7 +587,7 @@ class PeerMirror:
             raise
         if self.phase is not Phase.JOINING:
             # Lost while it was written: the lock makes "alone" the later of the two.
-            await self._be_alone()
+            await self._be_alone(lost=self._lost)
             raise CatchUpFailed(self._reason, self.findings)
         self.phase = Phase.PROTECTED
         log.info(
