@@ -1065,6 +1065,47 @@ def test_a_copy_of_an_older_agent_is_believed(group: Play) -> None:
     group(scenario)
 
 
+def test_a_protected_group_that_nobody_would_take_over_says_so(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        a, c = field.a.group, field.nodes["c"]
+
+        def check() -> Check | None:
+            return next((check for check in a.checks() if check.name == "takeover"), None)
+
+        await set_coordinator(c, policy=p.Policy.BLOCKED, preference=3)
+        await whole(field)
+        await field.until(lambda: a.rank("c") == (True, 3), D)
+        assert a.rank("b") == (False, 0)
+        assert (found := check()) is not None
+        assert found.passed
+        assert not [c for c in field.b.group.checks() if c.name == "takeover"]
+        await field.b.power_cut()
+        await field.until(lambda: len(field.register.record.protected) == 1, D)
+        assert (found := check()) is not None
+        assert not found.passed
+        assert "c has everything and may not take over by itself; b may" in found.message
+        await a.pause(True)
+        assert check() is None
+        await a.pause(False)
+        # Also when this agent has never heard of the one that is away.
+        del a.statuses["b"]
+        assert (found := check()) is not None
+        assert not found.passed
+        await c.power_cut()
+        await field.until(lambda: field.register.record.mode is p.Mode.ALONE, D)
+        assert check() is None
+
+    group(scenario, names="abc")
+
+
+def test_a_group_where_nobody_may_take_over_is_what_the_inventory_says(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        assert field.a.group.rank("b") == (True, 0)
+        assert all(check.passed for check in field.a.group.checks())
+
+    group(scenario, policy=p.Policy.SAME_SITE_ONLY)
+
+
 def test_the_limit_of_automatic_changes_is_the_inventory_s(group: Play) -> None:
     async def scenario(field: Field) -> None:
         await field.a.power_cut()

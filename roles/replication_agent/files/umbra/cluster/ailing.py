@@ -99,7 +99,6 @@ def successor(candidates: Collection[Candidate], site: str) -> Candidate | None:
         for candidate in candidates
         if candidate.whole
         and not candidate.ailing
-        and candidate.policy is not Policy.BLOCKED
-        and (candidate.policy is not Policy.SAME_SITE_ONLY or candidate.site == site)
+        and candidate.policy.allows(site, candidate.site)
     ]
     return min(fit, key=lambda candidate: (candidate.preference, candidate.node), default=None)

@@ -305,6 +305,14 @@ class Group:
         planned = change is not None and change.planned
         return self.epoch - 1 if planned else self.epoch
 
+    def rank(self, peer: str) -> tuple[bool, int]:
+        """Return how late ``peer`` comes when changes wait for fewer shadows than there are.
+
+        Whether it may not take over from this primary by itself, and its preference; without a
+        coordinator all are equal.
+        """
+        return False, 0
+
     def is_whole(self, peer: str) -> bool:
         """Whether ``peer`` has all that this primary has acknowledged, so that it may take over."""
         view = self.state.peers.get(peer)

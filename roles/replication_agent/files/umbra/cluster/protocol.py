@@ -68,6 +68,10 @@ class Policy(StrEnum):
     SAME_SITE_ONLY = "same_site_only"
     BLOCKED = "blocked"
 
+    def allows(self, site: str | None, own: str) -> bool:
+        """Whether a shadow at ``own`` may take over by itself from a primary at ``site``."""
+        return self is Policy.AUTOMATIC or (self is Policy.SAME_SITE_ONLY and site == own)
+
 
 class Member(NamedTuple):
     """A store, not only a name: a node that comes back with an emptied disk is another member."""
@@ -649,11 +653,11 @@ def entitled(state: State, record: Record) -> bool:
 
 def hindrance(config: Config, record: Record, wall: float) -> str | None:
     """Return why this node may not take over without a person, or None."""
+    if config.policy.allows(config.peers.get(record.holder), config.site):
+        return restraint(config, record, wall)
     if config.policy is Policy.BLOCKED:
         return f"{config.node} is blocked from taking over by itself"
-    if config.policy is Policy.SAME_SITE_ONLY and config.peers.get(record.holder) != config.site:
-        return f"{config.node} takes over by itself only within its site"
-    return restraint(config, record, wall)
+    return f"{config.node} takes over by itself only within its site"
 
 
 def restraint(config: Config, record: Record, wall: float) -> str | None:

@@ -265,7 +265,30 @@ class QuorumGroup(Group):
                 "Automatic failover is paused; umbractl unpause ends that."
                 if paused else "Automatic failover is on.",
             ),
+            *self._takeover(),
         ]  # fmt: skip
+
+    def _takeover(self) -> Sequence[Check]:
+        """On the primary, whether one of those who have everything may take over by itself.
+
+        Where nobody may, that is the inventory's word.
+        """
+        known = self.driver.state.known
+        if known is None or known.paused or not known.protected or not self.state.serving:
+            return ()
+        whole = {member.node for member in known.protected}
+        able = {peer for peer in self.driver.config.peers if not self.rank(peer)[0]}
+        ready = sorted(whole & able)
+        if ready:
+            text = f"{', '.join(ready)} has everything and may take over by itself."
+        elif able:
+            text = (
+                f"{', '.join(sorted(whole))} has everything and may not take over by itself;"
+                f" {', '.join(sorted(able))} may, and lacks something."
+            )
+        else:
+            text = "No shadow may take over by itself, by the inventory."
+        return (Check("takeover", bool(ready) or not able, len(ready), 1, text),)
 
     def _round_trip(self) -> Check:
         """Whether the profile still fits the lines to the other nodes, by their heartbeats."""
@@ -419,6 +442,15 @@ class QuorumGroup(Group):
             return p.entitled(state, known)
         # Whom a person has promoted since then may lack what this node has.
         return self._durable.merged and self._durable.merged_under >= known.forced
+
+    def rank(self, peer: str) -> tuple[bool, int]:
+        """See ``Group``; who has not been heard of may take over, as far as this node knows."""
+        said, config = self.statuses.get(peer, {}), self.driver.config
+        try:
+            policy, preference = p.Policy(said["policy"]), int(said["preference"])
+        except (KeyError, TypeError, ValueError):
+            return False, 0
+        return not policy.allows(config.site, config.peers[peer]), preference
 
     def is_whole(self, peer: str) -> bool:
         """See ``Group``; by the key, however many copies are wanted beside it."""

@@ -430,7 +430,7 @@ class Mailboxes:
 
     def _waited_for(self) -> set[str]:
         phases = {name: peer.phase for name, peer in self._peers.items()}
-        return chosen(phases, self._group.synchronous(), self._copies)
+        return chosen(phases, self._group.synchronous(), self._copies, self._group.rank)
 
     def _limits(self) -> Sequence[str]:
         found = [
