@@ -238,8 +238,6 @@ class Host(NodeHelper):
 class Parts:
     """Messages and mailboxes, as far as a change of primary asks for them."""
 
-    only_asynchronous = False
-
     def __init__(self) -> None:
         self.taken: list[tuple[str, Remaining | None]] = []
         self.left = 0
@@ -264,6 +262,9 @@ class Parts:
         self.taken.append((origin, remaining))
 
     def resubmit(self) -> None: ...
+
+    def only_asynchronous(self, to: str) -> bool:
+        return False
 
     async def hurry(self, to: str, timeout: float) -> None: ...
 

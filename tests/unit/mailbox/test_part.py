@@ -38,10 +38,10 @@ class Paths:
 
 
 class PlayedGroup:
-    """A primary with one shadow, which is about to hand over."""
+    """A primary that is about to hand over to ``b``; ``c``, if there is one, is away."""
 
-    def __init__(self) -> None:
-        self.links = {"b": FakeLink("b", {})}
+    def __init__(self, names: str) -> None:
+        self.links = {name: FakeLink(name, {}) for name in names}
         self.changes = Work()
         self.state = SimpleNamespace(phase=GroupPhase.DRAINING)
         self.primary = True
@@ -95,14 +95,15 @@ async def until(done: Callable[[], bool]) -> None:
 
 
 @asynccontextmanager
-async def protected(tmp_path: Path) -> AsyncIterator[World]:
+async def protected(tmp_path: Path, names: str = "b", **settings: Any) -> AsyncIterator[World]:
     paths = Paths(*(tmp_path / name for name in ("state", "run", "token", "missed", "events")))
     for directory in (paths.state / "mirror", paths.run, paths.missed):
         directory.mkdir(parents=True)
     paths.token.write_text("token\n")
-    group, carrier = PlayedGroup(), Carrier()
+    group, carrier = PlayedGroup(names), Carrier()
     helper = cast(NodeHelper, SimpleNamespace(sync_mail=None))
-    mailboxes = Mailboxes(config.parse(RAW), cast(Group, group), helper, paths)
+    parsed = config.parse({**RAW, "mailbox": settings})
+    mailboxes = Mailboxes(parsed, cast(Group, group), helper, paths)
     world = World(group, carrier, mailboxes, paths.events)
     world.peer._carrier = carrier
     await mailboxes._ledger.open()
@@ -201,3 +202,11 @@ async def test_a_change_that_was_not_told_refuses_the_switchover(tmp_path: Path)
         with pytest.raises(NotNow, match=r"b was lost on the way: changes of a@example.org"):
             await world.mailboxes.confirm("b")
         assert world.group.degraded
+
+
+async def test_a_shadow_that_is_away_is_no_reason_against_another_one(tmp_path: Path) -> None:
+    async with protected(tmp_path, "bc", mirror_mode="async") as world:
+        assert world.mailboxes._equal_expected(USER, "b")
+        assert not world.mailboxes._equal_expected(USER, "c")
+        assert world.mailboxes.only_asynchronous("b")
+        assert not world.mailboxes.only_asynchronous("c")

@@ -177,7 +177,7 @@ async def test_rounds_compare_everybody_slowly() -> None:
     async def users() -> list[str]:
         return list(here.flags)
 
-    rounds = Rounds(verifier, users, lambda user: user != "c", 0.3)
+    rounds = Rounds(verifier, users, lambda user, peer: (user, peer) != ("c", "mail-b"), 0.3)
     task = asyncio.create_task(rounds.run())
     await asyncio.sleep(0.05)
     assert verifier.different == {"mail-b": {}}, "they are spread over the period"
@@ -190,8 +190,19 @@ async def test_rounds_compare_everybody_slowly() -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
+async def test_who_is_away_keeps_nobody_from_being_compared() -> None:
+    here, there = Node(a="x"), Node(a="!")
+    away = Node()
+    away.on_describe = lambda user: pytest.fail("it is away")
+    verifier = Verifier(here, {"mail-b": there, "mail-c": away}, {}, {})
+    rows = verifier.run(
+        ["a"], bodies=False, repair=False, wanted=lambda user, peer: peer != "mail-c"
+    )
+    assert [(row["peer"], row["outcome"]) async for row in rows] == [("mail-b", "different")]
+
+
 async def test_no_rounds_unless_wanted() -> None:
     async def users() -> list[str]:
         raise AssertionError
 
-    await Rounds(Verifier(Node(), {}, {}, {}), users, lambda user: True, 0).run()
+    await Rounds(Verifier(Node(), {}, {}, {}), users, lambda user, peer: True, 0).run()

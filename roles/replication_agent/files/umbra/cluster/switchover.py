@@ -111,9 +111,8 @@ class Messages(left_behind.Messages, Protocol):
 class Mailboxes(Protocol):
     """What a switchover needs of the mirror."""
 
-    @property
-    def only_asynchronous(self) -> bool:
-        """Whether nothing but the mode ``async`` keeps mailboxes from being protected."""
+    def only_asynchronous(self, to: str) -> bool:
+        """Whether nothing but the mode ``async`` keeps the mailboxes of ``to`` from being whole."""
         ...
 
     async def hurry(self, to: str, timeout: float) -> None:
@@ -201,7 +200,7 @@ class Switchover:
             raise Refused(f"{state.node} is {state.phase}, not an open primary.")
         if self._group.is_whole(to):
             return True
-        if not state.protected and not (dry_run and self._mailboxes.only_asynchronous):
+        if not state.protected and not (dry_run and self._mailboxes.only_asynchronous(to)):
             raise Refused(
                 f"the group is degraded, so {to} may lack something:"
                 f" {'; '.join(self._group.reasons())}."

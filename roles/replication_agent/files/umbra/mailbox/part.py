@@ -494,14 +494,13 @@ class Mailboxes:
         """Whether the mirror of all mailboxes is suspended."""
         return self._suspensions.group
 
-    @property
-    def only_asynchronous(self) -> bool:
-        """Whether nothing but the mode ``async`` keeps mailboxes from being protected."""
+    def only_asynchronous(self, to: str) -> bool:
+        """Whether nothing but the mode ``async`` keeps the mailboxes of ``to`` from being whole."""
         return (
             self._mode is MirrorMode.ASYNC
             and not self._suspensions.rows
-            and not self._seeds.rows
-            and all(peer.steady for peer in self._peers.values())
+            and to not in self._seeds.rows
+            and self._peers[to].steady
         )
 
     async def hurry(self, to: str, timeout: float) -> None:
@@ -643,11 +642,11 @@ class Mailboxes:
     async def _begin_merge(self, record: Record) -> None:
         await asyncio.to_thread(record.begin, self._group.epoch, now())
 
-    def _equal_expected(self, user: str) -> bool:
+    def _equal_expected(self, user: str, peer: str) -> bool:
         return (
             self._group.is_primary()
             and user not in self._suspensions.users
-            and all(peer.steady for peer in self._peers.values())
+            and self._peers[peer].steady
         )
 
     def stop(self) -> None:

@@ -88,14 +88,21 @@ class Verifier:
         """By peer, the users who differed when they were last compared, and in how many places."""
 
     async def run(
-        self, users: Iterable[str], *, bodies: bool, repair: bool
+        self,
+        users: Iterable[str],
+        *,
+        bodies: bool,
+        repair: bool,
+        wanted: Callable[[str, str], bool] = lambda user, peer: True,
     ) -> AsyncGenerator[dict[str, Any], None]:
         """Compare ``users`` with all peers; yield a result for each user and peer as it is known.
+
+        :param wanted: (user, peer): whether to compare them.
 
         A result has ``user``, ``peer``, ``outcome`` (``equal``, ``different``, ``repaired``,
         ``changing``, ``failed``), ``count``, ``differences`` (the first of them) and ``reason``.
         """
-        todo = [(user, peer) for user in users for peer in self._peers]
+        todo = [(user, peer) for user in users for peer in self._peers if wanted(user, peer)]
         pairs = iter(todo)
         results: asyncio.Queue[dict[str, Any]] = asyncio.Queue(WORKERS)
 
@@ -207,7 +214,7 @@ class Rounds:
     """Compares all users one by one, over and over, so slowly that nobody notices.
 
     :param users: returns all users.
-    :param ready: whether the copies are expected to be equal now.
+    :param ready: (user, peer): whether the copies are expected to be equal now.
     :param period: how long one round takes (seconds); 0 for never.
     """
 
@@ -215,7 +222,7 @@ class Rounds:
         self,
         verifier: Verifier,
         users: Callable[[], Awaitable[list[str]]],
-        ready: Callable[[str], bool],
+        ready: Callable[[str, str], bool],
         period: float,
     ) -> None:
         self._verifier = verifier
@@ -235,10 +242,8 @@ class Rounds:
                 await asyncio.sleep(min(self._period, RETRY))
             for user in users:
                 await asyncio.sleep(self._period / len(users))
-                if not self._ready(user):
-                    continue
                 async with aclosing(
-                    self._verifier.run([user], bodies=False, repair=False)
+                    self._verifier.run([user], bodies=False, repair=False, wanted=self._ready)
                 ) as results:
                     async for result in results:
                         if result["outcome"] == "different":
