@@ -159,6 +159,11 @@ def test_the_safety_net_can_be_switched_off() -> None:
         (("heartbeat",), {"interval": 2, "timeout": 1}, "it must be over heartbeat.interval, 2 s."),
         (("fence",), {"hold": 1}, "a busy agent would close its own ports."),
         (("fence",), {"ports": [25, 0]}, "fence.ports is 0; a port is from 1 to 65535."),
+        (
+            ("peers",),
+            [{"name": f"mail-{n}", "site": n, "address": f"10.86.0.1{n}"} for n in "23"],
+            "coordinator.kind is static, which is for two mail hosts, and the group has 3; set etc",
+        ),
         (("coordinator",), {"kind": "raft"}, "it must be static or etcd."),
         (("coordinator",), {"kind": "etcd"}, "names 0 voters; coordinator.kind etcd needs an odd"),
         (

@@ -316,7 +316,7 @@ def _contradictions(config: Config) -> list[str]:
             "under 2 s a busy agent would close its own ports."
         )
     findings += _service(config.service, addresses)
-    findings += _voters(config.coordinator)
+    findings += _voters(config)
     findings += _probes(config.handover, {*addresses, *config.service.addresses})
     return findings
 
@@ -376,9 +376,17 @@ def _usable(address: IPv4Address | IPv6Address) -> bool:
     )
 
 
-def _voters(coordinator: Coordinator) -> list[str]:
+def _voters(config: Config) -> list[str]:
+    coordinator, nodes = config.coordinator, 1 + len(config.peers)
     if coordinator.kind is CoordinatorKind.STATIC:
-        return []
+        # A primary that comes back would take the third node, which may know as little as itself,
+        # for the rest of the group.
+        if nodes <= 2:
+            return []
+        return [
+            f"coordinator.kind is static, which is for two mail hosts, and the group has {nodes};"
+            " set etcd."
+        ]
     count = len(coordinator.endpoints)
     found = []
     if count < 3 or count % 2 == 0:
