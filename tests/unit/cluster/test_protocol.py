@@ -1,6 +1,7 @@
 """The protocol with a witness: single decisions, single faults, and random ones."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -339,6 +340,27 @@ def test_a_promotion_by_force_that_loses_nothing_is_not_noted() -> None:
     _, effects = take(B, shadow(100.0), p.Force(), now=100.1)
     (swap,) = [effect for effect in effects if isinstance(effect, p.Swap)]
     assert (swap.record.holder, swap.record.forced) == ("b", 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "stands"),
+    [
+        ({"paused": True}, True),
+        ({"protected": frozenset({p.Member("c", "c.0")}), "mode": p.Mode.PROTECTED}, False),
+        ({"holder": "c", "storage": "c.0", "epoch": 2}, False),
+    ],
+    ids=["paused", "another has everything", "another is primary"],
+)
+def test_a_person_s_word_does_not_outlive_what_it_was_given_on(
+    change: dict[str, Any], stands: bool
+) -> None:
+    alone = p.Record("a", "a.0", 1, p.Mode.ALONE)
+    state, _ = take(B, shadow(100.0, alone), p.Force(), now=100.1)
+    now = 101.0
+    state, effects = take(B, state, p.Seen(now, 8, replace(alone, **change)), now=now)
+    asked = [e.record.holder for e in effects if isinstance(e, p.Swap)]
+    assert asked == (["b"] if stands else [])
+    assert state.forced is stands
 
 
 def test_only_the_store_that_is_named_stands_in_the_way_of_a_person() -> None:

@@ -1035,6 +1035,29 @@ def test_a_name_whose_disk_died_stands_in_nobody_s_way(group: Play) -> None:
     group(scenario, names="abc")
 
 
+def test_a_promotion_by_hand_is_given_up_when_another_node_has_everything_by_then(
+    group: Play,
+) -> None:
+    async def scenario(field: Field) -> None:
+        b = field.b
+        await whole(field)
+        field.separate("a", "b")
+        field.separate("a", "c")
+        await field.until(lambda: field.register.record.mode is p.Mode.ALONE, D)
+        await asyncio.sleep(3 * D)
+        field.register.cut.add("b")
+        field.cut -= {("a", "c"), ("c", "a")}
+        await field.until(lambda: field.register.record.mode is p.Mode.PROTECTED, 10)
+        asking = asyncio.create_task(b.handover.failover(accept_loss=True))
+        await asyncio.sleep(D)
+        field.register.cut.clear()
+        with pytest.raises(Refused, match="another node has written the key meanwhile: a waits"):
+            await asking
+        assert field.register.record.epoch == 1
+
+    group(scenario, names="abc")
+
+
 def test_who_promotes_is_told_what_other_shadows_had(group: Play) -> None:
     async def scenario(field: Field) -> None:
         b = field.b

@@ -829,7 +829,12 @@ def _seen(config: Config, state: State, seen: Seen, now: float, effects: list[Ef
     if not _holds(state):
         if was is not None and was.holder == state.node:
             effects.append(Nudge(record.holder))
-        state = replace(state, joining={}, lost=frozenset(), holding_since=NEVER)
+        # A person's word was given on who was primary, and had everything, at that time.
+        stands = was is not None and not is_new and record.protected <= was.protected
+        state = replace(
+            state, joining={}, lost=frozenset(), holding_since=NEVER,
+            forced=state.forced and stands,
+        )  # fmt: skip
         resumed = was is not None and was.paused and not record.paused
         if is_new or resumed:
             # It has its D before anybody calls it silent: a new one, and one whose agent was

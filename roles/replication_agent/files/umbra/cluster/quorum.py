@@ -734,8 +734,16 @@ class QuorumGroup(Group):
     async def force(self) -> None:
         """Become primary by an operator's word; returns when this node serves."""
         await self._wish(p.Force(self.stores()))
-        if not await self.driver.until(self.is_primary, WRITE_DOWN + p.LONGEST):
+
+        def decided() -> bool:
             state = self.driver.state
+            return self.is_primary() or not (state.forced or _holds(state))
+
+        await self.driver.until(decided, WRITE_DOWN + p.LONGEST)
+        if not self.is_primary():
+            state = self.driver.state
+            if decided():
+                raise NotNow(f"another node has written the key meanwhile: {state.cause}")
             raise NotNow(
                 f"{state.node} is {state.phase}: {state.cause}; it goes on trying until its agent"
                 f" is restarted. The coordinator: {self._trouble()}"
