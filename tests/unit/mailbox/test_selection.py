@@ -45,3 +45,10 @@ def test_who_may_take_over_by_itself_comes_back_without_a_gap() -> None:
             assert chosen(phases, BOTH, 1, rank) == {"b", "c"}
         assert chosen({"c": Phase.PROTECTED, "b": Phase.PROTECTED}, BOTH, 1, rank) == {"b"}
         assert chosen({"c": Phase.CATCHING_UP, "b": Phase.PROTECTED}, BOTH, 1, rank) == {"b"}
+
+
+def test_while_a_user_is_suspended_nobody_waits_for_more_than_must_have_it() -> None:
+    phases = {"b": Phase.JOINING, "c": Phase.JOINING}
+    assert chosen(phases, BOTH, 1, b_first, Phase.JOINING) == {"b"}
+    phases = {"b": Phase.CATCHING_UP, "c": Phase.JOINING}
+    assert chosen(phases, BOTH, 1, b_first, Phase.JOINING) == {"b", "c"}

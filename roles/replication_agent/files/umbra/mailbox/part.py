@@ -426,11 +426,15 @@ class Mailboxes:
             return Phase.CATCHING_UP
         if peer not in self._waited_for() and not self._hurrying:
             return Phase.CATCHING_UP
+        return self._furthest
+
+    @property
+    def _furthest(self) -> Phase:
         return Phase.JOINING if self._suspensions.users else Phase.PROTECTED
 
     def _waited_for(self) -> set[str]:
-        phases = {name: peer.phase for name, peer in self._peers.items()}
-        return chosen(phases, self._group.synchronous(), self._copies, self._group.rank)
+        phases, group = {name: peer.phase for name, peer in self._peers.items()}, self._group
+        return chosen(phases, group.synchronous(), self._copies, group.rank, self._furthest)
 
     def _limits(self) -> Sequence[str]:
         found = [

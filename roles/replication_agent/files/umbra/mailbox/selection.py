@@ -18,22 +18,24 @@ def chosen(
     answering: Collection[str],
     copies: int,
     rank: Callable[[str], tuple[bool, int]],
+    furthest: Phase = Phase.PROTECTED,
 ) -> set[str]:
     """Return the shadows that changes wait for; the others follow.
 
-    Until the best are protected all that answer are waited for, as soon as they can be: so there is
-    no gap when one takes another's place.
+    Until the best are ``furthest`` all that answer are waited for, as soon as they can be: so there
+    is no gap when one takes another's place.
 
     :param phases: how far each shadow is, in the order of the inventory.
     :param answering: those that can be copied to now. The rest comes last.
     :param copies: how many must have each change.
     :param rank: the smallest come first; see ``Group.rank``.
+    :param furthest: how far the operator lets them get.
     """
     # Sorting is stable, so the order of the inventory decides last.
     ranked = sorted(
         phases, key=lambda name: (name not in answering, rank(name), not phases[name].waits)
     )
     best = set(ranked[:copies])
-    if all(phases[name] is Phase.PROTECTED for name in best):
+    if all(phases[name].rank >= furthest.rank for name in best):
         return best
     return best | set(answering)
