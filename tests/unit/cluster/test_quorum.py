@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sqlite3
 from collections.abc import Mapping
 from dataclasses import replace
@@ -1065,6 +1066,7 @@ def test_who_promotes_is_told_what_other_shadows_had(group: Play) -> None:
         field.separate("a", "b")
         await asyncio.sleep(100)
         field.separate("a", "c")
+        field.register.cut.add("c")
         await field.until(lambda: field.register.record.mode is p.Mode.ALONE, D)
         await field.a.power_cut()
         await asyncio.sleep(2 * D)
@@ -1072,10 +1074,25 @@ def test_who_promotes_is_told_what_other_shadows_had(group: Play) -> None:
         assert 100 <= loss["seconds"] <= 100 + 4 * D
         assert list(loss["others"]) == ["c"]
         assert loss["others"]["c"] <= 4 * D
+        # Who cannot read the key does not know whether it has everything still.
+        assert loss["others"]["c"] >= 2 * D
         del b.group.statuses["c"]["entitled_s"]  # an older agent
         assert b.handover.loss()["others"] == {}
 
     group(scenario, names="abc")
+
+
+def test_a_merge_of_earlier_epochs_counts_nothing_where_epochs_begin_anew(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        await field.b.crash()
+        state = json.loads(field.b.path.read_text())
+        field.b.path.write_text(json.dumps({**state, "acted": None, "merged_under": 50}))
+        field.b.start()
+        durable = field.b.group.state.durable
+        assert (durable.epoch, durable.merged_under) == (0, 0)
+        await field.protected(field.a)
+
+    group(scenario)
 
 
 def test_a_copy_of_an_older_agent_is_believed(group: Play) -> None:

@@ -352,7 +352,7 @@ class QuorumGroup(Group):
             self.on_lost(name, self._why[name])
         entitled = new.known is not None and p.entitled(new, new.known)
         if entitled:
-            self._entitled_at = self._clock()
+            self._entitled_at = new.read_sent
         if new.known is not None and new.durable.acted and not _holds(new) and entitled:
             # It gave its role away and has all that the new primary has.
             self._handed_over = new.known.epoch
