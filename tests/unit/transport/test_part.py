@@ -86,7 +86,11 @@ class Helper:
 def messages(
     tmp_path: Path, group: PlayedGroup, peers: Any = RAW["peers"], **transport: Any
 ) -> Messages:
-    settings = config.parse({**RAW, "peers": peers, "transport": transport})
+    said = {**RAW, "peers": peers, "transport": transport}
+    if len(peers) > 1:  # the static coordinator is for two
+        voters = [f"https://10.86.0.{number}:2379" for number in (1, 2, 3)]
+        said["coordinator"] = {"kind": "etcd", "endpoints": voters}
+    settings = config.parse(said)
     return Messages(
         settings,
         cast(Group, group),
