@@ -458,6 +458,27 @@ async def test_client_and_helper_talk(tmp_path: Path) -> None:
             await client.ports_open([25], 0)
 
 
+async def test_syncs_of_the_mailboxes_share_a_connection(tmp_path: Path) -> None:
+    socket, mail, connections = tmp_path / "helper.sock", tmp_path / "mail", []
+    mail.mkdir()
+    host = Helper(tmp_path, mail, runtime=tmp_path)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(writer)
+        await host.serve(reader, writer)
+
+    async with await asyncio.start_unix_server(serve, socket):
+        client = NodeHelper(socket)
+        await client.sync_mail()
+        mail.rmdir()
+        with pytest.raises(HelperError, match="No such file"):
+            await client.sync_mail()
+        mail.mkdir()
+        await client.sync_mail()
+        assert len(connections) == 1
+        client.close()
+
+
 async def test_a_missing_helper_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(HelperError, match=r"is umbra-helper\.service running"):
         await NodeHelper(tmp_path / "none.sock").ports_close()

@@ -92,7 +92,7 @@ class Agent:
         self._config = config
         self._paths = paths
         identity = Identity(paths.tls, {peer.name: peer for peer in config.peers})
-        helper = NodeHelper(paths.helper)
+        self._helper = helper = NodeHelper(paths.helper)
         states = StateFile(paths.state / "state.json", config.group, config.node)
         settings = config.coordinator
         group: Group
@@ -187,6 +187,7 @@ class Agent:
         async with AsyncExitStack() as stack:
             if self._etcd is not None:
                 await stack.enter_async_context(self._etcd)
+            stack.callback(self._helper.close)
             await group.own_mail()
             for part in (self._messages, self._mailboxes):
                 await part.open()

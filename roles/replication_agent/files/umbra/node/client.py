@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,36 @@ UNCOMMITTED = ("arriving", "maildrop")
 """Queues whose files Postfix has not acknowledged yet."""
 
 
+class _Line:
+    """A connection to the helper, for one request at a time."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def open(cls, socket: Path) -> _Line:
+        """Connect. OSError if the helper does not run."""
+        return cls(*await asyncio.open_unix_connection(socket, limit=64 * MAX_REQUEST))
+
+    async def ask(self, request: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the answer, None if the helper has ended. OSError, or ValueError if it is none.
+
+        A line that was left before it answered must be closed: the answer may still come.
+        """
+        self._writer.write(json.dumps(request).encode() + b"\n")
+        text = await self._reader.readline()
+        return dict(json.loads(text)) if text.endswith(b"\n") else None
+
+    def close(self) -> None:
+        """Leave; the helper drops an answer that it still has."""
+        self._writer.close()
+
+
 class NodeHelper:
     """Asks the helper for effects, each over a connection of its own.
+
+    That of :meth:`sync_mail`, for which each change of a mailbox waits, is kept.
 
     Requests do not wait for each other, but for those of the ports: an opening that was decided on
     before a closing must not come after it.
@@ -34,20 +63,16 @@ class NodeHelper:
         self._timeout = timeout
         self._ports = asyncio.Lock()
         self._closings = 0
+        self._kept: _Line | None = None
         self.on_opened: Callable[[Sequence[str], Sequence[str]], None] = lambda new, problems: None
 
-    async def _ask(self, do: str, *, seconds: float = 0.0, **values: Any) -> dict[str, Any]:
+    async def _ask(
+        self, do: str, *, seconds: float = 0.0, keep: bool = False, **values: Any
+    ) -> dict[str, Any]:
         limit = seconds or self._timeout
         try:
             async with asyncio.timeout(limit):
-                reader, writer = await asyncio.open_unix_connection(
-                    self._socket, limit=64 * MAX_REQUEST
-                )
-                try:
-                    writer.write(json.dumps({"do": do, **values}).encode() + b"\n")
-                    answer = json.loads(await reader.readline() or b"{}")
-                finally:
-                    writer.close()
+                answer = await self._answer({"do": do, **values}, keep)
         except TimeoutError:
             raise HelperError(f"umbra-helper did not finish {do} in {limit:g} s") from None
         except (OSError, ValueError) as error:
@@ -56,7 +81,39 @@ class NodeHelper:
             ) from None
         if not answer.get("ok"):
             raise HelperError(str(answer.get("error", f"umbra-helper ended during {do}")))
-        return dict(answer)
+        return answer
+
+    async def _answer(self, request: Mapping[str, Any], keep: bool) -> dict[str, Any]:
+        """Return the helper's answer, {} if it ended; with ``keep`` over the kept connection."""
+        line = None
+        if keep:
+            line, self._kept = self._kept, None
+        if line is not None:
+            with suppress(OSError):
+                if (answer := await self._over(line, request, keep)) is not None:
+                    return answer
+            # The helper has been restarted, before it answered or since the last answer.
+        return await self._over(await _Line.open(self._socket), request, keep) or {}
+
+    async def _over(
+        self, line: _Line, request: Mapping[str, Any], keep: bool
+    ) -> dict[str, Any] | None:
+        answer = None
+        try:
+            answer = await line.ask(request)
+        finally:
+            # None also after a time-out: the answer to it must not be taken for the next one.
+            if keep and answer is not None and self._kept is None:
+                self._kept = line
+            else:
+                line.close()
+        return answer
+
+    def close(self) -> None:
+        """Close the connection that is kept; the next request opens another."""
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
 
     async def ports_open(self, ports: Sequence[int], hold: float) -> None:
         """Open the service ports, and have the service addresses, for ``hold`` seconds from now."""
@@ -71,7 +128,7 @@ class NodeHelper:
         """
         await self._open(ports, until=until, postfix_until=postfix_until)
 
-    async def _open(self, ports: Sequence[int], **values: float) -> None:
+    async def _open(self, ports: Sequence[int], **values: Any) -> None:
         closings = self._closings
         async with self._ports:
             if closings != self._closings:
@@ -91,7 +148,7 @@ class NodeHelper:
 
     async def sync_mail(self) -> None:
         """Return when the disk has all that was written to mailboxes before."""
-        await self._ask("sync-mail")
+        await self._ask("sync-mail", keep=True)
 
     async def mail_store(self, storage: str, *, claim: bool) -> str | None:
         """Return whose store the mailboxes' disk belongs to, "" for nobody's; see the helper.
