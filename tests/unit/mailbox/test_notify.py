@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import aiohttp
 import pytest
 
 from umbra.mailbox.mirror import Verdict
-from umbra.mailbox.notify import NotifyServer
+from umbra.mailbox.notify import KEEP_ALIVE, SHUTDOWN_TIMEOUT, NotifyServer
 from umbra.transport.ports import NotPrimary
 
 TOKEN = "correct-horse"
+SCRIPT = Path(__file__).parents[3] / "roles/mail_server/templates/umbra-notify.lua.j2"
 
 
 def free_port() -> int:
@@ -118,3 +121,32 @@ async def test_token_and_path() -> None:
         assert (await post(body, token=""))[0] == 401
         assert (await post(body, path="/other"))[0] == 404
         assert (await post(body, method="PUT"))[0] == 404
+
+
+async def test_a_session_keeps_its_connection_and_does_not_hold_up_the_end() -> None:
+    port = free_port()
+    server = NotifyServer("127.0.0.1", port, TOKEN, mirrored)
+    await server.start()
+    body = b'{"user": "a@example.org"}'
+    request = (
+        f"POST /notify HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {TOKEN}\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    ).encode() + body
+    sessions = [await asyncio.open_connection("127.0.0.1", port) for _ in range(50)]
+    for _ in range(3):
+        for reader, writer in sessions:
+            writer.write(request)
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200 ")
+            assert b"close" not in head
+            assert await reader.readexactly(len("mirrored")) == b"mirrored"
+    await asyncio.wait_for(server.stop(), SHUTDOWN_TIMEOUT / 2)
+    for reader, writer in sessions:
+        assert await reader.read() == b""
+        writer.close()
+
+
+def test_dovecot_leaves_a_connection_before_the_agent_does() -> None:
+    found = re.search(r'max_idle_time = "(\d+)mins"', SCRIPT.read_text())
+    assert found
+    assert int(found[1]) * 60 < KEEP_ALIVE

@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 MAX_BODY = 64 * 1024
 # Events of Dovecot after which the tree of mailboxes may need a second sync, see ``parents``.
 RESTRUCTURING = frozenset({"MailboxCreate", "MailboxRename"})
+# How long a connection without a request is kept (seconds): for longer than Dovecot's script keeps
+# it, which has one for each session. So no change meets the end of one.
+KEEP_ALIVE = 15 * 60.0
 # Who still waits when the agent stops is cut off after this long (seconds).
 SHUTDOWN_TIMEOUT = 1.0
 
@@ -61,7 +64,8 @@ class NotifyServer:
         # The low-level server: one path needs no router, and each of its layers is paid for by
         # every change.
         self._runner = web.ServerRunner(
-            web.Server(self._handle, access_log=None), shutdown_timeout=SHUTDOWN_TIMEOUT
+            web.Server(self._handle, access_log=None, keepalive_timeout=KEEP_ALIVE),
+            shutdown_timeout=SHUTDOWN_TIMEOUT,
         )
         await self._runner.setup()
         await web.TCPSite(self._runner, self._address, self._port, backlog=1024).start()
