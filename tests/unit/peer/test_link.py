@@ -96,6 +96,33 @@ async def test_data_goes_both_ways_and_the_connection_is_used_again(identities: 
         assert len(link._idle) == 1
 
 
+@pytest.mark.parametrize("end", [True, False])
+async def test_the_answer_is_an_end_too(identities: Path, end: bool) -> None:
+    """Agents of two versions work together: one tells its end before, the other does not."""
+    keys: set[int] = set()
+
+    async def answer(
+        peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+    ) -> dict[str, Any]:
+        keys.add(id(exchange._connection))
+        while (data := await exchange.receive()) is not None:
+            await exchange.send(data)
+        if end:
+            await exchange.end()
+            await asyncio.sleep(0.05)
+        return {"answered": True}
+
+    async with linked(identities, {"answer": answer}) as link:
+        for _ in range(3):
+            async with link.exchange("answer", {}, timeout=5) as exchange:
+                await exchange.send(b"x")
+                await exchange.end()
+                assert await exchange.receive() == b"x"
+                assert await exchange.receive() is None
+                assert await exchange.result() == {"answered": True}
+    assert len(keys) == 1
+
+
 async def test_exchanges_do_not_wait_for_each_other(identities: Path) -> None:
     gate = asyncio.Event()
 
