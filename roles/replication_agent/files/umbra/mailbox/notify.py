@@ -30,8 +30,9 @@ MAX_BODY = 64 * 1024
 # Events of Dovecot after which the tree of mailboxes may need a second sync, see ``parents``.
 RESTRUCTURING = frozenset({"MailboxCreate", "MailboxRename"})
 # How long a connection without a request is kept (seconds): for longer than Dovecot's script keeps
-# it, which has one for each session. So no change meets the end of one.
-KEEP_ALIVE = 15 * 60.0
+# it, which has one for each session. So no change meets the end of one; and not for longer, since
+# each takes memory here, and most sessions are idle.
+KEEP_ALIVE = 2 * 60.0
 # Who still waits when the agent stops is cut off after this long (seconds).
 SHUTDOWN_TIMEOUT = 1.0
 
