@@ -279,6 +279,31 @@ def typed_values_are_cast(root: Path) -> Findings:
     return findings
 
 
+def controller_needs_no_root(root: Path) -> Findings:
+    """What runs on the controller says so in a variable that it is not to be root.
+
+    The keyword become is not enough: an inventory's ansible_become outranks it.
+    """
+    findings = []
+    for path in task_files(root):
+        if path.is_relative_to(root / "extensions"):
+            continue  # the lab's own
+        content = load(path) or []
+        here = [play for play in content if play.get("hosts") == "localhost"]
+        here += [task for task in tasks(content) if task.get("delegate_to") == "localhost"]
+        findings += [
+            f"{path.relative_to(root)}: {item.get('name')} lacks ansible_become: false."
+            for item in here
+            if (item.get("vars") or {}).get("ansible_become") is not False
+        ]
+        findings += [
+            f"{path.relative_to(root)}: {task.get('name')} has local_action; use delegate_to."
+            for task in tasks(content)
+            if "local_action" in task
+        ]
+    return findings
+
+
 def packages_can_be_rehearsed(root: Path) -> Findings:
     """A first run with --check passes where apt cannot be asked from Python yet."""
     return [
@@ -437,6 +462,7 @@ RULES = (
     readme_has_each_variable,
     tasks_are_in_order,
     typed_values_are_cast,
+    controller_needs_no_root,
     packages_can_be_rehearsed,
     tags_leave_nothing_undefined,
     plays_have_names,

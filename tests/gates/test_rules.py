@@ -65,6 +65,8 @@ argument_specs:
     - name: Set
       ansible.builtin.set_fact:
         __x_fact: 1
+      delegate_to: localhost
+      vars: {ansible_become: false}
 """,
     SERVICE: """\
 - name: Install
@@ -77,6 +79,7 @@ argument_specs:
     PLAYBOOK: """\
 - name: Play
   hosts: all
+  vars: {ansible_become: false}
   tasks: []
 """,
     BASE: """\
@@ -136,6 +139,17 @@ BAD: dict[Rule, list[tuple[str, str, str | None, str]]] = {
         (TASKS, "register: __x_said", "when: x_n > 1", "x_n is not cast"),
         (TASKS, "name: Block", "name: Block\n  when: not x_n", "x_n is not cast"),
         (TASKS, "register: __x_said", "when: [x_a == 'x_n', x_n | int > 1, x_n]", "x_n is not"),
+    ],
+    rules.controller_needs_no_root: [
+        (TASKS, "vars: {ansible_become: false}", "become: false", "Set lacks ansible_become"),
+        (TASKS, "ansible_become: false", "ansible_become: true", "Set lacks ansible_become"),
+        (TASKS, "delegate_to: localhost", "local_action: {}", "Set has local_action"),
+        (
+            PLAYBOOK,
+            "hosts: all\n  vars: {ansible_become: false}",
+            "hosts: localhost",
+            "Play lacks ansible_become",
+        ),
     ],
     rules.packages_can_be_rehearsed: [
         (SERVICE, "  when: not ansible_check_mode\n", "", "Install fails in check mode"),

@@ -128,3 +128,13 @@ def test_a_profile_is_judged_before_there_is_an_agent(
     )
     assert run.code == code
     assert words in run.words
+
+
+def test_an_inventory_that_becomes_root_does_not_on_the_controller(play: Play) -> None:
+    run = play(
+        *(PROFILE, "--check", "-e", "__replication_agent_round_trip=1"),
+        inventory="all: {hosts: {mail-a: {}}, vars: {vpn_overlay_subnet: 10.86.0.0/24,"
+        " ansible_become: true, ansible_become_user: nobody, ansible_become_exe: /bin/false}}\n"
+        "umbra_nodes: {hosts: {mail-a: {}}}",
+    )
+    assert run.code == 0, run.output
