@@ -54,3 +54,5 @@ def test_health_follows_ports_that_the_inventory_moves() -> None:
     options = plays[0]["tasks"][0]["umbra.mail.group_health_info"]
     assert "replication_agent_api_port" in options["api_port"]
     assert "replication_agent_fence_ports" in options["service_ports"]
+    # A fence that does not close one of them is found, too.
+    assert "143, 993, 110, 995, 4190" in options["service_ports"]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
-from .conftest import ROOT, Play
+from .conftest import INVENTORY, ROOT, Play
 
 ROLES = ("vpn", "mail_server", "replication_agent", "coordinator")
 
@@ -52,6 +52,14 @@ def test_no_mail_service_is_there_before_the_fence(play: Play, arguments: list[s
     assert fence < min(services)
 
 
+def test_groups_of_an_inventory_that_are_called_like_ours(play: Play) -> None:
+    others = ("__umbra_shadow", "__umbra_primary", "site_shadow", "site_primary", "site_node")
+    groups = "".join(f"{name}: {{hosts: {{stranger: {{}}}}}}\n" for name in others)
+    run = play("umbra.mail.site", "--list-hosts", inventory=INVENTORY + groups)
+    assert "Bring the mail hosts up" in run.output
+    assert "stranger" not in run.output
+
+
 def test_every_tag_of_a_readme_selects_something(play: Play) -> None:
     found = tasks(play)
     for role in ROLES:
@@ -73,6 +81,41 @@ def test_what_can_be_refused_comes_before_what_is_installed(play: Play) -> None:
     assert max(places(agent, "Refuse")) < first
     (command,) = places(found, "Refuse a command that could not run")
     assert command < min(places(found, "Install the mail packages") + places(found, "Install Post"))
+
+
+FENCE = """\
+- name: Fence
+  hosts: mail-a
+  connection: local
+  gather_facts: false
+  tasks:
+    - ansible.builtin.import_role: {name: umbra.mail.replication_agent, tasks_from: fence}
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("", ""),
+        ('"replication_agent_fence_ports": [25, 465, 587, 993, 4190]', "lacks 110, 143, 995,"),
+        ('"replication_agent_fence_ports": [465, "587", 143, 993, 110, 995, 4190]', "lacks 25,"),
+        (
+            '"replication_agent_fence_ports": ["25", 465, 587, 143, 993, 443],'
+            ' "mail_server_protocols": ["imap", "lmtp"]',
+            "",
+        ),
+    ],
+)
+def test_a_fence_closes_what_the_mail_server_opens(play: Play, settings: str, words: str) -> None:
+    run = play(FENCE, "--check", "-e", f"{{{settings}}}")
+    refused = "replication_agent_fence_ports lacks" in run.words
+    assert (refused, words in run.words) == (bool(words), True), run.output
+
+
+def test_the_fence_is_judged_before_it_is_written(play: Play) -> None:
+    found = tasks(play, "--skip-tags", "replication_agent")
+    (judged,) = places(found, "Refuse a fence")
+    assert judged < min(places(found, "Write the fence"))
 
 
 COMMAND = """\
