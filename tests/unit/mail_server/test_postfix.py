@@ -11,6 +11,7 @@ import jinja2
 import pytest
 import yaml
 from ansible.plugins.filter.core import FilterModule
+from tests.unit.roles.stage import Stage
 
 ROLE = Path(__file__).parents[3] / "roles" / "mail_server"
 SIGNER = "inet:localhost:11332"
@@ -57,6 +58,34 @@ def test_our_milter_is_the_last(name: str) -> None:
     alone = parameters(mail_server_replicated=False)
     assert alone[name] == SIGNER
     assert "umbra_milter" not in alone
+
+
+def test_booleans_are_yes_and_no() -> None:
+    found = parameters(mail_server_postfix_conf={"a": True, "b": False, "c": 1, "d": ""})
+    assert [found[name] for name in "abcd"] == ["yes", "no", "1", ""]
+
+
+def test_what_postfix_refuses_does_not_replace_what_works(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, "mail_server")
+    stage.program(
+        "bin/postfix",
+        'test -e "${2-etc/postfix}/master.cf" && ! grep refused "${2-etc/postfix}/main.cf"',
+    )
+    live = stage.write("etc/postfix/main.cf", "works")
+    stage.write("etc/postfix/master.cf", "works")
+    variables = {
+        "mail_server_domains": ["example.org"],
+        "mail_server_hostname": "mail.example.org",
+        "mail_server_postfix_conf": {"relayhost": "refused"},
+    }
+    code, text = stage.play(["a"], ["postfix"], variables)
+    assert code != 0, text
+    assert live.read_text() == "works"
+    variables["mail_server_postfix_conf"] = {"relayhost": "taken"}
+    code, text = stage.play(["a"], ["postfix"], variables)
+    assert code == 0, text
+    assert "relayhost = taken" in live.read_text()
+    assert "qmgr" in (live.parent / "master.cf").read_text()
 
 
 def test_what_is_resubmitted_passes_our_milter_alone() -> None:
