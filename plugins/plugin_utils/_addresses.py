@@ -22,6 +22,8 @@ NETADDR_MISSING = (
     "umbra.mail needs the Python library netaddr on the controller; install it beside ansible-core."
 )
 DEFAULT_PORT = 51820
+# The last label has a letter: what looks like an address and is none is no name either.
+HOST_NAME = re.compile(r"(?:[A-Za-z0-9_-]+\.)*(?=[0-9-]*[A-Za-z_])[A-Za-z0-9_-]+\.?")
 
 
 class AddressPlanError(ValueError):
@@ -133,9 +135,23 @@ def plan_addresses(subnet_text: Any, numbers: Mapping[str, Any]) -> dict[str, st
 
 
 def endpoint_of(host: str, variables: Mapping[str, Any]) -> tuple[str, int]:
-    """Return where a host's tunnel is reached from outside: its address or name, and UDP port."""
-    address = variables.get("vpn_endpoint") or variables.get("ansible_host") or host
-    return str(address), int(variables.get("vpn_port") or DEFAULT_PORT)
+    """Return where a host's tunnel is reached from outside: its address or name, and UDP port.
+
+    Raise AddressPlanError when it is none of these.
+    """
+    address = str(variables.get("vpn_endpoint") or variables.get("ansible_host") or host)
+    port = str(variables.get("vpn_port", DEFAULT_PORT))
+    problems: list[str] = []
+    if not (is_address(address) or HOST_NAME.fullmatch(address)):
+        problems.append(
+            f"{host}: its tunnel cannot be reached at {address}; set vpn_endpoint to an IP address"
+            " or a host name, without brackets and without a port, which is vpn_port."
+        )
+    if not (port.isdecimal() and 1 <= int(port) <= 65535):
+        problems.append(f"{host}: vpn_port is {port}; give it a number from 1 to 65535.")
+    if problems:
+        raise AddressPlanError(problems)
+    return address, int(port)
 
 
 def plan_overlay(

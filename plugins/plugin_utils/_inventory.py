@@ -213,7 +213,11 @@ def _host_address_findings(inventory: Inventory) -> Iterator[str]:
             continue
         reached[key] = host
         if host in inventory.overlay:
-            outside, port = endpoint_of(host, inventory.hostvars[host])
+            try:
+                outside, port = endpoint_of(host, inventory.hostvars[host])
+            except AddressPlanError as error:
+                yield from error.problems
+                continue
             where = (canonical(outside), port)
             if where in endpoints:
                 what = f"vpn_endpoint {outside} port {port}"

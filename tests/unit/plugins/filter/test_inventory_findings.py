@@ -385,6 +385,31 @@ def test_same_endpoint(world: World) -> None:
     assert world.findings() == []
 
 
+@pytest.mark.parametrize("value", ["vpn", "vpn_1.example.org.", "2001:db8::10", "9.example"])
+def test_an_endpoint(world: World, value: str) -> None:
+    world.set("vpn_endpoint", value, "mail-b")
+    world.set("vpn_port", "51821", "mail-b")
+    assert world.findings() == []
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("192.0.2.9:51820", "vpn.example.org:51820", "[2001:db8::10]", "[2001:db8::10]:51820"),
+        *("192.0.2.300", "192.0.2.0/24", "vpn example", "vpn..example.org", ".", "vpn.example\n"),
+    ],
+)
+def test_an_endpoint_that_is_none(world: World, value: str) -> None:
+    world.set("vpn_endpoint", value, "mail-b")
+    assert world.only().startswith(f"mail-b: its tunnel cannot be reached at {value}; set vpn_end")
+
+
+@pytest.mark.parametrize("value", [0, 65536, -1, "", "ssh", None, 1.5])
+def test_a_port_of_the_tunnel_that_is_none(world: World, value: Any) -> None:
+    world.set("vpn_port", value, "mail-b")
+    assert world.only() == f"mail-b: vpn_port is {value}; give it a number from 1 to 65535."
+
+
 def test_same_vpn_number(world: World) -> None:
     world.set("vpn_number", 4, "mail-a", "mail-b")
     assert "mail-b: its vpn_number is 4, as is that of mail-a" in world.only()

@@ -85,6 +85,11 @@ def test_interface_and_endpoint() -> None:
     assert entries["mail-d.example.org"]["endpoint"] == "mail-d.example.org:51820"
 
 
+def test_an_endpoint_that_is_none() -> None:
+    with pytest.raises(AnsibleFilterError, match="a: vpn_port is 0"):
+        plan(["a"], "10.86.0.0/24", {"a": {"vpn_port": 0}})
+
+
 @pytest.mark.parametrize(
     "subnet", ["10.86.0.0/30", "10.86.0.0/31", "10.86.0.0/32", "fd00:86::/127"]
 )
