@@ -28,7 +28,11 @@ options:
     type: list
     elements: str
     required: true
-positional: aliases, domains
+  postmaster:
+    description: Who gets mail to postmaster, abuse and root of each domain; empty for nobody.
+    type: str
+    default: ""
+positional: aliases, domains, postmaster
 """
 
 EXAMPLES = r"""

@@ -11,6 +11,7 @@ from typing import Any
 
 # In characters that need no quoting in Postfix's tables, Dovecot's passwd-file or a file name.
 ADDRESS = re.compile(r"[A-Za-z0-9._=+-]+@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+")
+POSTMASTER = ("postmaster", "abuse", "root")
 HASH = re.compile(r"(\{[A-Z0-9.-]+\}|\$)[^:\s]+")
 
 
@@ -28,6 +29,8 @@ def _mailbox_faults(
         yield "is in none of mail_server_domains"
     if "+" in address:
         yield "has a +, after which users put words of their own"
+    if address.startswith("-"):
+        yield "begins with -, as an option does"
     if taken[address.lower()] > 1:
         yield "is there twice"
     if address.lower() in aliases:
@@ -38,10 +41,20 @@ def _mailbox_faults(
         yield "has a name with :"
 
 
-def _alias_faults(alias: Mapping[str, Any], taken: Mapping[str, int]) -> Iterator[str]:
+def _goes_nowhere(address: str, domains: Iterable[str], known: set[str]) -> bool:
+    """Say whether an address is in one of our domains, and nobody's."""
+    name, _at, domain = address.lower().rpartition("@")
+    return domain in domains and f"{name.partition('+')[0]}@{domain}" not in known
+
+
+def _alias_faults(
+    alias: Mapping[str, Any], domains: Iterable[str], taken: Mapping[str, int], known: set[str]
+) -> Iterator[str]:
     address = _address(alias)
     if not ADDRESS.fullmatch(address):
         yield "is no plain address"
+    elif address.lower().rpartition("@")[2] not in domains:
+        yield "is in none of mail_server_domains"
     if taken[address.lower()] > 1:
         yield "is there twice"
     destinations = [str(item) for item in alias.get("destinations") or []]
@@ -52,23 +65,36 @@ def _alias_faults(alias: Mapping[str, Any], taken: Mapping[str, int]) -> Iterato
         for item in destinations
         if not ADDRESS.fullmatch(item)
     )
+    yield from (
+        f"has the destination {item}, which is no mailbox or alias here"
+        for item in destinations
+        if ADDRESS.fullmatch(item) and _goes_nowhere(item, domains, known)
+    )
 
 
 def mailbox_findings(
     mailboxes: Iterable[Mapping[str, Any]],
     aliases: Iterable[Mapping[str, Any]],
     domains: Iterable[str],
+    postmaster: str = "",
 ) -> list[str]:
     """Return one sentence for each mailbox and alias that cannot be set up as it is written."""
     mailboxes, aliases = list(mailboxes), list(aliases)
     names = {str(domain).lower() for domain in domains}
     boxes = Counter(_address(item).lower() for item in mailboxes)
     others = Counter(_address(item).lower() for item in aliases)
+    known = {*boxes, *others}
+    if postmaster:
+        known.update(f"{name}@{domain}" for name in POSTMASTER for domain in names)
     found = [
         ("Mailbox", item, list(_mailbox_faults(item, names, boxes, set(others))))
         for item in mailboxes
-    ] + [("Alias", item, list(_alias_faults(item, others))) for item in aliases]
+    ] + [("Alias", item, list(_alias_faults(item, names, others, known))) for item in aliases]
     sentences = [
         f"{kind} {_address(item)} {', '.join(faults)}." for kind, item, faults in found if faults
     ]
+    if postmaster and not ADDRESS.fullmatch(postmaster):
+        sentences.append(f"mail_server_postmaster {postmaster} is no plain address.")
+    elif postmaster and _goes_nowhere(postmaster, names, {*boxes, *others}):
+        sentences.append(f"mail_server_postmaster {postmaster} is no mailbox or alias here.")
     return list(dict.fromkeys(sentences))

@@ -60,6 +60,12 @@ def test_groups_of_an_inventory_that_are_called_like_ours(play: Play) -> None:
     assert "stranger" not in run.output
 
 
+def test_every_tag_of_the_mail_server_checks_the_settings_first(play: Play) -> None:
+    found = [task for task in tasks(play) if task.role == "mail_server"]
+    check = found[min(places(found, "Check the mailboxes and aliases"))]
+    assert {tag for task in found for tag in task.tags} == set(check.tags)
+
+
 def test_every_tag_of_a_readme_selects_something(play: Play) -> None:
     found = tasks(play)
     for role in ROLES:

@@ -35,6 +35,10 @@ def test_sound_ones() -> None:
         (mailbox("carl+x@example.org"), "Mailbox carl+x@example.org has a +"),
         (mailbox("ANN@example.org"), "Mailbox ANN@example.org is there twice."),
         (mailbox("sales@example.org"), "Mailbox sales@example.org is an alias as well."),
+        (
+            mailbox("-carl@example.org"),
+            "Mailbox -carl@example.org begins with -, as an option does.",
+        ),
         (mailbox("carl@example.org\n"), "is no plain address"),
         (mailbox("carl@example.org", name="a:b"), "Mailbox carl@example.org has a name with :."),
         (
@@ -48,6 +52,16 @@ def test_sound_ones() -> None:
         (alias("info", "ann@example.org"), "Alias info is no plain address."),
         (alias("info@example.org"), "Alias info@example.org has no destination."),
         (alias("sales@example.org", "ann@example.org"), "Alias sales@example.org is there twice."),
+        (alias("info@example.com", "ann@example.org"), "Alias info@example.com is in none of mail"),
+        (
+            alias("info@example.org", "anne@Example.org", "anne@example.com"),
+            "Alias info@example.org has the destination anne@Example.org, which is no mailbox or"
+            " alias here.",
+        ),
+        (
+            alias("info@example.org", "root@example.org"),
+            "has the destination root@example.org, which is no mailbox or alias here.",
+        ),
         (alias("info@example.org", "ann"), "Alias info@example.org has the destination ann, which"),
     ],
 )
@@ -58,3 +72,31 @@ def test_a_bad_one_is_named_without_its_hash(bad: dict[str, Any], words: str) ->
     assert words in said
     assert "secret" not in said
     assert "Ann" not in said
+
+
+@pytest.mark.parametrize(
+    ("postmaster", "said"),
+    [
+        ("", []),
+        ("Ann+root@example.org", []),
+        ("sales@example.org", []),
+        ("anybody@example.com", []),
+        (
+            "carl@example.org",
+            ["mail_server_postmaster carl@example.org is no mailbox or alias here."],
+        ),
+        ("ann", ["mail_server_postmaster ann is no plain address."]),
+        (
+            "root@example.org",
+            ["mail_server_postmaster root@example.org is no mailbox or alias here."],
+        ),
+    ],
+)
+def test_the_postmaster_is_somebody(postmaster: str, said: list[str]) -> None:
+    boxes, others = [mailbox("ann@example.org")], [alias("sales@example.org", "ann@example.org")]
+    assert findings(boxes, others, ["example.org"], postmaster) == said
+
+
+def test_an_alias_may_lead_to_the_postmaster() -> None:
+    boxes, others = [mailbox("ann@example.org")], [alias("it@example.org", "Root+it@example.org")]
+    assert findings(boxes, others, ["example.org"], "ann@example.org") == []
