@@ -14,6 +14,8 @@ import pytest
 from tests.unit.roles.stage import Stage
 
 UNIT = "etc/systemd/system/umbra-agent.service"
+NOW = "date -u '+%a %F %T.%6N UTC'"
+HELPER = "etc/systemd/system/umbra-helper.service"
 WHOLE = ["umbractl pause", "systemctl restarted umbra-agent.service", "umbractl unpause"]
 
 
@@ -49,20 +51,22 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
         "if test -e no-majority; then echo 'umbractl: no majority' >&2; exit 1; fi\n"
         'case "$1" in pause) touch paused ;; unpause) rm -f paused ;; esac',
     )
-    now = "date -u '+%a %F %T.%6N UTC'"
     stage.program(
         "bin/systemctl",
-        f'case "$*" in restarted*agent*) test ! -e broken && {now} > since ;;'
+        f'case "$*" in restarted*agent*) test ! -e broken && {NOW} > since ;;'
+        f" restarted*helper*) {NOW} > helper ;; show*helper*) cat helper ;;"
         " show*) cat since ;; esac",
     )
     stage.program("usr/lib/umbra/umbra-agent", "test ! -e refused")
     written = ("sbin/umbractl", "lib/umbra/umbra-helper", "lib/umbra/.umbra-1/daemon.py")
-    for name in (*(f"usr/{name}" for name in written), "etc/umbra/agent.yml", UNIT):
+    settings = ("etc/umbra/agent.yml", "etc/umbra/notify.token", UNIT, HELPER)
+    for name in (*(f"usr/{name}" for name in written), *settings):
         stage.write(name, "")
     stage.write("etc/umbra/tls/peers/b.crt", "")
     (tmp_path / "usr/lib/umbra/umbra").symlink_to(".umbra-1")
     (tmp_path / "var/lib").mkdir(parents=True)
-    stage.write("since", subprocess.check_output(now, shell=True, text=True))
+    for name in ("since", "helper"):
+        stage.write(name, subprocess.check_output(NOW, shell=True, text=True))
     stage.write(
         "roles/replication_agent/tasks/change.yml",
         "[{ansible.builtin.debug: {}, changed_when: true, notify: Restart the agent}]",
@@ -146,6 +150,23 @@ def test_what_a_run_has_written_and_did_not_live_to_apply_is_due(stage: Stage, a
     assert run(stage) == (0, WHOLE)
     stage.write("usr/lib/umbra/umbra/__pycache__/daemon.pyc", "the agent's own")
     assert run(stage) == (0, [])
-    for name in ("etc/umbra/agent.yml", "etc/umbra/tls/peers/b.crt", UNIT):
+    for name in (
+        "etc/umbra/agent.yml",
+        "etc/umbra/notify.token",
+        "etc/umbra/tls/peers/b.crt",
+        UNIT,
+    ):
         stage.write(name, "new")
     assert run(stage) == (0, WHOLE)
+
+
+@pytest.mark.parametrize("name", [HELPER, "usr/lib/umbra/umbra/daemon.py"])
+def test_a_helper_that_runs_on_with_the_old_is_restarted(stage: Stage, api: Api, name: str) -> None:
+    stage.write(name, "new")
+    # The agent was restarted since, the helper was not.
+    stage.write("since", subprocess.check_output(NOW, shell=True, text=True))
+    variables = {"replication_agent_coordinator": "static"}
+    stage.play(["a"], ["service"], variables)
+    units = ["systemctl restarted umbra-helper.service", "systemctl restarted umbra-agent.service"]
+    assert stage.calls("daemon-reload", "restarted") == ["systemctl daemon-reload ", *units]
+    assert run(stage) == (0, [])
