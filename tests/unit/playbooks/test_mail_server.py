@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
+
 import pytest
 
 from .conftest import Play
@@ -45,3 +48,43 @@ def test_a_setting(play: Play, settings: str, words: str) -> None:
     assert (run.code != 0) is bool(words), run.output
     assert words in run.words
     assert "secret" not in run.output
+
+
+def openssl(path: Path, *arguments: str) -> None:
+    subprocess.run(["openssl", *arguments], cwd=path, check=True, capture_output=True)
+
+
+def make(path: Path, name: str, days: str) -> None:
+    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-noenc")
+    openssl(path, "req", *key, "-subj", "/CN=x", "-keyout", f"{name}.key", "-out", f"{name}.csr")
+    signed = ("-signkey", f"{name}.key", "-days", days, "-out", f"{name}.crt")
+    openssl(path, "x509", "-req", "-in", f"{name}.csr", *signed)
+
+
+@pytest.mark.parametrize(
+    ("certificate", "key", "on_host", "words"),
+    [
+        ("good.crt", "good.key", True, ""),
+        ("good.crt", "good.key", False, ""),
+        ("good.crt", "other.key", False, "other.key (mail_server_tls_key) is not the key of"),
+        ("other.crt", "other.key", True, "other.crt (mail_server_tls_certificate) has expired."),
+        ("good.key", "good.key", True, "(mail_server_tls_certificate) cannot be read as a cert"),
+        ("good.crt", "locked.key", False, "cannot be read as a key without a passphrase."),
+    ],
+)
+def test_a_provided_certificate(
+    play: Play, tmp_path: Path, certificate: str, key: str, on_host: bool, words: str
+) -> None:
+    make(tmp_path, "good", "1")
+    make(tmp_path, "other", "-1")
+    locked = ("-out", "locked.key", "-aes256", "-passout", "pass:x")
+    openssl(tmp_path, "ec", "-in", "good.key", *locked)
+    run = play(
+        *(PREFLIGHT, "--start-at-task", "Check that a certificate is named", "-vv", "--check"),
+        *("-e", f"mail_server_tls_mode=provided mail_server_tls_on_host={on_host}"),
+        *("-e", f"mail_server_tls_certificate={tmp_path}/{certificate}"),
+        *("-e", f"mail_server_tls_key={tmp_path}/{key} mail_server_domains=example.org"),
+    )
+    assert (run.code != 0) is bool(words), run.output
+    assert words in run.words
+    assert "PRIVATE KEY" not in run.output
