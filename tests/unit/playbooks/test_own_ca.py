@@ -125,3 +125,31 @@ def test_a_lost_authority(world: World) -> None:
     assert world.certificate("mail-b") == before
     assert world.run("--limit", "mail-b", *said).code == 0
     assert world.certificate("mail-b") != before
+
+
+def test_a_run_that_is_cut_leaves_no_half_of_a_key(
+    play: Play, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(play, tmp_path / "hosts")
+    world.hosts = {"mail-a": LOCAL}
+    world.place("mail-a")
+    program = tmp_path / "bin" / "openssl"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\nfor last; do :; done\n: > "$last"\nexit 1\n')
+    program.chmod(0o755)
+    with monkeypatch.context() as cut:
+        cut.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+        assert world.run().code != 0
+    assert not (world.path / "mail-a" / "ca" / "ca.key").exists()
+    assert world.run().code == 0
+
+
+def test_two_groups_with_an_authority_each(play: Play, tmp_path: Path) -> None:
+    world = World(play, tmp_path / "hosts")
+    for name in world.hosts:
+        world.hosts[name] = f"{{ansible_connection: local, authority: {name}}}"
+        world.place(name)
+    run = world.run("-e", "mail_server_tls_ca_host='{{ authority }}'")
+    assert run.code == 0, run.output
+    a, b = ((world.place(name) / "ca.crt").read_text() for name in world.hosts)
+    assert a != b
