@@ -17,6 +17,8 @@ server of this handshake itself and opens an exchange ``dsync {user}``. The shad
 client's side towards its own Dovecot and writes the command itself, from the user's name. So the
 link carries the bare stream, one round trip is saved, and no peer can run another command than
 this one.
+
+Most syncs of changed messages do not wait for each other's turns, see ``foretell``.
 """
 
 from __future__ import annotations
@@ -27,15 +29,25 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
 
 from umbra.mailbox import metrics
 from umbra.mailbox.disk import MailDisk
-from umbra.mailbox.doveadm import SOCKET, Doveadm, Outcome, SyncResult, escape, read_line, unescape
+from umbra.mailbox.doveadm import (
+    SOCKET,
+    STALL_SECONDS,
+    Doveadm,
+    Outcome,
+    SyncResult,
+    escape,
+    read_line,
+    unescape,
+)
 from umbra.mailbox.expunged import Expunged
+from umbra.mailbox.foretell import Foretelling, Mode, Surprise
 from umbra.mailbox.seeding import Pacer
 from umbra.peer.exchange import PeerError
 from umbra.peer.identity import PeerIdentity
@@ -55,6 +67,9 @@ CHUNK = 64 * 1024
 SYNC_LIMIT = 6 * 3600.0
 STREAM_LIMIT = SYNC_LIMIT + 60
 MAX_STREAMS = 256
+# After so many surprises within so many seconds nothing is foretold of a user.
+SURPRISES = 2
+SURPRISED_SECONDS = 3600.0
 
 
 class Exchange(Protocol):
@@ -140,6 +155,7 @@ async def copy(
     settle: Callable[[], Awaitable[None]] | None = None,
     ended: Callable[[], None] = lambda: None,
     through: Callable[[bytes], bytes] = lambda data: data,
+    told: Foretelling | None = None,
 ) -> tuple[int, int]:
     """Copy both ways until both sides have ended; call ``moved`` whenever data did.
 
@@ -147,6 +163,7 @@ async def copy(
     :param settle: awaited when the local side has ended, before the other side hears of that.
     :param ended: called when the other side has ended.
     :param through: returns what the local side gets of data that has come; ValueError for none.
+    :param told: answers the local side for the other one; Surprise if that one says otherwise.
     :returns: the bytes sent and received over the exchange.
 
     Back pressure: each direction holds at most one chunk beside the transports' buffers. When one
@@ -154,6 +171,7 @@ async def copy(
     broke.
     """
     sent = received = 0
+    over = asyncio.Event()
 
     async def upstream() -> None:
         nonlocal sent
@@ -161,11 +179,20 @@ async def copy(
             # dsync closes with unread data at times, which reads as a reset. Its stream has an
             # end mark of its own, so a cut one is never taken for a whole one.
             while data := await reader.read(CHUNK):
+                if told is not None:
+                    back, data = told.feed_local(data)
+                    writer.write(back)
+                    await writer.drain()
                 if pace is not None:
                     await pace(len(data))
                 await exchange.send(data)
                 sent += len(data)
                 moved()
+        if told is not None and told.mode is not Mode.PLAIN:
+            if not told.said:
+                raise EOFError("dsync here broke off")
+            # It has closed long before the other side has read all of it.
+            await over.wait()
         if settle is not None:
             await settle()
         await exchange.end()
@@ -176,6 +203,8 @@ async def copy(
         while (data := await exchange.receive()) is not None:
             received += len(data)
             moved()
+            if told is not None:
+                data = told.feed_remote(data)
             try:
                 if not gone:
                     writer.write(through(data))
@@ -184,7 +213,10 @@ async def copy(
                 # The local side has all it wants. What still comes is dropped, so that the
                 # exchange ends in order and its connection can carry the next one.
                 gone = True
+        if told is not None:
+            told.end_remote()
         ended()
+        over.set()
         with suppress(OSError, RuntimeError):
             writer.write_eof()
 
@@ -210,8 +242,9 @@ class _Stream:
     """One sync under way: dsync's connection, once it is there, and the task that carries it."""
 
     local: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]]
-    task: asyncio.Task[None]
+    told: Foretelling
     moved: float
+    task: asyncio.Task[None] = field(init=False)
 
     def move(self) -> None:
         """Note that data moved now."""
@@ -236,6 +269,9 @@ class DsyncCarrier:
         self._doveadm = doveadm
         self._pacer = pacer or Pacer(lambda: 0.0)
         self._expected: dict[str, _Stream] = {}
+        self._hello = b""  # what the peer's dsync says first
+        self._trees: dict[str, bytes] = {}  # of users who had the same mailboxes on both nodes
+        self._surprises: dict[str, list[float]] = {}
         self._streams: set[asyncio.Task[None]] = set()
         self._connections: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
@@ -276,17 +312,19 @@ class DsyncCarrier:
         """
         loop = asyncio.get_running_loop()
         local, settled = loop.create_future(), loop.create_future()
-        task = asyncio.create_task(self._carry(user, local, settled), name=f"dsync {user}")
+        stream = self._expected[user] = _Stream(local, self._foretelling(user, state), monotonic())
+        stream.task = task = asyncio.create_task(
+            self._carry(user, stream, settled), name=f"dsync {user}"
+        )
         self._streams.add(task)
         task.add_done_callback(self._ended)
-        self._expected[user] = _Stream(local, task, monotonic())
         try:
             result = await self._doveadm.sync(
                 user, f"tcp:{self._path}", state, SYNC_LIMIT, merge=merge, apart=apart
             )
             if result.outcome in (Outcome.SYNCED, Outcome.CHANGED):
                 # The peer's disk has it, or the stream has ended without.
-                await asyncio.wait({task, settled}, return_when=asyncio.FIRST_COMPLETED)
+                await self._confirmed(stream, settled)
         finally:
             del self._expected[user]
             if not local.done():
@@ -298,9 +336,57 @@ class DsyncCarrier:
             error = task.exception() if task.done() and not task.cancelled() else None
             if isinstance(error, PeerError):
                 return SyncResult(Outcome.LOST, reason=error.text)
+            if isinstance(error, Surprise):
+                return self._surprised(user, error)
             if result.outcome in (Outcome.SYNCED, Outcome.CHANGED):
                 return SyncResult(Outcome.LOST, reason="the end of the sync was not confirmed")
+        elif result.outcome in (Outcome.SYNCED, Outcome.CHANGED):
+            self._learn(user, stream.told, merge=merge)
         return result
+
+    def _foretelling(self, user: str, state: str) -> Foretelling:
+        """Return what is foretold of a sync: without a state nothing, not even a hello.
+
+        The answer that such a user does not exist comes in its place.
+        """
+        since = monotonic() - SURPRISED_SECONDS
+        surprises = [at for at in self._surprises.pop(user, ()) if at > since]
+        if surprises:
+            self._surprises[user] = surprises
+        hello = self._hello if state and len(surprises) < SURPRISES else b""
+        return Foretelling(hello, self._trees.pop(user, b""), functools.partial(self._logged, user))
+
+    def _logged(self, user: str, level: int, text: str) -> None:
+        log.log(level, "dsync of %s at %s: %s", user, self._link.name, text)
+
+    def _learn(self, user: str, told: Foretelling, *, merge: bool) -> None:
+        self._hello = told.hello or self._hello
+        if told.tree and not merge:
+            self._trees[user] = told.tree
+        how = "whole" if told.mode is Mode.FORETOLD else "hello" if told.greet() else "nothing"
+        metrics.FORETOLD.labels(self._link.name, how).inc()
+
+    def _surprised(self, user: str, error: Surprise) -> SyncResult:
+        """Whatever it was, the peer may have taken a part of the sync."""
+        self._hello = b""
+        self._surprises.setdefault(user, []).append(monotonic())
+        metrics.FORETOLD.labels(self._link.name, "surprise").inc()
+        return SyncResult(Outcome.SURPRISED, reason=f"{self._link.name} surprised us: {error}")
+
+    async def _confirmed(self, stream: _Stream, settled: asyncio.Future[None]) -> None:
+        """Return when the peer has it on its disk or the stream has ended.
+
+        dsync itself ends one that stalls, but one that was foretold has ended here already.
+        """
+        while not (stream.task.done() or settled.done()):
+            left = stream.moved + STALL_SECONDS - monotonic() if stream.told.waits else None
+            if left is not None and left <= 0:
+                stream.task.cancel()
+            await asyncio.wait(
+                {stream.task, settled},
+                timeout=STALL_SECONDS if left is None else max(left, 0.1),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._streams.discard(task)
@@ -310,7 +396,7 @@ class DsyncCarrier:
     async def _carry(
         self,
         user: str,
-        local: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]],
+        stream: _Stream,
         settled: asyncio.Future[None],
     ) -> None:
         name = self._link.name
@@ -318,20 +404,25 @@ class DsyncCarrier:
             async with self._link.exchange(
                 "dsync", {"user": user}, timeout=STREAM_LIMIT
             ) as exchange:
-                reader, writer = await local
+                reader, writer = await stream.local
+                writer.write(stream.told.greet())
                 sent, received = await copy(
                     reader,
                     writer,
                     exchange,
-                    self._expected[user].move,
+                    stream.move,
                     pace=self._pacer.spend,
                     ended=functools.partial(settled.set_result, None),
+                    told=stream.told,
                 )
                 metrics.CARRIED.labels(name, "sent").inc(sent)
                 metrics.CARRIED.labels(name, "received").inc(received)
                 await exchange.result()
         except PeerError as error:
             log.warning("dsync of %s to %s: %s", user, name, error)
+            raise
+        except Surprise as error:
+            log.warning("dsync of %s to %s was foretold otherwise: %s", user, name, error)
             raise
         except (OSError, EOFError) as error:
             log.info("dsync of %s to %s: %s", user, name, error or type(error).__name__)

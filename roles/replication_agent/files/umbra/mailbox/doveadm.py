@@ -62,6 +62,7 @@ class Outcome(Enum):
     EQUAL = "equal"  # of a merge: the peer has nothing to bring, so nothing was done
     CHANGED = "changed"  # something changed while it ran: run it again
     NO_USER = "no-user"  # unknown here or there
+    SURPRISED = "surprised"  # the peer did not say what was foretold; next time from scratch
     FAILED = "failed"
     LOST = "lost"  # the peer cannot be reached, or refuses this node
 

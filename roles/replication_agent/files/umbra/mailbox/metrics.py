@@ -49,6 +49,11 @@ COALESCED = Counter(
 NOTIFICATIONS = Counter(
     "umbra_mirror_notifications_total", "Dovecot's notifications by answer", ["answer"]
 )
+FORETOLD = Counter(
+    "umbra_mirror_foretold_total",
+    "Syncs by whether what the peer would say was foretold",
+    ["peer", "how"],
+)
 CARRIED = Counter(
     "umbra_mirror_carried_bytes_total", "Bytes of dsync streams", ["peer", "direction"]
 )

@@ -1,0 +1,580 @@
+r"""What the shadow's dsync is going to say, said by this agent at once and checked afterwards.
+
+A one-way sync with a state takes six turns between the two dsyncs, nine for a MOVE, and all that
+the receiving one says in them can be known here: it has what the state tells, and is about to have
+what this node has. So the sending one is answered at once, its bytes go to the shadow in one piece,
+and what the shadow says is compared with what was foretold. A sync counts only after that; any
+difference is a ``Surprise``, and the next sync of that user is a plain one from scratch.
+
+Pure: bytes in, bytes out. The dialogue of Dovecot 2.4.1 (dsync's protocol 3.5, checked by
+experiment), after doveadm's handshake; what the shadow sends is multiplexed with its log::
+
+    here    VERSION, names of fields, ".", H (settings)
+    there   +, VERSION, names of fields, ".", H
+    here    S (state of a mailbox)..., ".", N (name of a mailbox)..., ".", D (what was deleted)
+    there   N..., ".", D
+    for each mailbox that has changed:
+    here    B (counters)
+    there   B
+    here    A (attribute)..., ".", C (change)..., "."
+    there   R (request for a message)..., "."
+    here    M (message)..., ".", S
+    there   S
+    and then:
+    here    "."
+    there   F (how it ended), X (closed)
+
+A sync is foretold only if the last one of the user showed that both nodes have the same mailboxes,
+and this node still has these. If not, it goes on as a plain one: until the names are there only the
+shadow's hello was foretold, which is the same in all syncs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+# The names of the fields, as both nodes must tell them. Who tells of others may mean something by
+# them that is not checked here.
+VERSION = b"VERSION\tdsync\t3\t5"
+FIELDS = {
+    b"H": b"hostname sync_ns_prefix sync_box sync_box_guid sync_type debug sync_visible_namespaces"
+    b" exclude_mailboxes send_mail_requests backup_send backup_recv lock_timeout no_mail_sync"
+    b" no_backup_overwrite purge_remote no_notify sync_since_timestamp sync_max_size sync_flags"
+    b" sync_until_timestamp virtual_all_box empty_hdr_workaround hashed_headers alt_char",
+    b"S": b"mailbox_guid last_uidvalidity last_common_uid last_common_modseq"
+    b" last_common_pvt_modseq last_messages_count changes_during_sync",
+    b"N": b"name existence mailbox_guid uid_validity uid_next last_renamed_or_created subscribed"
+    b" last_subscription_change",
+    b"D": b"hierarchy_sep escape_char mailboxes dirs unsubscribes",
+    b"B": b"mailbox_guid uid_validity uid_next messages_count first_recent_uid highest_modseq"
+    b" highest_pvt_modseq mailbox_lost mailbox_ignore cache_fields have_guids have_save_guids"
+    b" have_only_guid128",
+    b"A": b"type key value stream deleted last_change modseq",
+    b"C": b"type uid guid hdr_hash modseq pvt_modseq add_flags remove_flags final_flags"
+    b" keywords_reset keyword_changes received_timestamp virtual_size",
+    b"R": b"guid uid",
+    b"M": b"guid uid pop3_uidl pop3_order received_date saved_date stream",
+    b"F": b"error mail_error require_full_resync",
+    b"c": b"name decision last_used",
+}
+GREETING = (
+    VERSION,
+    *(kind + names.replace(b" ", b"\t") for kind, names in FIELDS.items()),
+    b".",
+)
+_NAMES = {kind: names.decode().split() for kind, names in FIELDS.items()}
+ACCEPTED = b"\n+\n"
+END = b"."
+NOTHING = b"\x02"
+
+DATA, LOG = 0, ord("L")
+HEADER = 5
+LEVELS = {
+    1: logging.DEBUG,
+    2: logging.INFO,
+    3: logging.WARNING,
+    4: logging.ERROR,
+    5: logging.CRITICAL,
+    6: logging.CRITICAL,
+}
+# So much of what is for the shadow is held back until all of it is there.
+HOLD = 32 * 1024
+# Bounds: one line, and what is held until it is known whether the sync can be foretold.
+MAX_LINE = 1024 * 1024
+MAX_UNDECIDED = 1024 * 1024
+
+Fields = dict[str, bytes]
+Talk = Generator[None, bytes, None]
+Logged = Callable[[int, str], None]
+
+
+class Surprise(Exception):
+    """The shadow did not say what was foretold."""
+
+
+class Mode(Enum):
+    """How far what the shadow says is foretold."""
+
+    UNDECIDED = "undecided"  # its hello was
+    FORETOLD = "foretold"  # all of it
+    PLAIN = "plain"  # nothing more
+
+
+class Step(NamedTuple):
+    """What follows from bytes that have come: what goes back, and what goes on."""
+
+    back: bytes
+    on: bytes
+
+
+def fields(line: bytes) -> Fields:
+    """Return the fields of a line by name, escaped as they are; Surprise if it makes no sense."""
+    names = _NAMES.get(line[:1])
+    if names is None:
+        raise Surprise(f"not a line of dsync: {line[:80]!r}")
+    values = line[1:].split(b"\t") if len(line) > 1 else []
+    if len(values) > len(names):
+        raise Surprise(f"fields that are not known: {line[:80]!r}")
+    return {name: value for name, value in zip(names, values, strict=False) if value != NOTHING}
+
+
+def encode(kind: bytes, values: Fields) -> bytes:
+    """Return a line with these fields, the reverse of :func:`fields`."""
+    row = [values.get(name, NOTHING) for name in _NAMES[kind]]
+    while row and row[-1] == NOTHING:
+        row.pop()
+    return kind + b"\t".join(row) + b"\n"
+
+
+def packet(channel: int, data: bytes) -> bytes:
+    """Return bytes as the shadow's doveadm-server sends them on a channel."""
+    return bytes([channel]) + len(data).to_bytes(4, "big") + data
+
+
+class Lines:
+    """Cuts a stream into lines and passes over the contents of messages."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._at = 0  # what is before it has been given out
+        self._seen = 0  # no end of a line is before it
+        self._content = False
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Yield the lines that are complete now, without their ends."""
+        self._buffer += data
+        while (line := self._next()) is not None:
+            yield line
+        del self._buffer[: self._at]
+        self._at, self._seen = 0, len(self._buffer)
+        if self._seen > MAX_LINE:
+            raise Surprise(f"a line is over {MAX_LINE} bytes")
+
+    def skip_content(self) -> None:
+        """After the line that was given out last comes the content of a message."""
+        self._content = True
+
+    def _next(self) -> bytes | None:
+        if self._content and not self._skipped():
+            return None
+        end = self._buffer.find(b"\n", max(self._at, self._seen))
+        if end < 0:
+            return None
+        line = bytes(self._buffer[self._at : end])
+        self._at = end + 1
+        return line
+
+    def _skipped(self) -> bool:
+        # dsync ends a content with CR LF, dot, CR LF, and doubles a dot that follows an LF in it.
+        end = self._buffer.find(b"\n.\r\n", self._at)
+        if end < 0:
+            self._at = max(self._at, len(self._buffer) - 3)
+            return False
+        self._at = end + 4
+        self._content = False
+        return True
+
+
+class Channels:
+    """Takes apart what a doveadm-server sends on several channels."""
+
+    def __init__(self) -> None:
+        self._header = b""
+        self._left = 0
+
+    def feed(self, data: bytes) -> Iterator[tuple[int, bytes]]:
+        """Yield what has come, with the channel."""
+        at = 0
+        while at < len(data):
+            if not self._left:
+                missing = HEADER - len(self._header)
+                self._header += data[at : at + missing]
+                at += missing
+                if len(self._header) < HEADER:
+                    return
+                self._left = int.from_bytes(self._header[1:], "big")
+                if not self._left:
+                    self._header = b""
+                continue
+            piece = data[at : at + self._left]
+            at += len(piece)
+            self._left -= len(piece)
+            channel = self._header[0]
+            if not self._left:
+                self._header = b""
+            yield channel, piece
+
+    @property
+    def whole(self) -> bool:
+        """Whether all that was begun has come."""
+        return not self._header
+
+
+@dataclass
+class _Box:
+    """What was foretold of one mailbox."""
+
+    counters: Fields
+    requested: dict[bytes, bytes] = field(default_factory=dict)  # GUID: UID
+    told: bool = False  # all changes are known
+    state: Fields | None = None
+
+
+Node = tuple[bytes, bytes, bytes, bytes, bool]
+
+
+def _node(line: bytes) -> Node:
+    """Return what has to be the same on both nodes of a mailbox's name."""
+    node = fields(line)
+    return (
+        node.get("name", b""), node.get("existence", b""), node.get("mailbox_guid", b""),
+        node.get("uid_validity", b""), "subscribed" in node,
+    )  # fmt: skip
+
+
+def _separators(deleted: Fields) -> bytes:
+    """Return the same line without what was deleted."""
+    kept = ("hierarchy_sep", "escape_char")
+    return encode(b"D", {name: value for name, value in deleted.items() if name in kept})
+
+
+def _digest(nodes: list[Node]) -> bytes:
+    return hashlib.sha256(repr(sorted(nodes)).encode()).digest()
+
+
+class Foretelling:
+    """One sync.
+
+    :param hello: what the shadow's dsync says first, b"" if that is not known or shall be heard.
+    :param tree: of the last sync that showed the same mailboxes on both nodes, see ``tree``.
+    :param logged: called with each line of the shadow's log (level, text) that dsync here will
+        not see.
+    """
+
+    def __init__(self, hello: bytes, tree: bytes, logged: Logged) -> None:
+        self.mode = Mode.UNDECIDED if hello else Mode.PLAIN
+        self.said = False  # dsync here has said all
+        self._hello = hello
+        self._rest = hello  # of it, what the shadow has not said yet
+        self._confirmed = tree
+        self._logged = logged
+        self._back = bytearray()
+        self._held = bytearray()
+        self._channels = Channels()
+        self._log = Lines()
+        self._here, self._there = Lines(), Lines()
+        self._learned = bytearray()
+        self._settings: Fields = {}
+        self._states: dict[bytes, Fields] = {}
+        self._nodes: list[Node] = []
+        self._nodes_there: list[Node] | None = None
+        self._separators = b""
+        self._boxes: deque[_Box] = deque()
+        self.confirmed = False  # the shadow has said all that was foretold
+        self._local: Talk | None = self._speak()
+        self._remote: Talk | None = self._listen()
+        next(self._local)
+        next(self._remote)
+
+    # what a later sync can know
+
+    @property
+    def hello(self) -> bytes:
+        """What the shadow's dsync said first, b"" if it cannot be foretold."""
+        return bytes(self._learned)
+
+    @property
+    def tree(self) -> bytes:
+        """A digest of the mailboxes if both nodes have the same, else b""."""
+        if self._nodes_there is None or sorted(self._nodes_there) != sorted(self._nodes):
+            return b""
+        return _digest(self._nodes)
+
+    # bytes
+
+    def greet(self) -> bytes:
+        """Return what dsync here is told when it comes."""
+        return packet(DATA, self._hello) if self._hello else b""
+
+    def feed_local(self, data: bytes) -> Step:
+        """Take what dsync here says; ``back`` is for it, ``on`` for the shadow."""
+        if self._local is None and self.mode is Mode.PLAIN and not self._held:
+            return Step(b"", data)
+        self._held += data
+        if self._local is not None:
+            try:
+                for line in self._here.feed(data):
+                    self._local.send(line)
+            except StopIteration:
+                self._local = None
+            except Surprise:
+                if self.mode is Mode.FORETOLD:
+                    raise
+                self._local = None
+                self.mode = Mode.PLAIN
+        if self.mode is Mode.UNDECIDED and len(self._held) > MAX_UNDECIDED:
+            self.mode = Mode.PLAIN
+        back = packet(DATA, bytes(self._back)) if self._back else b""
+        self._back.clear()
+        if self.mode is Mode.UNDECIDED or not (
+            self.mode is Mode.PLAIN or self.said or len(self._held) >= HOLD
+        ):
+            return Step(back, b"")
+        on = bytes(self._held)
+        self._held.clear()
+        return Step(back, on)
+
+    @property
+    def waits(self) -> bool:
+        """Whether only the shadow knows how the sync ends, and has not said it yet."""
+        return self.said and not self.confirmed
+
+    def feed_remote(self, data: bytes) -> bytes:
+        """Take what the shadow says; return what dsync here has to hear of it."""
+        heard = not self._hello  # then dsync here hears all as it is
+        if heard and self._remote is None:
+            return data
+        on = bytearray()
+        for channel, piece in self._channels.feed(data):
+            if channel == LOG:
+                if self.mode is Mode.PLAIN:
+                    on += packet(channel, piece)
+                else:
+                    self._note(piece)
+            elif channel == DATA:
+                new = self._greeted(piece)
+                if self.mode is Mode.PLAIN and new:
+                    on += packet(channel, new)
+                self._follow(piece)
+            elif self.mode is not Mode.PLAIN:
+                raise Surprise(f"the shadow speaks on channel {channel}")
+            else:
+                on += packet(channel, piece)
+        return data if heard else bytes(on)
+
+    def end_remote(self) -> None:
+        """The shadow has ended; Surprise if it has not said all that was foretold."""
+        if self._rest or (self.mode is not Mode.PLAIN and not self.confirmed):
+            raise Surprise("the shadow broke off")
+        if self.mode is not Mode.PLAIN and not self._channels.whole:
+            raise Surprise("the shadow broke off within a packet")
+
+    def _greeted(self, piece: bytes) -> bytes:
+        """Compare with the hello that was foretold; return what comes after it."""
+        same = piece[: len(self._rest)]
+        if not self._rest.startswith(same):
+            raise Surprise(f"another hello: {piece[:80]!r}")
+        self._rest = self._rest[len(same) :]
+        return piece[len(same) :]
+
+    def _follow(self, piece: bytes) -> None:
+        if self._remote is None:
+            return
+        try:
+            for line in self._there.feed(piece):
+                self._remote.send(line)
+        except StopIteration:
+            self._remote = None
+        except Surprise:
+            if self.mode is Mode.FORETOLD:
+                raise
+            self._remote = None
+
+    def _note(self, piece: bytes) -> None:
+        for line in self._log.feed(piece):
+            level = LEVELS.get(line[0], logging.ERROR) if line else logging.DEBUG
+            text = line[1:].decode(errors="replace")
+            if text:
+                self._logged(level, text)
+            if level >= logging.ERROR:
+                raise Surprise(f"the shadow's log: {text[:200]}")
+
+    # what dsync here says, line by line
+
+    def _speak(self) -> Talk:
+        for expected in GREETING:
+            if (yield from _line()) != expected:
+                raise Surprise("dsync here speaks another protocol")
+        self._settings = yield from _record(b"H")
+        while (line := (yield from _line())) != END:
+            state = _of(b"S", line)
+            self._states[state.get("mailbox_guid", b"")] = state
+        names = bytearray()
+        while (line := (yield from _line())) != END:
+            self._nodes.append(_node(_is(b"N", line)))
+            names += line + b"\n"
+        deleted = yield from _record(b"D")
+        if self.mode is not Mode.UNDECIDED:
+            return
+        if not self._foretellable():
+            self.mode = Mode.PLAIN
+            return
+        self.mode = Mode.FORETOLD
+        self._separators = _separators(deleted)
+        self._back += names + b".\n" + self._separators
+        while (line := (yield from _line())) != END:
+            yield from self._speak_of(_of(b"B", line))
+        self._back += b"F\n"
+        self.said = True
+        yield  # nothing may follow
+        raise Surprise("dsync here says more than was to come")
+
+    def _foretellable(self) -> bool:
+        """Whether the rest can be foretold: only messages may have changed since the state."""
+        settings = self._settings
+        if (
+            settings.get("sync_type") != b"s"
+            or not {"backup_recv", "send_mail_requests"} <= settings.keys()
+            or not _PLAIN_SETTINGS.isdisjoint(settings)
+            or not self._confirmed
+            or _digest(self._nodes) != self._confirmed
+        ):
+            return False
+        return all(
+            existence == (b"y" if guid else b"n")
+            and (not guid or self._states.get(guid, {}).get("last_uidvalidity") == uidvalidity)
+            for _, existence, guid, uidvalidity, _ in self._nodes
+        )
+
+    def _speak_of(self, counters: Fields) -> Talk:
+        guid = counters.get("mailbox_guid", b"")
+        state = self._states.get(guid)
+        if state is None or counters.get("uid_validity") != state["last_uidvalidity"]:
+            raise Surprise("a mailbox that the state does not tell of")
+        if not {"have_guids", "have_save_guids"} <= counters.keys():
+            raise Surprise("a mailbox whose messages have no GUIDs")
+        # The fields of the cache are left out: this node does not take the shadow's.
+        box = _Box({name: counters[name] for name in _LASTING if name in counters})
+        box.counters |= {
+            "uid_next": b"%d" % (_number(state, "last_common_uid") + 1),
+            "messages_count": state.get("last_messages_count", b"0"),
+            "highest_modseq": state["last_common_modseq"],
+            "highest_pvt_modseq": state["last_common_pvt_modseq"],
+        }
+        self._boxes.append(box)
+        self._back += encode(b"B", box.counters)
+        while (line := (yield from _line())) != END:
+            self._content(_of(b"A", line))
+        while (line := (yield from _line())) != END:
+            change = _of(b"C", line)
+            if change.get("type", b"")[:1] != b"s":
+                continue
+            if not (message := change.get("guid")):
+                raise Surprise("a message without a GUID")
+            box.requested.setdefault(message, change.get("uid", b""))
+        box.told = True
+        for message, uid in box.requested.items():
+            self._back += encode(b"R", {"guid": message, "uid": uid})
+        self._back += b".\n"
+        while (line := (yield from _line())) != END:
+            self._content(_of(b"M", line))
+        box.state = yield from _record(b"S")
+        self._back += encode(b"S", box.state)
+
+    def _content(self, record: Fields) -> None:
+        if "stream" in record:
+            self._here.skip_content()
+
+    # what the shadow says, line by line
+
+    def _listen(self) -> Talk:
+        learned = bytearray()
+        for expected in (b"", b"+", *GREETING):
+            line = yield from _line()
+            if line != expected:
+                raise Surprise(f"another hello: {line[:80]!r}")
+            learned += line + b"\n"
+        line = _is(b"H", (yield from _line()))
+        fields(line)
+        self._learned = learned + line + b"\n"
+        nodes = []
+        while (line := (yield from _line())) != END:
+            nodes.append(_node(_is(b"N", line)))
+        deleted = yield from _record(b"D")
+        self._nodes_there = nodes
+        if self.mode is not Mode.FORETOLD:
+            return
+        if sorted(nodes) != sorted(self._nodes):
+            raise Surprise("the shadow has other mailboxes")
+        if _separators(deleted) != self._separators:
+            raise Surprise("the shadow separates names by another character")
+        while (line := (yield from _line()))[:1] != b"F":
+            if not self._boxes:
+                raise Surprise(f"the shadow says what it was not asked: {line[:80]!r}")
+            yield from self._listen_of(self._boxes.popleft(), _of(b"B", line))
+        if fields(line) or self._boxes or not self.said:
+            raise Surprise(f"the shadow ends with {line[:200]!r}")
+        self.confirmed = True
+        if (yield from _line()) != b"X":
+            raise Surprise("the shadow says more after its end")
+        yield
+        raise Surprise("the shadow says more after its end")
+
+    def _listen_of(self, box: _Box, counters: Fields) -> Talk:
+        # dsync's receiving side may have counted on by itself, as it takes changes.
+        if _number(counters, "highest_modseq") < _number(box.counters, "highest_modseq"):
+            raise Surprise(f"an older mailbox than the state tells: {counters}")
+        for name in counters.keys() | box.counters.keys():
+            if name not in _OWN and counters.get(name) != box.counters.get(name):
+                raise Surprise(f"another mailbox than the state tells: {counters} {box.counters}")
+        left = dict(box.requested)
+        while (line := (yield from _line())) != END:
+            request = _of(b"R", line)
+            if request.get("uid") != left.pop(request.get("guid", b""), None):
+                raise Surprise(f"another request: {line[:80]!r}")
+        if left or not box.told:
+            raise Surprise("the shadow does not ask for all new messages")
+        state = yield from _record(b"S")
+        if box.state is None or state != box.state or "changes_during_sync" in state:
+            raise Surprise(f"another state: {state}")
+
+
+# Settings of a sync that leave something out, or have it otherwise than ``Doveadm.sync`` asks.
+_PLAIN_SETTINGS = frozenset(
+    {
+        "sync_ns_prefix", "sync_box", "sync_box_guid", "exclude_mailboxes", "backup_send",
+        "no_mail_sync", "no_backup_overwrite", "purge_remote", "sync_since_timestamp",
+        "sync_max_size", "sync_flags", "sync_until_timestamp", "virtual_all_box",
+        "empty_hdr_workaround",
+    }
+)  # fmt: skip
+# What of a mailbox's counters does not change with its messages.
+_LASTING = (
+    "mailbox_guid", "uid_validity", "first_recent_uid", "have_guids", "have_save_guids",
+    "have_only_guid128",
+)  # fmt: skip
+
+# Counters that each node has for itself.
+_OWN = frozenset({"first_recent_uid", "highest_modseq", "cache_fields"})
+
+
+def _line() -> Generator[None, bytes, bytes]:
+    line: bytes = yield
+    return line
+
+
+def _record(kind: bytes) -> Generator[None, bytes, Fields]:
+    return _of(kind, (yield from _line()))
+
+
+def _is(kind: bytes, line: bytes) -> bytes:
+    if line[:1] != kind:
+        raise Surprise(f"{line[:80]!r} where {kind.decode()} was to come")
+    return line
+
+
+def _of(kind: bytes, line: bytes) -> Fields:
+    return fields(_is(kind, line))
+
+
+def _number(record: Fields, name: str) -> int:
+    try:
+        return int(record[name])
+    except (KeyError, ValueError):
+        raise Surprise(f"no number {name}: {record}"[:200]) from None
