@@ -86,6 +86,8 @@ async def test_nothing_is_removed_after_a_sync_that_worked_nor_by_a_merge(world:
     assert (await world.carrier.sync(USER, "", merge=True)).outcome is Outcome.FAILED
     world.failed = SyncResult(Outcome.CHANGED, "new")
     assert (await world.carrier.sync(USER, "state")).outcome is Outcome.CHANGED
+    world.failed = SyncResult(Outcome.SURPRISED)
+    assert (await world.carrier.sync(USER, "state")).outcome is Outcome.SURPRISED
     assert world.there.removed == []
 
 

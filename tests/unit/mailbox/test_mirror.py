@@ -227,6 +227,17 @@ async def test_after_a_switchover_a_users_first_sync_has_the_former_primarys_sta
         assert asked == ["u1", "u2"]
 
 
+async def test_after_a_surprise_all_is_compared(tmp_path: Path) -> None:
+    """The peer may have taken a part of what the state does not tell."""
+    world = World()
+    async with mirror(world, tmp_path) as peer:
+        assert await change(world, peer, "u1") is Verdict.MIRRORED
+        world.syncs.clear()
+        world.outcome = lambda user: Outcome.SURPRISED if len(world.syncs) == 1 else Outcome.SYNCED
+        assert await change(world, peer, "u1") is Verdict.MIRRORED
+        assert world.syncs == [("u1", "state"), ("u1", "")]
+
+
 async def test_who_has_nothing_to_merge_is_mirrored_at_once(tmp_path: Path) -> None:
     world = World()
     async with mirror(world, tmp_path, workers=1, protected=False) as peer:

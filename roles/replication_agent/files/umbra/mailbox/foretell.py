@@ -517,12 +517,13 @@ class Foretelling:
         raise Surprise("the shadow says more after its end")
 
     def _listen_of(self, box: _Box, counters: Fields) -> Talk:
-        # dsync's receiving side may have counted on by itself, as it takes changes.
+        # dsync's receiving side counts on by itself as it takes changes.
         if _number(counters, "highest_modseq") < _number(box.counters, "highest_modseq"):
-            raise Surprise(f"an older mailbox than the state tells: {counters}")
-        for name in counters.keys() | box.counters.keys():
-            if name not in _OWN and counters.get(name) != box.counters.get(name):
-                raise Surprise(f"another mailbox than the state tells: {counters} {box.counters}")
+            raise Surprise(
+                "an older mailbox than the state tells of: " + _differences(counters, {})
+            )
+        if unlike := _differences(counters, box.counters):
+            raise Surprise(f"another mailbox than the state tells of: {unlike}")
         left = dict(box.requested)
         while (line := (yield from _line())) != END:
             request = _of(b"R", line)
@@ -532,7 +533,7 @@ class Foretelling:
             raise Surprise("the shadow does not ask for all new messages")
         state = yield from _record(b"S")
         if box.state is None or state != box.state or "changes_during_sync" in state:
-            raise Surprise(f"another state: {state}")
+            raise Surprise("another state: " + _differences(state, box.state or {}))
 
 
 # Settings of a sync that leave something out, or have it otherwise than ``Doveadm.sync`` asks.
@@ -552,6 +553,16 @@ _LASTING = (
 
 # Counters that each node has for itself.
 _OWN = frozenset({"first_recent_uid", "highest_modseq", "cache_fields"})
+
+
+def _differences(there: Fields, here: Fields) -> str:
+    """Return what differs, "" if nothing does: for people."""
+    names = (there.keys() | here.keys()) - _OWN
+    return ", ".join(
+        f"{name} {there.get(name)!r}, not {here.get(name)!r}"
+        for name in sorted(names)
+        if there.get(name) != here.get(name)
+    )
 
 
 def _line() -> Generator[None, bytes, bytes]:

@@ -1,0 +1,208 @@
+"""A sync that is foretold, between the carrier, the shadow's handler and two that play dsync."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from tests.unit.mailbox.test_carrier import USER, Disk, FakeDoveadm, pair, server
+from tests.unit.mailbox.test_foretell import HERE, THERE
+
+from umbra.mailbox import carrier as module
+from umbra.mailbox.carrier import DsyncCarrier, DsyncHandler
+from umbra.mailbox.doveadm import Outcome, SyncResult
+from umbra.mailbox.foretell import LOG, packet
+
+
+class World:
+    """What both play next, and what each of them has seen."""
+
+    def __init__(self) -> None:
+        self.name = "store"
+        self.there: bytes | None = None  # said instead
+        self.before = b""  # said before
+        self.patient = False  # dsync here closes only when it is told to
+        self.close = asyncio.Event()
+        self.answer = asyncio.Event()  # the shadow's dsync may answer
+        self.answer.set()
+        self.settle = asyncio.Event()  # the shadow's disk has it
+        self.settle.set()
+        self.got = b""  # by the shadow's dsync
+        self.told = b""  # to dsync here
+        self.outcome = Outcome.SYNCED
+        self.breaks: int | None = None  # dsync here says so much, and closes
+
+    async def here(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Outcome:
+        """Play dsync here, which says what it was recorded to say whatever it is told."""
+        writer.write(HERE[self.name][: self.breaks])
+        self.told = b""
+        while not self.told.endswith((b"\nF\n", b"\nX\n")):
+            if self.breaks is not None or not (data := await reader.read(65536)):
+                return Outcome.FAILED
+            self.told += data
+        return self.outcome
+
+    async def shadow(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Play the shadow's: it answers when it has heard all."""
+        self.got = b""
+        hello = THERE[self.name].index(b"\nH")
+        hello = THERE[self.name].index(b"\n", hello + 1) + 1
+        said = THERE[self.name] if self.there is None else self.there
+        writer.write(self.before + packet(0, said[:hello]))
+        while len(self.got) < len(HERE[self.name]):
+            if not (data := await reader.read(65536)):
+                return
+            self.got += data
+        await self.answer.wait()
+        writer.write(packet(0, said[hello:]))
+
+    async def settled(self) -> None:
+        await self.settle.wait()
+
+
+@asynccontextmanager
+async def both(path: Path, world: World) -> AsyncIterator[DsyncCarrier]:
+    async with server(path, world.shadow) as socket:
+        handler = DsyncHandler(lambda: False, Disk(world.settled), socket)
+        async with pair(path, FakeDoveadm(world.here), handler) as carrier:
+            yield carrier
+
+
+async def sync(carrier: DsyncCarrier, state: str = "state") -> SyncResult:
+    return await asyncio.wait_for(carrier.sync(USER, state), 5)
+
+
+async def learn(carrier: DsyncCarrier) -> None:
+    """Let the carrier hear a whole sync: it knows then that both nodes have the same mailboxes."""
+    assert (await sync(carrier, "")).outcome is Outcome.SYNCED
+
+
+@pytest.mark.parametrize("name", sorted(HERE))
+async def test_the_shadow_is_heard_after_all_is_said(tmp_path: Path, name: str) -> None:
+    world = World()
+    world.name = name
+    async with both(tmp_path, world) as carrier:
+        await learn(carrier)
+        world.answer.clear()
+        for _ in range(2):  # the connection of the first one carries the second
+            task = asyncio.create_task(sync(carrier))
+            await asyncio.sleep(0.2)
+            assert world.got == HERE[name]
+            assert world.told.endswith(b"\nF\n")
+            assert not task.done(), "dsync here has ended; the shadow has not said a word"
+            world.answer.set()
+            assert (await task).outcome is Outcome.SYNCED
+            world.answer.clear()
+            world.got = world.told = b""
+
+
+async def test_a_state_counts_when_the_peers_disk_has_it(tmp_path: Path) -> None:
+    world = World()
+    async with both(tmp_path, world) as carrier:
+        await learn(carrier)
+        world.settle.clear()
+        task = asyncio.create_task(sync(carrier))
+        await asyncio.sleep(0.2)
+        assert not task.done()
+        world.settle.set()
+        assert (await task).outcome is Outcome.SYNCED
+
+
+async def test_another_answer_is_a_surprise_and_heard_next_time(tmp_path: Path) -> None:
+    world = World()
+    async with both(tmp_path, world) as carrier:
+        for number in range(module.SURPRISES):
+            await learn(carrier)
+            world.there = THERE["store"].replace(b"\nF\n", b"\nF\t\t\n")
+            result = await sync(carrier)
+            assert (result.outcome, result.state) == (Outcome.SURPRISED, None), number
+            assert "surprised us" in result.reason
+            world.there = None
+        # Now for a while all is heard.
+        for _ in range(3):
+            await learn(carrier)
+            world.answer.clear()
+            task = asyncio.create_task(sync(carrier))
+            await asyncio.sleep(0.1)
+            assert b"\nF\n" not in world.told
+            world.answer.set()
+            assert (await task).outcome is Outcome.SYNCED
+
+
+async def test_an_error_in_the_peers_log_is_a_surprise(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = World()
+    async with both(tmp_path, world) as carrier:
+        await learn(carrier)
+        world.before = packet(LOG, b"\3dsync: careful\n")
+        with caplog.at_level(logging.WARNING):
+            assert (await sync(carrier)).outcome is Outcome.SYNCED
+        assert f"dsync of {USER} at mail-b: dsync: careful" in caplog.text
+        world.before = packet(LOG, b"\4dsync: broken\n")
+        assert (await sync(carrier)).outcome is Outcome.SURPRISED
+        assert "broken" in caplog.text
+
+
+async def test_a_user_who_is_not_there_is_a_surprise_first(tmp_path: Path) -> None:
+    world = World()
+    async with both(tmp_path, world) as carrier:
+        await learn(carrier)
+        world.there = b"\n-NOUSER\n"
+        assert (await sync(carrier)).outcome is Outcome.SURPRISED
+
+
+async def test_what_breaks_here_is_none(tmp_path: Path) -> None:
+    """The outcome is that of dsync here, and the next sync hears the mailboxes again."""
+    world = World()
+    async with both(tmp_path, world) as carrier:
+        await learn(carrier)
+        world.got, world.breaks = b"", -3
+        assert (await sync(carrier)).outcome is Outcome.FAILED
+        assert world.got == b"", "nothing was for the shadow yet"
+        world.breaks = None
+        world.answer.clear()
+        task = asyncio.create_task(sync(carrier))
+        await asyncio.sleep(0.1)
+        assert b"\nF\n" not in world.told
+        world.answer.set()
+        assert (await task).outcome is Outcome.SYNCED
+
+
+@pytest.mark.parametrize("outcome", [Outcome.CHANGED, Outcome.FAILED])
+async def test_dsync_here_has_the_word_on_itself(tmp_path: Path, outcome: Outcome) -> None:
+    world = World()
+    world.outcome = outcome
+    async with both(tmp_path, world) as carrier:
+        world.outcome = Outcome.SYNCED
+        await learn(carrier)
+        world.outcome = outcome
+        assert (await sync(carrier)).outcome is outcome
+
+
+async def test_a_shadow_that_says_nothing_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "STALL_SECONDS", 0.3)
+    world = World()
+    async with both(tmp_path, world) as carrier:
+        await learn(carrier)
+        world.answer.clear()
+        assert (await sync(carrier)).outcome is Outcome.LOST
+        world.answer.set()
+
+
+async def test_cut_ends_one_that_waits(tmp_path: Path) -> None:
+    world = World()
+    async with both(tmp_path, world) as carrier:
+        await learn(carrier)
+        world.answer.clear()
+        task = asyncio.create_task(sync(carrier))
+        await asyncio.sleep(0.1)
+        carrier.cut()
+        assert (await task).outcome is Outcome.LOST
+        world.answer.set()
