@@ -38,7 +38,7 @@ class FakeExchange:
     def __init__(self, out: Pipe, into: Pipe) -> None:
         self.out, self.into = out, into
         self.answer: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self.ended = False
+        self.ended = self.received_end = False
 
     async def send(self, data: bytes) -> None:
         await self.out.put(data)
@@ -52,9 +52,13 @@ class FakeExchange:
         data = await self.into.get()
         if isinstance(data, PeerError):
             raise data
+        self.received_end |= data is None
         return data
 
     async def result(self) -> dict[str, Any]:
+        await self.end()
+        while not self.received_end:
+            await self.receive()
         return await self.answer
 
 

@@ -120,7 +120,7 @@ async def test_another_answer_is_a_surprise_and_heard_next_time(tmp_path: Path) 
             world.there = THERE["store"].replace(b"\nF\n", b"\nF\t\t\n")
             result = await sync(carrier)
             assert (result.outcome, result.state) == (Outcome.SURPRISED, None), number
-            assert "surprised us" in result.reason
+            assert "foretold" in result.reason
             world.there = None
         # Now for a while all is heard.
         for _ in range(3):
@@ -206,3 +206,27 @@ async def test_cut_ends_one_that_waits(tmp_path: Path) -> None:
         carrier.cut()
         assert (await task).outcome is Outcome.LOST
         world.answer.set()
+
+
+async def test_after_a_surprise_the_shadows_end_is_waited_for(tmp_path: Path) -> None:
+    """It has all that was sent, and would go on applying it while the next sync comes."""
+    world = World()
+    async with both(tmp_path, world) as carrier:
+        await learn(carrier)
+        world.settle.clear()
+        world.before = packet(LOG, b"\4Error\n")
+        task = asyncio.create_task(sync(carrier))
+        await asyncio.sleep(0.2)
+        assert not task.done()
+        world.settle.set()
+        assert (await task).outcome is Outcome.SURPRISED
+
+
+async def test_but_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    async with both(tmp_path, world) as carrier:
+        await learn(carrier)
+        monkeypatch.setattr(module, "LINGER", 0.2)
+        world.settle.clear()
+        world.before = packet(LOG, b"\4Error\n")
+        assert (await sync(carrier)).outcome is Outcome.SURPRISED

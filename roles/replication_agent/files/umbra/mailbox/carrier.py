@@ -331,7 +331,8 @@ class DsyncCarrier:
                 task.cancel()
         if result.outcome is not Outcome.SYNCED:
             # The stream ends with the connection of the dsync that has failed.
-            await asyncio.wait({task}, timeout=1.0)
+            heard = stream.told.mode is Mode.PLAIN
+            await asyncio.wait({task}, timeout=1.0 if heard else LINGER + 1.0)
         if not settled.done():
             error = task.exception() if task.done() and not task.cancelled() else None
             if isinstance(error, PeerError):
@@ -371,7 +372,7 @@ class DsyncCarrier:
         self._hello = b""
         self._surprises.setdefault(user, []).append(monotonic())
         metrics.FORETOLD.labels(self._link.name, "surprise").inc()
-        return SyncResult(Outcome.SURPRISED, reason=f"{self._link.name} surprised us: {error}")
+        return SyncResult(Outcome.SURPRISED, reason=f"not what was foretold: {error}")
 
     async def _confirmed(self, stream: _Stream, settled: asyncio.Future[None]) -> None:
         """Return when the peer has it on its disk or the stream has ended.
@@ -406,15 +407,23 @@ class DsyncCarrier:
             ) as exchange:
                 reader, writer = await stream.local
                 writer.write(stream.told.greet())
-                sent, received = await copy(
-                    reader,
-                    writer,
-                    exchange,
-                    stream.move,
-                    pace=self._pacer.spend,
-                    ended=functools.partial(settled.set_result, None),
-                    told=stream.told,
-                )
+                try:
+                    sent, received = await copy(
+                        reader,
+                        writer,
+                        exchange,
+                        stream.move,
+                        pace=self._pacer.spend,
+                        ended=functools.partial(settled.set_result, None),
+                        told=stream.told,
+                    )
+                except Surprise:
+                    # The peer's dsync has all that it was to hear and may still be at it. The next
+                    # sync must not come before its end.
+                    with suppress(PeerError, OSError):
+                        async with asyncio.timeout(LINGER):
+                            await exchange.result()
+                    raise
                 metrics.CARRIED.labels(name, "sent").inc(sent)
                 metrics.CARRIED.labels(name, "received").inc(received)
                 await exchange.result()
@@ -422,7 +431,7 @@ class DsyncCarrier:
             log.warning("dsync of %s to %s: %s", user, name, error)
             raise
         except Surprise as error:
-            log.warning("dsync of %s to %s was foretold otherwise: %s", user, name, error)
+            log.warning("dsync of %s: %s surprised us: %s", user, name, error)
             raise
         except (OSError, EOFError) as error:
             log.info("dsync of %s to %s: %s", user, name, error or type(error).__name__)
