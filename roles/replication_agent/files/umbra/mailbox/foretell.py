@@ -226,16 +226,22 @@ class _Box:
     state: Fields | None = None
 
 
+# Name, existence, GUID, UIDVALIDITY, and whether it is subscribed.
 Node = tuple[bytes, bytes, bytes, bytes, bool]
+_PLACES = len(_NAMES[b"N"])
 
 
 def _node(line: bytes) -> Node:
-    """Return what has to be the same on both nodes of a mailbox's name."""
-    node = fields(line)
-    return (
-        node.get("name", b""), node.get("existence", b""), node.get("mailbox_guid", b""),
-        node.get("uid_validity", b""), "subscribed" in node,
-    )  # fmt: skip
+    """Return what has to be the same on both nodes of a mailbox's name.
+
+    By place, for a user may have thousands.
+    """
+    values = _is(b"N", line)[1:].split(b"\t")
+    if len(values) > _PLACES:
+        raise Surprise(f"fields that are not known: {line[:80]!r}")
+    values += [NOTHING] * (_PLACES - len(values))
+    name, existence, guid, uidvalidity, _, _, subscribed, _ = values
+    return name, existence, guid, uidvalidity, subscribed != NOTHING
 
 
 def _separators(deleted: Fields) -> bytes:
@@ -271,7 +277,7 @@ class Foretelling:
         self._here, self._there = Lines(), Lines()
         self._learned = bytearray()
         self._settings: Fields = {}
-        self._states: dict[bytes, Fields] = {}
+        self._states: dict[bytes, bytes] = {}  # the other fields by GUID
         self._nodes: list[Node] = []
         self._nodes_there: list[Node] | None = None
         self._separators = b""
@@ -399,15 +405,15 @@ class Foretelling:
 
     def _speak(self) -> Talk:
         for expected in GREETING:
-            if (yield from _line()) != expected:
+            if (yield) != expected:
                 raise Surprise("dsync here speaks another protocol")
         self._settings = yield from _record(b"H")
-        while (line := (yield from _line())) != END:
-            state = _of(b"S", line)
-            self._states[state.get("mailbox_guid", b"")] = state
+        while (line := (yield)) != END:
+            guid, _, rest = _is(b"S", line)[1:].partition(b"\t")
+            self._states[guid] = rest
         names = bytearray()
-        while (line := (yield from _line())) != END:
-            self._nodes.append(_node(_is(b"N", line)))
+        while (line := (yield)) != END:
+            self._nodes.append(_node(line))
             names += line + b"\n"
         deleted = yield from _record(b"D")
         if self.mode is not Mode.UNDECIDED:
@@ -418,7 +424,7 @@ class Foretelling:
         self.mode = Mode.FORETOLD
         self._separators = _separators(deleted)
         self._back += names + b".\n" + self._separators
-        while (line := (yield from _line())) != END:
+        while (line := (yield)) != END:
             yield from self._speak_of(_of(b"B", line))
         self._back += b"F\n"
         self.said = True
@@ -437,16 +443,19 @@ class Foretelling:
         ):
             return False
         return all(
-            existence == (b"y" if guid else b"n")
-            and (not guid or self._states.get(guid, {}).get("last_uidvalidity") == uidvalidity)
+            existence == b"n"
+            if guid == NOTHING
+            else existence == b"y" and self._states.get(guid, b"").startswith(uidvalidity + b"\t")
             for _, existence, guid, uidvalidity, _ in self._nodes
         )
 
     def _speak_of(self, counters: Fields) -> Talk:
         guid = counters.get("mailbox_guid", b"")
-        state = self._states.get(guid)
-        if state is None or counters.get("uid_validity") != state["last_uidvalidity"]:
+        if guid not in self._states:
             raise Surprise("a mailbox that the state does not tell of")
+        state = fields(b"S" + guid + b"\t" + self._states[guid])
+        if counters.get("uid_validity") != state.get("last_uidvalidity"):
+            raise Surprise("a mailbox with another UIDVALIDITY than the state tells of")
         if not {"have_guids", "have_save_guids"} <= counters.keys():
             raise Surprise("a mailbox whose messages have no GUIDs")
         # The fields of the cache are left out: this node does not take the shadow's.
@@ -454,14 +463,14 @@ class Foretelling:
         box.counters |= {
             "uid_next": b"%d" % (_number(state, "last_common_uid") + 1),
             "messages_count": state.get("last_messages_count", b"0"),
-            "highest_modseq": state["last_common_modseq"],
-            "highest_pvt_modseq": state["last_common_pvt_modseq"],
+            "highest_modseq": state.get("last_common_modseq", b""),
+            "highest_pvt_modseq": state.get("last_common_pvt_modseq", b""),
         }
         self._boxes.append(box)
         self._back += encode(b"B", box.counters)
-        while (line := (yield from _line())) != END:
+        while (line := (yield)) != END:
             self._content(_of(b"A", line))
-        while (line := (yield from _line())) != END:
+        while (line := (yield)) != END:
             change = _of(b"C", line)
             if change.get("type", b"")[:1] != b"s":
                 continue
@@ -472,7 +481,7 @@ class Foretelling:
         for message, uid in box.requested.items():
             self._back += encode(b"R", {"guid": message, "uid": uid})
         self._back += b".\n"
-        while (line := (yield from _line())) != END:
+        while (line := (yield)) != END:
             self._content(_of(b"M", line))
         box.state = yield from _record(b"S")
         self._back += encode(b"S", box.state)
@@ -486,16 +495,16 @@ class Foretelling:
     def _listen(self) -> Talk:
         learned = bytearray()
         for expected in (b"", b"+", *GREETING):
-            line = yield from _line()
+            line = yield
             if line != expected:
                 raise Surprise(f"another hello: {line[:80]!r}")
             learned += line + b"\n"
-        line = _is(b"H", (yield from _line()))
+        line = _is(b"H", (yield))
         fields(line)
         self._learned = learned + line + b"\n"
         nodes = []
-        while (line := (yield from _line())) != END:
-            nodes.append(_node(_is(b"N", line)))
+        while (line := (yield)) != END:
+            nodes.append(_node(line))
         deleted = yield from _record(b"D")
         self._nodes_there = nodes
         if self.mode is not Mode.FORETOLD:
@@ -504,14 +513,14 @@ class Foretelling:
             raise Surprise("the shadow has other mailboxes")
         if _separators(deleted) != self._separators:
             raise Surprise("the shadow separates names by another character")
-        while (line := (yield from _line()))[:1] != b"F":
+        while (line := (yield))[:1] != b"F":
             if not self._boxes:
                 raise Surprise(f"the shadow says what it was not asked: {line[:80]!r}")
             yield from self._listen_of(self._boxes.popleft(), _of(b"B", line))
         if fields(line) or self._boxes or not self.said:
             raise Surprise(f"the shadow ends with {line[:200]!r}")
         self.confirmed = True
-        if (yield from _line()) != b"X":
+        if (yield) != b"X":
             raise Surprise("the shadow says more after its end")
         yield
         raise Surprise("the shadow says more after its end")
@@ -525,7 +534,7 @@ class Foretelling:
         if unlike := _differences(counters, box.counters):
             raise Surprise(f"another mailbox than the state tells of: {unlike}")
         left = dict(box.requested)
-        while (line := (yield from _line())) != END:
+        while (line := (yield)) != END:
             request = _of(b"R", line)
             if request.get("uid") != left.pop(request.get("guid", b""), None):
                 raise Surprise(f"another request: {line[:80]!r}")
@@ -565,13 +574,8 @@ def _differences(there: Fields, here: Fields) -> str:
     )
 
 
-def _line() -> Generator[None, bytes, bytes]:
-    line: bytes = yield
-    return line
-
-
 def _record(kind: bytes) -> Generator[None, bytes, Fields]:
-    return _of(kind, (yield from _line()))
+    return _of(kind, (yield))
 
 
 def _is(kind: bytes, line: bytes) -> bytes:
