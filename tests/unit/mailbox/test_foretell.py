@@ -243,7 +243,7 @@ def test_a_shadow_that_is_ahead_of_what_it_was_asked_is_a_surprise(name: str) ->
 
 
 def test_a_shadow_that_says_more_is_a_surprise() -> None:
-    for more in (b"X\n", b"N\n", b"\n", b".\n"):
+    for more in (b"X\n", b"N\n", b"\n", b".\n", b"X", b"."):
         with pytest.raises(Surprise):
             run(HERE["store"], THERE["store"] + more, begin("store"))
 
@@ -325,6 +325,15 @@ def test_contents_are_passed_over(content: bytes, size: int) -> None:
     told.end_remote()
 
 
+def test_an_attribute_may_have_a_content() -> None:
+    """A Sieve script is one of the INBOX."""
+    rows = HERE["store"].split(b"\n")
+    at = next(at for at, row in enumerate(rows) if row[:2] == b"B6")
+    script = encode(b"A", {"type": b"p", "key": b"vendor/sieve", "stream": b""})
+    rows[at + 1 : at + 1] = (script + b"keep;\r\n..\r\n.\r").split(b"\n")
+    run(b"\n".join(rows), THERE["store"], begin("store"))
+
+
 def test_a_large_message_streams_through_little_memory() -> None:
     told = begin("append")
     head, _, tail = appended(b"MIDDLE").partition(b"MIDDLE")
@@ -373,6 +382,14 @@ def test_an_error_in_it_is_a_surprise(level: int, when: str) -> None:
         told.feed_remote(packet(0, THERE["store"]))
     with pytest.raises(Surprise, match="Error: no"):
         told.feed_remote(error)
+
+
+def test_half_a_line_of_it_is_a_surprise() -> None:
+    told = begin("store")
+    told.feed_local(HERE["store"])
+    told.feed_remote(packet(0, THERE["store"]) + packet(LOG, b"\4Err"))
+    with pytest.raises(Surprise, match="within a line"):
+        told.end_remote()
 
 
 def test_a_channel_that_is_not_known_is_a_surprise() -> None:

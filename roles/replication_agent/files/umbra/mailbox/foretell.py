@@ -156,6 +156,11 @@ class Lines:
         if self._seen > MAX_LINE:
             raise Surprise(f"a line is over {MAX_LINE} bytes")
 
+    @property
+    def whole(self) -> bool:
+        """Whether all that was begun has come."""
+        return not self._buffer
+
     def skip_content(self) -> None:
         """After the line that was given out last comes the content of a message."""
         self._content = True
@@ -368,8 +373,9 @@ class Foretelling:
         """The shadow has ended; Surprise if it has not said all that was foretold."""
         if self._rest or (self.mode is not Mode.PLAIN and not self.confirmed):
             raise Surprise("the shadow broke off")
-        if self.mode is not Mode.PLAIN and not self._channels.whole:
-            raise Surprise("the shadow broke off within a packet")
+        whole = self._channels.whole and self._log.whole and self._there.whole
+        if self.mode is not Mode.PLAIN and not whole:
+            raise Surprise("the shadow broke off within a line")
 
     def _greeted(self, piece: bytes) -> bytes:
         """Compare with the hello that was foretold; return what comes after it."""
