@@ -288,6 +288,82 @@ def test_at_every_byte() -> None:
             told.end_remote()
 
 
+def turns(name: str) -> list[tuple[int, bytes]]:
+    """Return what the shadow says, and how many bytes of dsync here it has to have for that."""
+    rows, at, said, content = lines(THERE[name]), 0, [], False
+    asked = []  # the ends of what the shadow answers to, in the order of its answers
+    phase = "HSN"  # what comes, up to which end
+    for row in HERE[name].split(b"\n"):
+        at += len(row) + 1
+        if content:
+            content = row != b".\r"
+            continue
+        kind = row[:1]
+        if at < HERE[name].index(b"\n.\n") + 3:
+            continue
+        if kind == b"D":
+            asked.append(at)
+            phase = "B"
+        elif kind == b"B":
+            asked.append(at)
+            phase = "AC"
+        elif kind == b"M":
+            content = True
+        elif row == END and phase == "AC":
+            phase = "C"
+        elif row == END and phase in ("C", "M"):
+            asked.append(at)
+            phase = {"C": "M", "M": "B"}[phase]
+        elif row == END and phase == "B":
+            asked.append(at)
+    start = of_dialogue(THERE[name])
+    said.append((0, joined(rows[:start])))
+    due = iter(asked)
+    answer: list[bytes] = []
+    for row in rows[start:-1]:
+        answer.append(row)
+        if row[:1] in (b"D", b"B", b"S", b"F") or (row == END and rows.index(END, start) != 0):
+            if row == END and answer[0][:1] == b"N":
+                continue
+            said.append((next(due), joined(answer)))
+            answer = []
+    said.append((len(HERE[name]), joined(rows[-1:])))
+    assert next(due, None) is None
+    return said
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("hold", [1, 500, HOLD])
+def test_the_shadow_may_answer_as_early_as_it_can(
+    name: str, hold: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(foretell, "HOLD", hold)
+    told = begin(name)
+    answers = turns(name)
+    assert b"".join(answer for _, answer in answers) == THERE[name]
+    has = 0
+    for at in range(len(HERE[name]) + 1):
+        while answers and has >= answers[0][0]:
+            assert told.feed_remote(packet(0, answers.pop(0)[1])) == b""
+        has += len(told.feed_local(HERE[name][at : at + 1]).on)
+    assert answers == []
+    told.end_remote()
+    assert told.confirmed
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_but_no_earlier(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foretell, "HOLD", 1)
+    answers = turns(name)
+    for number in range(1, len(answers) - 1):
+        told = begin(name)
+        before = [answer for _, answer in answers[:number]]
+        told.feed_local(HERE[name][: answers[number][0] - 1])
+        told.feed_remote(packet(0, b"".join(before)))
+        with pytest.raises(Surprise):
+            heard(told, answers[number][1])
+
+
 # -- contents
 
 

@@ -228,7 +228,16 @@ class _Box:
     counters: Fields
     requested: dict[bytes, bytes] = field(default_factory=dict)  # GUID: UID
     told: bool = False  # all changes are known
+    contents: bool = False  # all new messages were sent
     state: Fields | None = None
+    state_there: Fields | None = None
+
+    def compare(self) -> None:
+        """Compare the states. The shadow's may come first: it follows the messages."""
+        if self.state is None or self.state_there is None:
+            return
+        if self.state_there != self.state or "changes_during_sync" in self.state:
+            raise Surprise("another state: " + _differences(self.state_there, self.state))
 
 
 # Name, existence, GUID, UIDVALIDITY, and whether it is subscribed.
@@ -489,7 +498,9 @@ class Foretelling:
         self._back += b".\n"
         while (line := (yield)) != END:
             self._content(_of(b"M", line))
+        box.contents = True
         box.state = yield from _record(b"S")
+        box.compare()
         self._back += encode(b"S", box.state)
 
     def _content(self, record: Fields) -> None:
@@ -539,16 +550,22 @@ class Foretelling:
             )
         if unlike := _differences(counters, box.counters):
             raise Surprise(f"another mailbox than the state tells of: {unlike}")
-        left = dict(box.requested)
-        while (line := (yield)) != END:
+        line = yield
+        if not box.told:
+            raise Surprise(f"the shadow does not wait for all changes: {line[:80]!r}")
+        left = box.requested
+        while line != END:
             request = _of(b"R", line)
             if request.get("uid") != left.pop(request.get("guid", b""), None):
                 raise Surprise(f"another request: {line[:80]!r}")
-        if left or not box.told:
+            line = yield
+        if left:
             raise Surprise("the shadow does not ask for all new messages")
-        state = yield from _record(b"S")
-        if box.state is None or state != box.state or "changes_during_sync" in state:
-            raise Surprise("another state: " + _differences(state, box.state or {}))
+        line = yield
+        if not box.contents:
+            raise Surprise(f"the shadow does not wait for all messages: {line[:80]!r}")
+        box.state_there = _of(b"S", line)
+        box.compare()
 
 
 # Settings of a sync that leave something out, or have it otherwise than ``Doveadm.sync`` asks.
