@@ -536,6 +536,19 @@ def test_nothing_is_foretold_of_mailboxes_that_were_not_seen_there(tree: bytes) 
     assert told.tree == seen, "now they were"
 
 
+@pytest.mark.parametrize("existence", [b"y", b"n"])
+def test_a_name_may_only_hold_others(existence: bytes) -> None:
+    row = b"\n" + encode(b"N", {"name": b"folder", "existence": existence})
+    here = HERE["store"].replace(b"\nNWork\t", row + b"NWork\t")
+    there = THERE["store"].replace(b"\nNWork\t", row + b"NWork\t")
+    plain = Foretelling(b"", b"", quiet)
+    plain.feed_local(here)
+    plain.feed_remote(packet(0, there))
+    told = Foretelling(plain.hello, plain.tree, quiet)
+    run(here, there, told)
+    assert told.confirmed
+
+
 def test_too_many_mailboxes_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(foretell, "MAX_UNDECIDED", 1000)
     told = begin("store")

@@ -457,12 +457,14 @@ class Foretelling:
             or _digest(self._nodes) != self._confirmed
         ):
             return False
-        return all(
-            existence == b"n"
-            if guid == NOTHING
-            else existence == b"y" and self._states.get(guid, b"").startswith(uidvalidity + b"\t")
-            for _, existence, guid, uidvalidity, _ in self._nodes
-        )
+        return all(map(self._lasts, self._nodes))
+
+    def _lasts(self, node: Node) -> bool:
+        """Whether this is a mailbox that the state tells of, or a name that only holds others."""
+        _, existence, guid, uidvalidity, _ = node
+        if guid == NOTHING:
+            return existence in (b"y", b"n")
+        return existence == b"y" and self._states.get(guid, b"").startswith(uidvalidity + b"\t")
 
     def _speak_of(self, counters: Fields) -> Talk:
         guid = counters.get("mailbox_guid", b"")
