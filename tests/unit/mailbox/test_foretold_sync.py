@@ -230,3 +230,14 @@ async def test_but_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         world.settle.clear()
         world.before = packet(LOG, b"\4Error\n")
         assert (await sync(carrier)).outcome is Outcome.SURPRISED
+
+
+async def test_only_the_last_users_mailboxes_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_TREES", 1)
+    world = World()
+    async with both(tmp_path, world) as carrier:
+        carrier._trees["b@example.org"] = b"tree"
+        await learn(carrier)
+        assert set(carrier._trees) == {USER}

@@ -70,6 +70,8 @@ MAX_STREAMS = 256
 # After so many surprises within so many seconds nothing is foretold of a user.
 SURPRISES = 2
 SURPRISED_SECONDS = 3600.0
+# Of so many users it is kept what their mailboxes were, of those who were synced last.
+MAX_TREES = 10_000
 
 
 class Exchange(Protocol):
@@ -364,6 +366,8 @@ class DsyncCarrier:
         self._hello = told.hello or self._hello
         if told.tree and not merge:
             self._trees[user] = told.tree
+            if len(self._trees) > MAX_TREES:
+                del self._trees[next(iter(self._trees))]
         how = "whole" if told.mode is Mode.FORETOLD else "hello" if told.greet() else "nothing"
         metrics.FORETOLD.labels(self._link.name, how).inc()
 
