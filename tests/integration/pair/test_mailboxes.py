@@ -126,7 +126,7 @@ def test_a_burst_to_one_user_shares_syncs(primary: str, shadow: str) -> None:
         )
 
     syncs, shared = counted("syncs"), counted("coalesced")
-    mails = [lab.mail() for _ in range(20)]
+    mails = [lab.mail() for _ in range(40)]
     with ThreadPoolExecutor(10) as pool:
         answers = list(pool.map(lambda mail: lab.send(primary, [USER], mail.content), mails))
     assert {code for code, _ in answers} == {250}
