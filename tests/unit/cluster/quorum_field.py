@@ -277,6 +277,9 @@ class Parts:
 
     def stop(self) -> None: ...
 
+    async def quiet(self) -> None:
+        pass
+
     def replaces_a_lost_one(self) -> None:
         self.replacing += 1
 

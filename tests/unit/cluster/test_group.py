@@ -258,6 +258,9 @@ class Mailboxes:
 
     async def resume(self, peer: str, epoch: int) -> None: ...
 
+    async def quiet(self) -> None:
+        pass
+
     def replaces_a_lost_one(self) -> None:
         self.replacing = True
 

@@ -333,6 +333,66 @@ async def test_a_sync_has_ended_when_the_peers_disk_has_it(
             assert (await asyncio.wait_for(task, 1)).outcome is Outcome.LOST
 
 
+async def test_a_dsync_that_was_broken_off_is_waited_for(tmp_path: Path) -> None:
+    """It goes on with what it was sent: it must not meet the next one, nor an open primary."""
+    goes_on = asyncio.Event()
+    ends: list[bytes] = []
+
+    async def master(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Outcome:
+        writer.write(b"x\n")
+        return Outcome.SYNCED if await reader.read(1) else Outcome.FAILED
+
+    async def slave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        assert await reader.readline() == b"x\n"
+        await goes_on.wait()
+        ends.append(await reader.read())
+
+    async with server(tmp_path, slave) as socket:
+        handler = DsyncHandler(lambda: False, Disk(), socket)
+        async with pair(tmp_path, FakeDoveadm(master), handler) as carrier:
+            task = asyncio.create_task(carrier.sync(USER, ""))
+            await asyncio.sleep(0.2)
+            carrier.cut()
+            assert (await asyncio.wait_for(task, 5)).outcome is not Outcome.SYNCED
+            again = asyncio.create_task(carrier.sync(USER, ""))
+            opening = asyncio.create_task(handler.quiet())
+            await asyncio.sleep(0.2)
+            assert not opening.done()
+            assert not ends
+            await handler.quiet("other@example.org")
+            goes_on.set()
+            await asyncio.wait_for(opening, 1)
+            assert ends == [b""], "it has heard that nothing more comes"
+            carrier.cut()
+            await again
+            await asyncio.wait_for(handler.quiet(), 5)
+
+
+async def test_a_node_does_not_open_over_a_dsync_that_does_not_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stays = asyncio.Event()
+
+    async def master(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Outcome:
+        return Outcome.SYNCED if await reader.read(1) else Outcome.FAILED
+
+    async def slave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await stays.wait()
+
+    async with server(tmp_path, slave) as socket:
+        handler = DsyncHandler(lambda: False, Disk(), socket)
+        async with pair(tmp_path, FakeDoveadm(master), handler) as carrier:
+            task = asyncio.create_task(carrier.sync(USER, ""))
+            await asyncio.sleep(0.2)
+            carrier.cut()
+            await task
+            monkeypatch.setattr(module, "LINGER", 0.1)
+            with pytest.raises(OSError, match="1 dsyncs that were broken off have not ended"):
+                await handler.quiet()
+            stays.set()
+            await asyncio.wait_for(handler.quiet(), 5)
+
+
 @pytest.mark.parametrize("from_the_begin", [True, False])
 async def test_a_disk_without_room_has_nothing(tmp_path: Path, from_the_begin: bool) -> None:
     async def master(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Outcome:

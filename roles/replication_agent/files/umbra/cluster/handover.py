@@ -221,6 +221,7 @@ class Handover(Switchover):
 
     async def _promoted(self, epoch: int, former: str | None) -> Collection[str]:
         """Take over what the former primary left, before this node serves."""
+        await self._mailboxes.quiet()
         whole = await self._take_over(epoch, former)
         # Not before: what fails is tried again with it.
         self._given, self._by_word = None, False

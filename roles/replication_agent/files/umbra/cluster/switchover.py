@@ -141,6 +141,13 @@ class Mailboxes(Protocol):
         """Take ``resume`` back."""
         ...
 
+    async def quiet(self) -> None:
+        """Return when nothing of a former primary's is written to mailboxes here any more.
+
+        OSError if that goes on.
+        """
+        ...
+
     def replaces_a_lost_one(self) -> None:
         """Prepare for the return of a lost node, whose role is this one's for certain. At once."""
         ...
@@ -458,6 +465,7 @@ class Switchover:
     async def _begin(self, left: Mapping[str, Remaining | None]) -> None:
         """Take over what each former primary has left, and open. See ``Messages.take_over``."""
         try:
+            await self._mailboxes.quiet()
             for origin, remaining in left.items():
                 await self._messages.take_over(origin, remaining)
             # The tending loop opens the ports as well; doing it here keeps its pause out of the

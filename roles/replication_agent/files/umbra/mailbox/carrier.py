@@ -27,6 +27,7 @@ import asyncio
 import functools
 import logging
 import os
+import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, field
@@ -477,8 +478,22 @@ class DsyncCarrier:
         return user
 
 
+async def _until_ended(local: socket.socket) -> None:
+    """Say that nothing more comes, and return when the other side has ended too."""
+    loop = asyncio.get_running_loop()
+    with local, suppress(OSError):
+        local.setblocking(False)
+        local.shutdown(socket.SHUT_WR)
+        while await loop.sock_recv(local, CHUNK):
+            pass
+
+
 class DsyncHandler:
     """Shadow side: the handler of the operation ``dsync``.
+
+    A dsync whose stream is broken off goes on with what it was sent before; all of a sync, where
+    the primary has foretold the answers. So the next one of that user waits for its end, and a node
+    that becomes primary does before it opens: it would take back what users change from then on.
 
     :param disk: has what was synced before the primary hears of the end.
     :param seen: told of each user for whom a sync comes, also of one that will fail.
@@ -488,15 +503,26 @@ class DsyncHandler:
         self,
         is_primary: Callable[[], bool],
         disk: MailDisk,
-        socket: Path = SOCKET,
+        path: Path = SOCKET,
         *,
         seen: Callable[[str], None] = lambda user: None,
     ) -> None:
         self._is_primary = is_primary
         self._disk = disk
-        self._socket = socket
+        self._socket = path
         self._seen = seen
         self._running = 0
+        self._ending: dict[asyncio.Task[None], str] = {}
+
+    async def quiet(self, user: str | None = None) -> None:
+        """Return when no dsync that was broken off writes to mailboxes (of ``user``) any more.
+
+        OSError if one does not end within ``LINGER`` seconds.
+        """
+        if ending := [task for task, of in self._ending.items() if user in (None, of)]:
+            _, left = await asyncio.wait(ending, timeout=LINGER)
+            if left:
+                raise OSError(f"{len(left)} dsyncs that were broken off have not ended")
 
     async def __call__(
         self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
@@ -520,6 +546,7 @@ class DsyncHandler:
         self._refuse_if_full()
         self._running += 1
         try:
+            await self.quiet(str(user))
             sent, received = await self._serve(str(user), exchange)
         except (OSError, EOFError, ValueError, TimeoutError) as error:
             raise PeerError(
@@ -557,4 +584,14 @@ class DsyncHandler:
                     log.info("%d messages of %s were expunged while they were copied: the sync"
                              " is to be made again", expunged.left_out, user)  # fmt: skip
         finally:
+            if not reader.at_eof():
+                self._broken_off(user, writer)
             writer.transport.abort()
+
+    def _broken_off(self, user: str, writer: asyncio.StreamWriter) -> None:
+        """Note a dsync until it has ended; its connection is left to ``_until_ended``."""
+        with suppress(OSError):  # it has ended
+            local = socket.socket(fileno=os.dup(writer.get_extra_info("socket").fileno()))
+            task = asyncio.create_task(_until_ended(local), name=f"end of dsync {user}")
+            self._ending[task] = user
+            task.add_done_callback(self._ending.pop)

@@ -659,6 +659,13 @@ class Mailboxes:
         self._gap.stop()
         self._mirror.stop()
 
+    async def quiet(self) -> None:
+        """Return when nothing that another primary sent is written to mailboxes here any more.
+
+        OSError if that goes on: then this node must not open.
+        """
+        await self._dsync_handler.quiet()
+
     def replaces_a_lost_one(self) -> None:
         """Prepare for the return of a lost node, whose role is this one's now; see ``uid_gap``."""
         self._gap.begin()
