@@ -16,7 +16,12 @@ STEP = 0.05
 
 
 def settled(status: dict[str, Any], mode: str) -> bool:
-    """Whether the mirror has all changes and nothing but the mode keeps it from protected."""
+    """Whether the mirror has all changes and nothing but the mode keeps it from protected.
+
+    Of this node: with a coordinator, a restart of its agent may have another one take over.
+    """
+    if status["primary"] != status["node"]:
+        return False
     if mode == "sync":
         return bool(status["protected"])
     lacks = sum(node["lag_changes"] for node in status["nodes"])
@@ -36,7 +41,9 @@ def main(address: str, mode: str, seconds: float) -> None:
         if status and settled(status, mode):
             return
         time.sleep(STEP)
-    raise SystemExit(f"the mirror does not settle: {status.get('reasons')}")
+    raise SystemExit(
+        f"the mirror does not settle: {status.get('primary')} is primary; {status.get('reasons')}"
+    )
 
 
 if __name__ == "__main__":

@@ -141,10 +141,12 @@ def test_the_roles_own_template_has_what_is_taken_out() -> None:
 
 
 def test_when_the_mirror_is_settled() -> None:
-    lag = {"nodes": [{"lag_changes": 0}, {"lag_changes": 0}], "protected": False}
-    behind = {"nodes": [{"lag_changes": 2}], "protected": False}
+    here = {"node": "mail-a", "primary": "mail-a"}
+    lag = {**here, "nodes": [{"lag_changes": 0}, {"lag_changes": 0}], "protected": False}
+    behind = {**here, "nodes": [{"lag_changes": 2}], "protected": False}
     only = ["mailboxes are mirrored asynchronously: the last changes may be only on mail-a"]
     assert settled({**lag, "protected": True, "reasons": []}, "sync")
+    assert not settled({**lag, "protected": True, "reasons": [], "primary": "mail-b"}, "sync")
     assert not settled({**lag, "reasons": []}, "sync")
     assert settled({**lag, "reasons": only}, "async")
     assert not settled({**lag, "reasons": [*only, "mail-b is lost"]}, "async")
