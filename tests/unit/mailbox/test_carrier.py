@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import uvloop
 
 from umbra.mailbox import carrier as module
 from umbra.mailbox.carrier import (
@@ -366,6 +367,26 @@ async def test_a_dsync_that_was_broken_off_is_waited_for(tmp_path: Path) -> None
             carrier.cut()
             await again
             await asyncio.wait_for(handler.quiet(), 5)
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_dsync_whose_connection_is_gone_has_ended(
+    tmp_path: Path, loop: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    async def gone() -> None:
+        async with server(tmp_path, never) as socket:
+            _, writer = await asyncio.open_unix_connection(socket)
+            writer.transport.abort()
+            await asyncio.sleep(0.05)
+            handler = DsyncHandler(lambda: False, Disk(), socket)
+            handler._broken_off(USER, writer)
+            await handler.quiet()
+
+    async def never(*_: object) -> None:
+        raise AssertionError("nothing was said")
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(gone())
 
 
 async def test_a_node_does_not_open_over_a_dsync_that_does_not_end(

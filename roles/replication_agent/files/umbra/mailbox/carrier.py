@@ -590,8 +590,10 @@ class DsyncHandler:
 
     def _broken_off(self, user: str, writer: asyncio.StreamWriter) -> None:
         """Note a dsync until it has ended; its connection is left to ``_until_ended``."""
-        with suppress(OSError):  # it has ended
-            local = socket.socket(fileno=os.dup(writer.get_extra_info("socket").fileno()))
-            task = asyncio.create_task(_until_ended(local), name=f"end of dsync {user}")
-            self._ending[task] = user
-            task.add_done_callback(self._ending.pop)
+        connection = writer.get_extra_info("socket")
+        if connection is None or connection.fileno() < 0:
+            return  # it has ended
+        local = socket.socket(fileno=os.dup(connection.fileno()))
+        task = asyncio.create_task(_until_ended(local), name=f"end of dsync {user}")
+        self._ending[task] = user
+        task.add_done_callback(self._ending.pop)
