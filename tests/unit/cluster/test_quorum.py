@@ -524,13 +524,26 @@ def test_a_switchover_to_who_lacks_something_of_the_queue_is_refused(
 ) -> None:
     async def scenario(field: Field) -> None:
         field.a.host.queue_ids = {"Q1": "deferred", "Q2": place, "Q3": "maildrop"}
-        with pytest.raises(Refused, match=r"b has no copy of 1 messages of the queue \(Q2\)"):
-            await field.a.handover.run("b", dry_run=False, timeout_s=0.05)
+        for dry_run in (True, False):
+            with pytest.raises(Refused, match=r"b has no copy of 1 messages of the queue \(Q2\)"):
+                await field.a.handover.run("b", dry_run=dry_run, timeout_s=0.05)
         assert field.a.serves
         assert field.longest_gap < 0.2, "nobody has noticed anything"
         # A node that is ailing goes all the same.
         field.a.host.free = {"/var/vmail": 2**20}
         await field.until(lambda: field.b.serves, 60)
+        assert "Q2" in field.a.host.held
+
+    group(scenario, names="abc")
+
+
+def test_of_a_pair_what_has_no_copy_waits_on_hold(group: Play) -> None:
+    """A notice of Postfix's own, which nobody can deliver, must not hold up a switchover."""
+
+    async def scenario(field: Field) -> None:
+        field.a.host.queue_ids = {"Q2": "deferred"}
+        await field.a.handover.run("b", dry_run=False, timeout_s=10)
+        assert field.b.serves
         assert "Q2" in field.a.host.held
 
     group(scenario)

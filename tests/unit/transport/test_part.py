@@ -66,6 +66,9 @@ class PlayedGroup:
     def shadows(self) -> list[FakeLink]:
         return list(self.links.values()) if self.synchronous else []
 
+    def answers(self, peer: str) -> bool:
+        return self.synchronous
+
 
 class NoMailboxes:
     async def delivered(self, recipient: str, shadow_id: str) -> bool:

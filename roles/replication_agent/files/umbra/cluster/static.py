@@ -100,5 +100,6 @@ def _decode(raw: dict[str, Any]) -> Durable:
         acted=None if (acted := raw.get("acted")) is None else int(acted),
         silence=None if (silence := raw.get("silence")) is None else float(silence),
         marked=bool(raw.get("marked", False)),
-        merged_under=int(raw.get("merged_under", 0)),
+        # Of an agent that did not note it: its last epoch. Who missed a promotion is behind that.
+        merged_under=int(raw.get("merged_under", raw["epoch"])),
     )

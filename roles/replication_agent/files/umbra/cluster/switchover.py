@@ -29,7 +29,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from umbra.cluster import left_behind, machine
-from umbra.cluster.group import Group, now
+from umbra.cluster.group import PRIMARY_OPERATIONS, Group, now
 from umbra.cluster.machine import NotNow
 from umbra.cluster.state import Change, Phase, Role
 from umbra.config import Config, StonithUse
@@ -239,6 +239,8 @@ class Switchover:
             "to": to,
             "epoch": self._group.epoch,
         }
+        if result["changed"] and dry_run and (lacking := await self._lacking(to)):
+            raise Refused(self._lacks(to, lacking))
         if not result["changed"] or dry_run:
             return {**result, "outage_s": 0.0, "steps": []}
         steps = Steps()
@@ -267,19 +269,29 @@ class Switchover:
         # A node that is ailing goes all the same: what has no copy waits on hold here.
         while not self._automatic and (lacking := await self._lacking(to)):
             if time.monotonic() > deadline:
-                raise Refused(
-                    f"{to} has no copy of {len(lacking)} messages of the queue"
-                    f" ({', '.join(lacking[:5])}); try again when they are delivered, or leave them"
-                    f" on {self._group.state.node} with `postsuper -h`."
-                )
+                raise Refused(self._lacks(to, lacking))
             await asyncio.sleep(OUTSTANDING_PAUSE)
         await self._group.links[to].request(
             "handover-prepare", {}, timeout=min(PREPARE_TIMEOUT, timeout_s)
         )
         steps.done("prepare")
 
+    def _lacks(self, to: str, lacking: Sequence[str]) -> str:
+        return (
+            f"{to} has no copy of {len(lacking)} messages of the queue"
+            f" ({', '.join(lacking[:5])}); try again when they are delivered, or leave them"
+            f" on {self._group.state.node} with `postsuper -h`."
+        )
+
     async def _lacking(self, to: str) -> list[str]:
-        """Return what of the queue, as far as Postfix is to deliver it, ``to`` has no copy of."""
+        """Return what of the queue, as far as Postfix is to deliver it, ``to`` has no copy of.
+
+        Another shadow may have it, so the primary must not go. Of a pair nothing: who is protected
+        has all that was acknowledged, and a notice of Postfix's own, which has no copy, must not
+        hold up a switchover. It waits on hold.
+        """
+        if len(self._group.links) == 1:
+            return []
         queue = await self._helper.queue()
         moving = {key for key, place in queue.items() if place in MOVING}
         return sorted(moving - self._messages.covered(to).keys())
@@ -446,6 +458,8 @@ class Switchover:
             )
         await self.left_behind.finish()
         try:
+            # The tending loop opens as soon as the right is this node's.
+            await self._mailboxes.quiet()
             # The right first: only then can no other message of the old primary arrive here. Dying
             # before the claim leaves a primary that claims at its start, without knowing who of
             # several recipients had a message: it asks the mailboxes.
@@ -465,7 +479,6 @@ class Switchover:
     async def _begin(self, left: Mapping[str, Remaining | None]) -> None:
         """Take over what each former primary has left, and open. See ``Messages.take_over``."""
         try:
-            await self._mailboxes.quiet()
             for origin, remaining in left.items():
                 await self._messages.take_over(origin, remaining)
             # The tending loop opens the ports as well; doing it here keeps its pause out of the
@@ -524,6 +537,8 @@ class Switchover:
         said = await self._shoot(old, stonith)
         change = Change(old, group.state.node, now(), planned=False)
         try:
+            group.break_off(PRIMARY_OPERATIONS)
+            await self._mailboxes.quiet()
             # +2: over everything that the lost primary may have offered to another.
             await group.apply(machine.Promote(group.epoch + 2, change, protected=False))
             self._mailboxes.replaces_a_lost_one()

@@ -456,20 +456,22 @@ class Messages:
         """
         while True:
             await asyncio.sleep(STATS_INTERVAL)
-            for link in self._group.shadows():
-                if link.name not in self._unsettled:
+            for name, link in self._group.links.items():
+                # Also one that has no room, and so does not catch up before this.
+                if name not in self._unsettled or not self._group.answers(name):
                     continue
+                self._unsettled.discard(name)
                 try:
                     # Until all is carried on, the copies there are what would be promoted with.
                     rows = await self._store.stats()
                     left = sum(row.count for row in rows if row.state is not State.DELIVERED)
                     if left or not self._group.is_primary():
+                        self._unsettled.add(name)
                         break
                     await self._settlement.run(link, self._group.whole_since())
                 except (PeerError, StoreError) as error:
-                    log.info("%s keeps the copies of former primaries: %s", link.name, error)
-                else:
-                    self._unsettled.discard(link.name)
+                    log.info("%s keeps the copies of former primaries: %s", name, error)
+                    self._unsettled.add(name)
 
     async def replay(
         self, recipient: str, since: float, until: float, *, dry_run: bool
