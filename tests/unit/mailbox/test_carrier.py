@@ -389,19 +389,6 @@ def test_a_dsync_whose_connection_is_gone_has_ended(
         runner.run(gone())
 
 
-async def test_a_dsync_that_does_not_end_is_one_users_trouble(tmp_path: Path) -> None:
-    async def master(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Outcome:
-        return Outcome.SYNCED if await reader.read(1) else Outcome.FAILED
-
-    async def busy(*_: object) -> dict[str, Any]:
-        raise PeerError(module.BUSY, "1 dsyncs that were broken off have not ended")
-
-    async with pair(tmp_path, FakeDoveadm(master), busy) as carrier:
-        result = await carrier.sync(USER, "")
-    assert result.outcome is Outcome.FAILED
-    assert "have not ended" in result.reason
-
-
 async def test_a_node_does_not_open_over_a_dsync_that_does_not_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -115,6 +115,7 @@ def test_a_whole_sync(name: str) -> None:
     assert told.mode is Mode.FORETOLD
     assert told.said
     assert told.confirmed
+    assert not told.waits
     assert (told.hello, told.tree) == known(name)
     # It is what the shadow said, less what each node has for itself.
     assert [mine(row) for row in lines(answer)] == [
@@ -227,6 +228,7 @@ def test_a_shadow_that_breaks_off_is_a_surprise(name: str) -> None:
         told.feed_local(HERE[name])
         told.feed_remote(whole[:end])
         assert not told.confirmed
+        assert told.waits
         with pytest.raises(Surprise):
             told.end_remote()
 

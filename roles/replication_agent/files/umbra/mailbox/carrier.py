@@ -68,8 +68,6 @@ CHUNK = 64 * 1024
 SYNC_LIMIT = 6 * 3600.0
 STREAM_LIMIT = SYNC_LIMIT + 60
 MAX_STREAMS = 256
-BUSY = "dsync-runs"
-"""The PeerError's code if the user's last dsync has not ended at the shadow."""
 # After so many surprises within so many seconds nothing is foretold of a user.
 SURPRISES = 2
 SURPRISED_SECONDS = 3600.0
@@ -338,14 +336,10 @@ class DsyncCarrier:
             # The stream ends with the connection of the dsync that has failed.
             heard = stream.told.mode is Mode.PLAIN
             await asyncio.wait({task}, timeout=1.0 if heard else LINGER + 1.0)
-            if not settled.done():
-                task.cancel()  # the next sync must not meet it
-                await asyncio.wait({task})
         if not settled.done():
             error = task.exception() if task.done() and not task.cancelled() else None
             if isinstance(error, PeerError):
-                outcome = Outcome.FAILED if error.code == BUSY else Outcome.LOST
-                return SyncResult(outcome, reason=error.text)
+                return SyncResult(Outcome.LOST, reason=error.text)
             if isinstance(error, Surprise):
                 return self._surprised(user, error)
             if result.outcome in (Outcome.SYNCED, Outcome.CHANGED):
@@ -391,7 +385,7 @@ class DsyncCarrier:
         dsync itself ends one that stalls, but one that was foretold has ended here already.
         """
         while not (stream.task.done() or settled.done()):
-            left = stream.moved + STALL_SECONDS - monotonic() if stream.told.said else None
+            left = stream.moved + STALL_SECONDS - monotonic() if stream.told.waits else None
             if left is not None and left <= 0:
                 stream.task.cancel()
             await asyncio.wait(
@@ -518,21 +512,17 @@ class DsyncHandler:
         self._socket = path
         self._seen = seen
         self._running = 0
-        self._serving: dict[asyncio.Task[Any], str] = {}
-        self._ending: dict[asyncio.Task[Any], str] = {}
+        self._ending: dict[asyncio.Task[None], str] = {}
 
     async def quiet(self, user: str | None = None) -> None:
-        """Return when no dsync of another node's writes to mailboxes (of ``user``) any more.
+        """Return when no dsync that was broken off writes to mailboxes (of ``user``) any more.
 
         OSError if one does not end within ``LINGER`` seconds.
         """
-        until = monotonic() + LINGER
-        while tasks := [
-            task for task, of in (self._serving | self._ending).items() if user in (None, of)
-        ]:
-            if monotonic() >= until:
-                raise OSError(f"{len(tasks)} dsyncs that were broken off have not ended")
-            await asyncio.wait(tasks, timeout=until - monotonic())
+        if ending := [task for task, of in self._ending.items() if user in (None, of)]:
+            _, left = await asyncio.wait(ending, timeout=LINGER)
+            if left:
+                raise OSError(f"{len(left)} dsyncs that were broken off have not ended")
 
     async def __call__(
         self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
@@ -554,15 +544,9 @@ class DsyncHandler:
             )
         self._seen(str(user))
         self._refuse_if_full()
+        self._running += 1
         try:
             await self.quiet(str(user))
-        except OSError as error:
-            raise PeerError(BUSY, str(error)) from None
-        self._running += 1
-        serving = asyncio.current_task()
-        assert serving is not None
-        self._serving[serving] = str(user)
-        try:
             sent, received = await self._serve(str(user), exchange)
         except (OSError, EOFError, ValueError, TimeoutError) as error:
             raise PeerError(
@@ -570,7 +554,6 @@ class DsyncHandler:
             ) from None
         finally:
             self._running -= 1
-            del self._serving[serving]
         return {"sent": sent, "received": received}
 
     def _refuse_if_full(self) -> None:

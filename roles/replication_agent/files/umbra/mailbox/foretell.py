@@ -350,6 +350,11 @@ class Foretelling:
         self._held.clear()
         return Step(back, on)
 
+    @property
+    def waits(self) -> bool:
+        """Whether only the shadow knows how the sync ends, and has not said it yet."""
+        return self.said and not self.confirmed
+
     def feed_remote(self, data: bytes) -> bytes:
         """Take what the shadow says; return what dsync here has to hear of it."""
         heard = not self._hello  # then dsync here hears all as it is
@@ -553,7 +558,7 @@ class Foretelling:
         left = box.requested
         while line != END:
             request = _of(b"R", line)
-            if request.get("uid") != left.pop(request.get("guid", b""), b""):
+            if request.get("uid") != left.pop(request.get("guid", b""), None):
                 raise Surprise(f"another request: {line[:80]!r}")
             line = yield
         if left:
