@@ -472,18 +472,9 @@ async def test_the_shadow_prepares_while_dsync_starts(tmp_path: Path) -> None:
         return {}
 
     class Slow(FakeDoveadm):
-        async def sync(
-            self,
-            user: str,
-            destination: str,
-            state: str,
-            limit: float,
-            *,
-            merge: bool = False,
-            apart: Sequence[str] = (),
-        ) -> SyncResult:
+        async def sync(self, *args: Any, **options: Any) -> SyncResult:
             await asyncio.wait_for(prepared.wait(), 2)
-            return await super().sync(user, destination, state, limit, merge=merge)
+            return await super().sync(*args, **options)
 
     async def master(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Outcome:
         return Outcome.SYNCED
@@ -498,16 +489,7 @@ async def test_a_sync_that_never_connects_leaves_nothing(tmp_path: Path) -> None
         return {}
 
     class Absent(FakeDoveadm):
-        async def sync(
-            self,
-            user: str,
-            destination: str,
-            state: str,
-            limit: float,
-            *,
-            merge: bool = False,
-            apart: Sequence[str] = (),
-        ) -> SyncResult:
+        async def sync(self, *args: Any, **options: Any) -> SyncResult:
             return SyncResult(Outcome.NO_USER, reason="the user is unknown")
 
     async def master(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Outcome:

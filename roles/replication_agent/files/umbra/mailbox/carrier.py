@@ -184,8 +184,9 @@ async def copy(
             while data := await reader.read(CHUNK):
                 if told is not None:
                     back, data = told.feed_local(data)
-                    writer.write(back)
-                    await writer.drain()
+                    if back:
+                        writer.write(back)
+                        await writer.drain()
                 if pace is not None:
                     await pace(len(data))
                 await exchange.send(data)

@@ -449,34 +449,36 @@ class ShadowStore:
 
         In order of arrival, some hundred at a time.
         """
-        last = 0
-        while True:
-            rows = await self._read(
-                "SELECT number, shadow_id, queue_id FROM message"
-                " WHERE number > ? AND origin = ? AND state = ? ORDER BY number LIMIT ?",
-                (last, origin, state, PAGE),
-            )
-            if not rows:
-                return
-            last = rows[-1][0]
-            yield [Copy(shadow_id, queue_id) for _, shadow_id, queue_id in rows]
+        async for page in self._pages(
+            "shadow_id, queue_id", "origin = ? AND state = ?", origin, state
+        ):
+            yield [Copy(*row) for row in page]
 
     async def left(self, origin: str) -> AsyncIterator[list[tuple[str, int]]]:
         """Give what is held for others than ``origin``: shadow ids, and epochs of their storing.
 
         In order of arrival, some hundred at a time.
         """
+        async for page in self._pages(
+            "shadow_id, epoch", "origin <> ? AND state = ?", origin, State.HELD
+        ):
+            yield [(shadow_id, epoch) for shadow_id, epoch in page]
+
+    async def _pages(
+        self, columns: str, where: str, *values: str
+    ) -> AsyncIterator[list[tuple[Any, ...]]]:
+        """Give these columns of what fits, in order of arrival, a page at a time."""
         last = 0
         while True:
             rows = await self._read(
-                "SELECT number, shadow_id, epoch FROM message"
-                " WHERE number > ? AND origin <> ? AND state = ? ORDER BY number LIMIT ?",
-                (last, origin, State.HELD, PAGE),
+                f"SELECT number, {columns} FROM message"
+                f" WHERE number > ? AND {where} ORDER BY number LIMIT ?",
+                (last, *values, PAGE),
             )
             if not rows:
                 return
             last = rows[-1][0]
-            yield [(shadow_id, epoch) for _, shadow_id, epoch in rows]
+            yield [tuple(row[1:]) for row in rows]
 
     async def carried_on(self, epochs: Mapping[str, int]) -> set[str]:
         """Return of which messages nothing is to be done for a copy elsewhere.
@@ -518,17 +520,10 @@ class ShadowStore:
 
     async def kept(self, queue_ids: Set[str]) -> AsyncIterator[Meta]:
         """Give what the safety net has of these queue files; ``queue_id`` is the one asked for."""
-        last = 0
-        while True:
-            rows = await self._read(
-                "SELECT number, shadow_id, queue_id, new_queue_id FROM message"
-                " WHERE number > ? AND state = ? ORDER BY number LIMIT ?",
-                (last, State.DELIVERED, PAGE),
-            )
-            if not rows:
-                return
-            last = rows[-1][0]
-            for _, shadow_id, *names in rows:
+        async for page in self._pages(
+            "shadow_id, queue_id, new_queue_id", "state = ?", State.DELIVERED
+        ):
+            for shadow_id, *names in page:
                 for queue_id in queue_ids & set(names):
                     if meta := await self.find(shadow_id):
                         yield replace(meta, queue_id=queue_id)
