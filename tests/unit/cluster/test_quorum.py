@@ -764,6 +764,32 @@ def test_a_takeover_switches_the_other_off_where_that_is_wished(
     group(scenario)
 
 
+def test_a_promotion_that_was_given_up_spares_nobody_later(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        a, b = field.a, field.b
+        await b.crash()
+        await field.until(lambda: field.register.record.mode is p.Mode.ALONE, D)
+        await a.power_cut()
+        b.start()
+        with_hook(b, StonithUse.ALWAYS)
+        await field.until(lambda: b.phase is p.Phase.SYNCING, D)
+        register = field.register
+        register.cut.add("b")
+        with pytest.raises(Refused, match="goes on trying"):
+            await b.handover.failover(accept_loss=True, stonith=False)
+        # Its word comes too late: the other one has been given a new epoch meanwhile.
+        register.value = json.dumps(replace(register.record, epoch=2).to_json()).encode()
+        register.revision += 1
+        register.cut.discard("b")
+        a.start()
+        await field.protected(a, 2 * p.LONGEST)
+        await a.power_cut()
+        await field.until(lambda: b.serves, 2 * D)
+        assert b.host.shot == ["a"]
+
+    group(scenario)
+
+
 def test_a_superseded_primary_is_refused(group: Play) -> None:
     async def scenario(field: Field) -> None:
         await field.a.power_cut()

@@ -410,6 +410,10 @@ async def test_a_node_does_not_open_over_a_dsync_that_does_not_end(
             monkeypatch.setattr(module, "LINGER", 0.1)
             with pytest.raises(OSError, match="1 dsyncs that were broken off have not ended"):
                 await handler.quiet()
+            # Of its user alone: the node can take the syncs of all others.
+            result = await carrier.sync(USER, "")
+            assert result.outcome is Outcome.FAILED
+            assert "have not ended" in result.reason
             stays.set()
             await asyncio.wait_for(handler.quiet(), 5)
 

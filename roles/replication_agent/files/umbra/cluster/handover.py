@@ -72,7 +72,6 @@ class Handover(Switchover):
         super().__init__(config, group, helper, messages, mailboxes)
         self._quorum = group
         self._given: _Given | None = None
-        self._by_word = False
         self._hindered = ("", "")
         self._not_before = 0.0
         group.on_ailing = self.volunteer
@@ -224,7 +223,7 @@ class Handover(Switchover):
         await self._mailboxes.quiet()
         whole = await self._take_over(epoch, former)
         # Not before: what fails is tried again with it.
-        self._given, self._by_word = None, False
+        self._given = None
         return whole
 
     async def _take_over(self, epoch: int, former: str | None) -> Collection[str]:
@@ -240,7 +239,7 @@ class Handover(Switchover):
         # If the right has ended already, nothing would end this: a shadow must have no gap.
         if not self._quorum.planned and self._quorum.driver.state.phase in OPEN_PHASES:
             self._mailboxes.replaces_a_lost_one()
-        if former is not None and not self._quorum.planned and not self._by_word:
+        if former is not None and not self._quorum.planned and not self._quorum.by_word:
             await self._shoot_lost(former)
         for origin in self._group.links:
             await self._messages.take_over(origin, None)
@@ -281,7 +280,6 @@ class Handover(Switchover):
         if reason is not None:
             raise Refused(f"{reason}.")
         said = await self._shoot(old, stonith) if old is not None else ""
-        self._by_word = True
         try:
             await self._quorum.force()
         except (NotNow, OSError) as error:

@@ -89,6 +89,7 @@ class QuorumGroup(Group):
         self._outage_from: float | None = None
         self._entitled_at: float | None = None
         self.planned = False
+        self.by_word = False
         self._ready = 0
         self._ever_open = False
         self._handed_over = 0
@@ -321,6 +322,7 @@ class QuorumGroup(Group):
         if new.known is not None and _new_holder(old, new):
             self._former = old.known.holder if old.known else None
             self.planned = new.known.mode is p.Mode.HANDOVER
+            self.by_word = old.forced
             self._outage_from = None if self.planned else old.heard
         left = p.required(old) - p.required(new)
         opens = new.phase in OPEN_PHASES and old.phase not in OPEN_PHASES

@@ -68,6 +68,8 @@ CHUNK = 64 * 1024
 SYNC_LIMIT = 6 * 3600.0
 STREAM_LIMIT = SYNC_LIMIT + 60
 MAX_STREAMS = 256
+# The peer's word for what is one user's trouble.
+BUSY = "busy"
 # After so many surprises within so many seconds nothing is foretold of a user.
 SURPRISES = 2
 SURPRISED_SECONDS = 3600.0
@@ -340,7 +342,8 @@ class DsyncCarrier:
         if not settled.done():
             error = task.exception() if task.done() and not task.cancelled() else None
             if isinstance(error, PeerError):
-                return SyncResult(Outcome.LOST, reason=error.text)
+                lost = error.code != BUSY
+                return SyncResult(Outcome.LOST if lost else Outcome.FAILED, reason=error.text)
             if isinstance(error, Surprise):
                 return self._surprised(user, error)
             if result.outcome in (Outcome.SYNCED, Outcome.CHANGED):
@@ -530,7 +533,7 @@ class DsyncHandler:
     ) -> dict[str, Any]:
         """Connect the exchange to a ``dsync-server`` of the local Dovecot.
 
-        PeerError ``refused`` if that must not be.
+        PeerError ``refused`` if that must not be, ``busy`` if a dsync of this user still runs.
         """
         user = args.get("user")
         if self._is_primary():
@@ -547,7 +550,10 @@ class DsyncHandler:
         self._refuse_if_full()
         self._running += 1
         try:
-            await self.quiet(str(user))
+            try:
+                await self.quiet(str(user))
+            except OSError as error:
+                raise PeerError(BUSY, str(error)) from None
             sent, received = await self._serve(str(user), exchange)
         except (OSError, EOFError, ValueError, TimeoutError) as error:
             raise PeerError(
