@@ -194,6 +194,11 @@ WITNESS: tuple[Fault, ...] = (
         heals=60,
     ),
     Fault(
+        # Only by the third voter the primary can write down that it goes on alone.
+        "link cut, shadow with etcd's leader", (do.wan_cut,), (do.wan_healed,), stands=(4.0, 8.0),
+        heals=60, before=(do.leader(shadow),),
+    ),
+    Fault(
         "voters frozen", (do.voters("STOP"),), (do.voters("CONT"),), stands=(5.0, 15.0), heals=30,
     ),
     Fault(
@@ -324,6 +329,10 @@ _THREE = (
     Fault(
         "link cut, of three, shadow replaced", (do.wan_cut,), (do.replaced, do.wan_healed),
         heals=60,
+    ),
+    Fault(
+        "link cut, of three, shadow with etcd's leader replaced", (do.wan_cut,),
+        (do.replaced, do.wan_healed), heals=60, before=(do.leader(shadow),),
     ),
     Fault(
         "agent killed, shadow of three", (do.main_killed(AGENT, shadow),), heals=60,

@@ -9,6 +9,7 @@ up.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 import random
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from umbra.cluster import protocol as p
+from umbra.cluster.etcd import LATE
 
 TIMING = p.PROFILES["default"]
 D = TIMING.silence
@@ -223,16 +225,28 @@ class Node:
         return arrive
 
     def _coordinate(self, swap: tuple[int, p.Record] | None) -> None:
-        sent = self.now()
+        """As ``etcd.Etcd`` does it: while nobody has answered, the next member is asked as well."""
+        register, call = self.world.register, self.timing.call
+        over = False
 
-        endpoint = self.endpoint = self.endpoint + 1
+        def ask(member: int) -> None:
+            if over:
+                return
+            sent = self.now()
 
-        def answered(revision: int, record: p.Record | None) -> None:
-            self.endpoint = endpoint - 1  # the next request goes there too
-            if self.now() - sent <= self.timing.call:
-                self.take(p.Seen(sent, revision, record))
+            def answered(revision: int, record: p.Record | None) -> None:
+                nonlocal over
+                if not over and self.now() - sent <= call:
+                    over = True
+                    self.endpoint = member  # the next request goes there first
+                    self.take(p.Seen(sent, revision, record))
 
-        self.world.register.request(self, swap, answered)
+            register.request(self, member, swap, answered)
+
+        count = len(register.members)
+        for late in range(count):
+            member = (self.endpoint + late) % count
+            self.world.after(late * LATE * call, self.guard(functools.partial(ask, member)))
 
     def _tick(self) -> None:
         if not self.stalled:
@@ -374,10 +388,11 @@ class Register:
     def request(
         self,
         node: Node,
+        at: int,
         swap: tuple[int, p.Record] | None,
         answered: Callable[[int, p.Record | None], None],
     ) -> None:
-        member = self.members[node.endpoint % len(self.members)]
+        member = self.members[at]
         late = self.late if swap else 0.0
 
         def reply(revision: int, record: p.Record | None) -> None:

@@ -5,8 +5,11 @@ changes, its watches can be silent without an error, and a lease can be renewed 
 revoked. So nothing of that is used: a read here is a transaction with a write that is never taken,
 which makes it go through the log like a write and leaves the key's revision alone.
 
-Every call has a short time-out. A swap that failed may still be committed later: only a greater
-revision of the key proves that it will not be.
+Every request has a short time-out, and who is late is not waited for: the next member is asked as
+well, and the first answer counts. It may be the only member between this host and the leader, and
+a right to act may not outlast the time-outs of the others. So a swap may reach the leader twice;
+the second finds a greater revision of the key and changes nothing. One that failed may still be
+committed later: only a greater revision proves that it will not be.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import base64
 import json
 import ssl
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,13 +67,17 @@ def client_tls(authority: Path, certificate: Path, key: Path) -> ssl.SSLContext:
     return context
 
 
+# A member that has not answered for this part of the time-out is late.
+LATE = 0.25
+
+
 class Etcd:
     """A client of all members of one cluster, to be used as an async context manager.
 
-    It stays with a member that answers, and turns to the next after a failure.
+    It asks the member that answered last, and the next one as soon as that one is late or fails.
 
     :param endpoints: ``https://ADDRESS:2379`` of each member, this host's own first.
-    :param timeout: seconds for one request, connecting included.
+    :param timeout: seconds for one request to a member, connecting included.
     """
 
     def __init__(
@@ -99,31 +107,18 @@ class Etcd:
         return self._endpoints[self._current]
 
     async def read(self, key: str) -> Shown:
-        """Return the key as a committed transaction shows it.
-
-        A read may be repeated, so each member is asked once. EtcdError if none answered.
-        """
-        failures = []
-        for _ in self._endpoints:
-            try:
-                return await self._transact(
-                    key,
-                    {"target": "VERSION", "result": "LESS", "version": "0"},  # never true
-                    b"",
-                )
-            except EtcdError as error:
-                failures.append(str(error))
-        raise EtcdError("; ".join(failures))
+        """Return the key as a committed transaction shows it. EtcdError if no member answered."""
+        never = {"target": "VERSION", "result": "LESS", "version": "0"}
+        return await self._transact(key, never, b"")
 
     async def swap(self, key: str, revision: int, value: bytes) -> Shown:
         """Write ``value`` if the key's revision still is ``revision`` (0: there is no key).
 
-        Return what the transaction showed: the new value, or what is there instead. One member is
-        asked once. EtcdError if the outcome is not known.
+        Return what a transaction showed: the new value, or what is there instead. EtcdError if the
+        outcome is not known.
         """
-        return await self._transact(
-            key, {"target": "MOD", "result": "EQUAL", "mod_revision": str(revision)}, value
-        )
+        unchanged = {"target": "MOD", "result": "EQUAL", "mod_revision": str(revision)}
+        return await self._transact(key, unchanged, value)
 
     async def silent(self) -> list[str]:
         """Return the members that do not say of themselves that they are healthy."""
@@ -154,15 +149,37 @@ class Etcd:
             "success": [{"request_put": {"key": name, "value": _encode(value)}}],
             "failure": [{"request_range": {"key": name}}],
         }
-        sent = boottime()
-        endpoint = self.endpoint
+        first, members = self._current, len(self._endpoints)
+        left = deque((first + i) % members for i in range(members))
+        asked: dict[asyncio.Task[Shown], int] = {}
+        failures: list[str] = []
         try:
-            answer = await self._post(f"{endpoint}/v3/kv/txn", body)
-            return _shown(answer, sent, value)
-        except EtcdError as error:
-            # Also after an error that names no member: the next may have a leader.
-            self._current = (self._current + 1) % len(self._endpoints)
-            raise EtcdError(f"{endpoint}: {error}") from None
+            while left or asked:
+                if left:
+                    member = left.popleft()
+                    asked[asyncio.create_task(self._ask(member, body, value))] = member
+                done, _ = await asyncio.wait(
+                    asked,
+                    timeout=LATE * self._timeout if left else None,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                for task in done:
+                    member = asked.pop(task)
+                    if (error := task.exception()) is None:
+                        self._current = member
+                        return task.result()
+                    if not isinstance(error, EtcdError):
+                        raise error
+                    failures.append(f"{self._endpoints[member]}: {error}")
+            raise EtcdError("; ".join(failures))
+        finally:
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+
+    async def _ask(self, member: int, body: Mapping[str, Any], value: bytes) -> Shown:
+        sent = boottime()
+        return _shown(await self._post(f"{self._endpoints[member]}/v3/kv/txn", body), sent, value)
 
     async def _post(self, url: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
         if self._session is None:
