@@ -439,7 +439,7 @@ async def test_a_disk_without_room_has_nothing(tmp_path: Path, from_the_begin: b
 async def test_a_side_that_does_not_end_is_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "LINGER", 0.1)
+    monkeypatch.setattr(module, "STALL_SECONDS", 0.1)
 
     async def master(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Outcome:
         writer.write_eof()

@@ -143,17 +143,6 @@ async def test_has_message_by_either_id(tmp_path: Path) -> None:
     assert server.asked.endswith(b"-u\ta@example.org\tHEADER\tX-Umbra-Id\tid\n")
 
 
-async def test_connected(tmp_path: Path) -> None:
-    answer = (
-        b"u4@example.org\t1\timap\t(28016)\t(127.0.0.1)\t"
-        b"u3@example.org\t3\timap\t(24209 28015 28014)\t(127.0.0.1)\t\n+\n"
-    )
-    async with dovecot(tmp_path, Server(answer)) as doveadm:
-        assert await doveadm.connected() == {"u3@example.org", "u4@example.org"}
-    async with dovecot(tmp_path, Server(b"\n+\n")) as doveadm:
-        assert await doveadm.connected() == set()
-
-
 async def test_no_socket(tmp_path: Path) -> None:
     with pytest.raises(DoveadmError, match="No such file"):
         await Doveadm(tmp_path / "none").users()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from time import monotonic
 from typing import Any, cast
 
 import pytest
@@ -206,6 +207,19 @@ async def test_after_a_copy_from_scratch_flags_are_this_nodes() -> None:
     assert flags_of(pair.there) == {1: "", 2: "\\Seen"}
     assert copier.done == [("", False)]
     assert copier.carrier().progress(USER) == 7.0
+
+
+async def test_a_look_at_the_flags_counts_as_progress() -> None:
+    """A change of that user waits as long as it moves, and may not cost the peer."""
+    pair = Pair(Node(20, m1="", m2=""), Node(12, m1="", m2=""))
+    carrier = Copier(pair, m1="kw").carrier()
+    seen: list[float] = []
+    pair.here.on_read = lambda: seen.append(carrier.progress(USER))
+    began = monotonic()
+    await carrier.sync(USER, "")
+    assert seen
+    assert min(seen) >= began
+    assert carrier.progress(USER) == 7.0
 
 
 async def test_nobody_looks_where_nothing_differed_or_was_changed() -> None:

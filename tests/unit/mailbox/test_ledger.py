@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,54 @@ async def test_damaged_file_is_set_aside(tmp_path: Path) -> None:
     await ledger.flag("mail-b", ["a@example.org"])
     await ledger.close()
     assert (tmp_path / "ledger.sqlite.damaged").exists()
+
+
+async def test_a_file_with_damage_in_the_middle_is_set_aside(tmp_path: Path) -> None:
+    """It would be met by some sync later, and again by each agent that starts after that."""
+    ledger = await opened(tmp_path)
+    for number in range(2000):
+        ledger.keep("mail-b", f"u{number}@example.org", "state" * 20)
+    await ledger.close()
+    path = tmp_path / "ledger.sqlite"
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 8192] = b"\xff" * 8192
+    path.write_bytes(content)
+    ledger = await opened(tmp_path)
+    assert await ledger.state("mail-b", "u1000@example.org") == ""
+    await ledger.close()
+    assert (tmp_path / "ledger.sqlite.damaged").exists()
+
+
+async def test_a_failed_commit_brings_no_state_back(tmp_path: Path) -> None:
+    ledger = await opened(tmp_path)
+    await ledger.bind("mail-b", "one")
+    ledger.keep("mail-b", "a@example.org", "old")
+    await ledger.flag("mail-b", ["other@example.org"])
+    commit, begun, go_on = ledger._commit, threading.Event(), threading.Event()
+
+    def failing(*args: object) -> None:
+        begun.set()
+        go_on.wait(10)
+        ledger._commit = commit  # type: ignore[method-assign]
+        raise sqlite3.OperationalError("disk full")
+
+    ledger._commit = failing  # type: ignore[method-assign,assignment]
+    ledger.keep("mail-b", "a@example.org", None)
+    ledger.keep("mail-b", "b@example.org", "of one")
+    flagged = asyncio.create_task(ledger.flag("mail-b", ["a@example.org"]))
+    await asyncio.to_thread(begun.wait, 10)
+    dropped = asyncio.create_task(ledger.state("mail-b", "a@example.org"))
+    bound = asyncio.create_task(ledger.bind("mail-b", "two"))
+    await asyncio.sleep(0.05)
+    go_on.set()
+    assert await dropped == ""
+    assert not await bound
+    await flagged
+    await ledger.close()
+    ledger = await opened(tmp_path)
+    assert await ledger.state("mail-b", "b@example.org") == ""
+    await ledger.close()
 
 
 @pytest.mark.parametrize("lines", [1, 25, 400])

@@ -78,9 +78,6 @@ class World:
     async def exists(self, user: str) -> bool:
         return user in self.known
 
-    async def connected(self) -> set[str]:
-        return {"u0"}
-
     # carrier
 
     async def sync(
@@ -456,7 +453,7 @@ async def test_lost_while_protected_is_written(tmp_path: Path) -> None:
 async def test_stop_ends_all_waiting(tmp_path: Path) -> None:
     world = World()
     async with mirror(world, tmp_path) as peer:
-        whole = Mirror(world, world, {"mail-b": peer}, sweep_interval=60)
+        whole = Mirror(world, world, {"mail-b": peer})
         world.delay = lambda user: 1.0
         waiting = asyncio.create_task(whole.changed("u1"))
         await asyncio.sleep(0.01)
@@ -469,18 +466,92 @@ async def test_stop_ends_all_waiting(tmp_path: Path) -> None:
         assert world.cuts == 1
 
 
-async def test_sweep_syncs_who_has_a_session(tmp_path: Path) -> None:
+async def test_all_users_take_turns_at_a_sync_from_scratch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SWEEP_INTERVAL", 0.02)
     world = World()
     async with mirror(world, tmp_path) as peer:
         world.syncs.clear()
-        whole = Mirror(world, world, {"mail-b": peer}, sweep_interval=0.05)
+        whole = Mirror(world, world, {"mail-b": peer})
         task = asyncio.create_task(whole._sweep())
-        await asyncio.sleep(0.3)
+        await until(lambda: len(world.syncs) >= 5)
         task.cancel()
-        assert ("u0", "state") in world.syncs
-        deep = {user for user, state in world.syncs if not state}
-        assert deep, "all users take turns without a state"
+        assert world.syncs[:5] == [(f"u{number}", "") for number in range(5)]
         assert peer.lag() == (0, 0.0), "a sweep is not a lag"
+
+
+async def test_who_is_to_be_compared_from_scratch_while_a_sync_runs_is(tmp_path: Path) -> None:
+    world = World()
+    async with mirror(world, tmp_path) as peer:
+        world.syncs.clear()
+        world.delay = lambda user: 0.05
+        task = asyncio.create_task(change(world, peer, "u1"))
+        await asyncio.sleep(0.01)
+        peer.recheck(["u1"], deep=True)
+        await task
+        await until(lambda: not peer.running)
+        assert world.syncs == [("u1", "state"), ("u1", "")]
+
+
+async def test_who_goes_away_takes_nobodys_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flag = Ledger.flag
+
+    async def slow(ledger: Ledger, peer: str, users: Sequence[str]) -> None:
+        await asyncio.sleep(0.3 if users else 0.0)
+        await flag(ledger, peer, users)
+
+    monkeypatch.setattr(Ledger, "flag", slow)
+    world = World()
+    async with mirror(world, tmp_path, workers=3, patience=0.05) as peer:
+        world.delay = lambda user: 5.0
+        changes = [asyncio.create_task(peer.changed(f"u{number}")) for number in range(3)]
+        await asyncio.sleep(0.2)  # the peer is lost, and they wait for their names on disk
+        changes[1].cancel()
+        answers = await asyncio.wait_for(asyncio.gather(*changes[::2]), 2)
+        assert answers == [Verdict.RECORDED] * 2
+        assert changes[1].cancelled()
+
+
+async def test_nobody_is_protected_by_a_copy_that_cannot_be_mended(tmp_path: Path) -> None:
+    """A sync that fails may have taken something from the copy that was acknowledged long ago."""
+    world = World()
+    async with mirror(world, tmp_path) as peer:
+        await world.protect()
+        world.outcome = lambda user: Outcome.FAILED if user == "u1" else Outcome.SYNCED
+        peer.recheck(["u1"], deep=True)
+        await until(lambda: peer.phase is not Phase.PROTECTED)
+        assert world.mode == "alone"
+        with pytest.raises(CatchUpFailed, match="1 users cannot be mirrored"):
+            await peer.catch_up(world.protect, everyone=False, binding="one")
+        world.outcome = lambda user: Outcome.SYNCED
+        await peer.catch_up(world.protect, everyone=False, binding="one")
+        assert world.mode == "protected"
+
+
+async def test_nobody_waits_behind_the_comparison_of_a_user_whose_state_was_lost(
+    tmp_path: Path,
+) -> None:
+    """Its sync takes longer than a change waits: each of its changes would cost the peer again."""
+    world = World()
+    async with mirror(world, tmp_path, patience=0.1) as peer:
+        world.outcome = lambda user: Outcome.FAILED
+        task = asyncio.create_task(change(world, peer, "u1"))
+        assert await task is Verdict.RECORDED
+        await until(lambda: not peer.running)
+        world.outcome = lambda user: Outcome.SYNCED
+        world.delay = lambda user: 0.5
+        catch_up = asyncio.create_task(peer.catch_up(world.protect, everyone=False, binding="one"))
+        await asyncio.sleep(0.05)
+        began = monotonic()
+        assert await change(world, peer, "u1") is Verdict.RECORDED
+        assert monotonic() - began < 0.1
+        await asyncio.sleep(0.6)
+        world.delay = lambda user: 0.0
+        await catch_up
+        assert world.mode == "protected"
 
 
 def test_next_phase() -> None:
@@ -814,8 +885,7 @@ async def test_resync_compares_without_a_state(tmp_path: Path) -> None:
         world.outcome = lambda user: Outcome.NO_USER
         with pytest.raises(CatchUpFailed, match="does not know"):
             await peer.resync("u1", nothing)
-        await peer.lose("gone")
-        with pytest.raises(CatchUpFailed, match="gone"):
+        with pytest.raises(CatchUpFailed, match=r"nothing is copied to mail-b now: .*u1"):
             await peer.resync("u2", nothing)
 
 
@@ -856,7 +926,7 @@ async def two_mirrors(
         for name, world in worlds.items()
     }
     first = worlds["mail-b"]
-    both = Mirror(first, first, peers, sweep_interval=60, copies=copies)
+    both = Mirror(first, first, peers, copies=copies)
     task = asyncio.create_task(both.run())
     await asyncio.sleep(0)
     try:

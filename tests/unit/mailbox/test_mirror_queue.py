@@ -147,3 +147,35 @@ def test_a_change_during_a_sync_waits_for_the_next() -> None:
     assert queue.done("user")[0] == [1]
     assert queue.start() == "user"
     assert queue.done("user")[0] == [2]
+
+
+def turns_of(queue: MirrorQueue[int], most: int) -> list[str]:
+    order: list[str] = []
+    while len(order) < most and (user := queue.start()) is not None:
+        order.append(user)
+        queue.done(user)
+    return order
+
+
+def test_who_is_waited_for_does_not_stand_behind_a_thousand_notes() -> None:
+    queue: MirrorQueue[int] = MirrorQueue(1)
+    queue.note(f"noted{number}" for number in range(1000))
+    assert turns_of(queue, 1) == ["noted0"]
+    queue.wait("first", 1)
+    queue.wait("second", 2)
+    # Noted already, and waited for now.
+    queue.wait("noted9", 3)
+    assert turns_of(queue, 6) == ["first", "noted1", "second", "noted2", "noted9", "noted3"]
+    # The other way round: steady changes do not keep the notes from their turns either.
+    for number in range(1000):
+        queue.wait(f"busy{number}", number)
+    assert turns_of(queue, 4) == ["busy0", "noted4", "busy1", "noted5"]
+
+
+def test_whose_changes_are_waited_for_no_more_stands_with_the_noted() -> None:
+    queue: MirrorQueue[int] = MirrorQueue(1)
+    queue.note(["noted"])
+    queue.wait("given up", 1)
+    queue.withdraw()
+    queue.wait("awaited", 2)
+    assert turns_of(queue, 9) == ["awaited", "noted", "given up"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,14 @@ def test_names_are_taken_once(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     names = Notes(tmp_path, tmp_path / "permit")
     assert sorted(names.take()) == ["Jürgen x@example.org", "a@example.org"]
+    assert names.take() == []
+
+
+def test_what_is_no_users_name_is_left_out(tmp_path: Path) -> None:
+    for name in (b"a@example.org", b"raw\xff@example.org", b"-u", b"tab%09@example.org"):
+        (tmp_path / os.fsdecode(name)).touch()
+    names = Notes(tmp_path, tmp_path / "permit")
+    assert names.take() == ["a@example.org"]
     assert names.take() == []
 
 

@@ -21,6 +21,8 @@ from umbra.transport.selection import ShadowPreference, counting
 
 Section = TypeVar("Section")
 MAX_PROBES = 8  # umbra-helper takes no more at once
+# Syncs at once: as many as the cores ask for by themselves, and as a person may set.
+MOST_BY_CORES, MOST_WORKERS = 32, 64
 
 
 class ConfigError(Exception):
@@ -121,7 +123,7 @@ class Mailbox:
     """Mailbox changes. Times in seconds.
 
     :param mirror_copies: how many shadows a change waits for.
-    :param mirror_workers: syncs at once; 0 means twice the cores.
+    :param mirror_workers: syncs at once; 0 means twice the cores, at most ``MOST_BY_CORES``.
     :param verify_period: in which all users are compared once, in the background; 0 for never.
     """
 
@@ -129,13 +131,12 @@ class Mailbox:
     mirror_copies: int = 1
     mirror_timeout: float = 5.0
     mirror_workers: int = 0
-    sweep_interval: float = 60.0
     verify_period: float = 0.0
 
     @property
     def workers(self) -> int:
         """How many syncs run at once."""
-        return self.mirror_workers or 2 * (os.cpu_count() or 1)
+        return self.mirror_workers or min(2 * (os.cpu_count() or 1), MOST_BY_CORES)
 
 
 @dataclass(frozen=True)
@@ -305,6 +306,11 @@ def _contradictions(config: Config) -> list[str]:
         if addresses.count(item) > 1
     ]
     findings += _copies(config)
+    if not 0 <= config.mailbox.mirror_workers <= MOST_WORKERS:
+        findings.append(
+            f"mailbox.mirror_workers is {config.mailbox.mirror_workers}; it must be 0 to "
+            f"{MOST_WORKERS}, since Dovecot has 100 processes for the syncs and all else."
+        )
     if config.heartbeat.timeout <= config.heartbeat.interval:
         findings.append(
             f"heartbeat.timeout is {config.heartbeat.timeout:g} s; it must be over "

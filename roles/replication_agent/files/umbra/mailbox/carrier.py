@@ -60,7 +60,7 @@ CLIENT_HELLO = b"VERSION\tdoveadm-server\t1\t3\n"
 CLIENT_OPTION = b"\t\tOPTION\tlog-passthrough\n"
 HANDSHAKE_LINES = 8
 HANDSHAKE_TIMEOUT = 5.0
-# When one side has ended, the other gets this long to end too (seconds).
+# What was broken off gets this long to end (seconds).
 LINGER = 10.0
 CHUNK = 64 * 1024
 # Bounds for one sync and its stream (seconds). They are for the first copy of a huge mailbox; a
@@ -172,8 +172,8 @@ async def copy(
     :returns: the bytes sent and received over the exchange.
 
     Back pressure: each direction holds at most one chunk beside the transports' buffers. When one
-    side has ended, the other gets ``LINGER`` seconds. Raises PeerError or OSError of the side that
-    broke.
+    side has ended, the other gets ``STALL_SECONDS``: a disk may take its time to have all of it.
+    Raises PeerError or OSError of the side that broke.
     """
     sent = received = 0
     over = asyncio.Event()
@@ -230,12 +230,12 @@ async def copy(
     try:
         done, left = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if left and not any(task.exception() for task in done):
-            await asyncio.wait(left, timeout=LINGER)
+            await asyncio.wait(left, timeout=STALL_SECONDS)
         for task in tasks:
             if task.done():
                 task.result()
         if not all(task.done() for task in tasks):
-            raise OSError(f"one side ended, the other did not within {LINGER:g} s")
+            raise OSError(f"one side ended, the other did not within {STALL_SECONDS:g} s")
     finally:
         for task in tasks:
             task.cancel()
@@ -515,18 +515,21 @@ class DsyncHandler:
         self._disk = disk
         self._socket = path
         self._seen = seen
-        self._running = 0
-        self._ending: dict[asyncio.Task[None], str] = {}
+        self._serving: dict[asyncio.Task[Any], str] = {}
+        self._ending: dict[asyncio.Task[Any], str] = {}
 
     async def quiet(self, user: str | None = None) -> None:
         """Return when no dsync that was broken off writes to mailboxes (of ``user``) any more.
 
         OSError if one does not end within ``LINGER`` seconds.
         """
-        if ending := [task for task, of in self._ending.items() if user in (None, of)]:
-            _, left = await asyncio.wait(ending, timeout=LINGER)
-            if left:
-                raise OSError(f"{len(left)} dsyncs that were broken off have not ended")
+        # One that was broken off this moment has not come to ``_broken_off`` yet.
+        breaking = {task: of for task, of in self._serving.items() if task.cancelling()}
+        for tasks in breaking, self._ending:
+            if ending := [task for task, of in tasks.items() if user in (None, of)]:
+                _, left = await asyncio.wait(ending, timeout=LINGER)
+                if left:
+                    raise OSError(f"{len(left)} dsyncs that were broken off have not ended")
 
     async def __call__(
         self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
@@ -541,14 +544,16 @@ class DsyncHandler:
             raise PeerError(
                 "refused", "this node is primary; its mailboxes take no changes from others"
             )
-        if not valid_user(user) or self._running >= MAX_STREAMS:
+        if not valid_user(user) or len(self._serving) >= MAX_STREAMS:
             metrics.REFUSED.labels("shadow").inc()
             raise PeerError(
                 "refused", "no such user" if not valid_user(user) else "too many streams"
             )
         self._seen(str(user))
         self._refuse_if_full()
-        self._running += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving[task] = str(user)
         try:
             try:
                 await self.quiet(str(user))
@@ -560,7 +565,7 @@ class DsyncHandler:
                 "dovecot", f"the local Dovecot broke off: {error or type(error).__name__}"
             ) from None
         finally:
-            self._running -= 1
+            del self._serving[task]
         return {"sent": sent, "received": received}
 
     def _refuse_if_full(self) -> None:

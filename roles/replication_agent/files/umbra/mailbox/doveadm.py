@@ -42,8 +42,6 @@ CHUNK = 64 * 1024
 STREAM_STALL = 60.0
 # dsync gives up when the other side says nothing for this long (seconds).
 STALL_SECONDS = 60
-# `doveadm who` prints user, count, service, process ids and addresses.
-WHO_COLUMNS = 5
 
 _ESCAPES = str.maketrans(
     {"\0": "\x010", "\x01": "\x011", "\t": "\x01t", "\r": "\x01r", "\n": "\x01n"}
@@ -337,11 +335,3 @@ class Doveadm:
         if reply.code:
             raise DoveadmError(f"doveadm search ended with {reply.code}")
         return bool(reply.fields)
-
-    async def connected(self) -> set[str]:
-        """Return the users who have a session now."""
-        # Not `who -1`: in 2.4.1 its result comes before the end of its output.
-        reply = await self.run("", "who")
-        if reply.code:
-            raise DoveadmError(f"doveadm who ended with {reply.code}")
-        return set(reply.fields[::WHO_COLUMNS])

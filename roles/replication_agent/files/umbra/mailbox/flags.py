@@ -28,8 +28,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any, Protocol
 
 from umbra.mailbox.carrier import Exchange, valid_user
@@ -201,6 +202,7 @@ class FlagsCarrier:
         self._settler = settler
         self._here = here
         self._there = there
+        self._moved: dict[str, float] = {}
 
     async def sync(
         self, user: str, state: str, *, merge: bool = False, apart: Sequence[str] = ()
@@ -208,14 +210,18 @@ class FlagsCarrier:
         """See ``Carrier.sync``. If only the look at the flags failed, all is done again."""
         if state or merge:
             return await self._carrier.sync(user, state, merge=merge, apart=apart)
+        self._moved[user] = monotonic()
         try:
             before = await self._settler.theirs(user)
             result = await self._carrier.sync(user, state)
+            self._moved[user] = monotonic()
             if result.outcome is Outcome.SYNCED:
                 found = await self._look(user, before)
                 await self._settler.settle(user, found, ours=True)
         except (DoveadmError, PeerError) as error:
             return SyncResult.of(error)
+        finally:
+            del self._moved[user]
         return result
 
     async def _look(self, user: str, before: Mapping[str, Counters]) -> Found:
@@ -227,7 +233,7 @@ class FlagsCarrier:
             if now is None or was == now == mine:
                 continue
             unlike = Unlike(mailbox, mailbox)
-            left = self._here.messages(user, mailbox, bodies=False)
+            left = self._moving(user, self._here.messages(user, mailbox, bodies=False))
             right = self._there.messages(user, mailbox, bodies=False)
             async for _ in of_mailbox(mine.name, unlike, left, right):
                 pass  # only flags matter here
@@ -235,9 +241,18 @@ class FlagsCarrier:
                 found.unlike[mine.name] = unlike
         return found
 
+    async def _moving(
+        self, user: str, messages: AsyncGenerator[Message, None]
+    ) -> AsyncGenerator[Message, None]:
+        """Pass messages on, and note that the look at a large mailbox does move."""
+        async with aclosing(messages):
+            async for message in messages:
+                self._moved[user] = monotonic()
+                yield message
+
     def progress(self, user: str) -> float:
         """See ``Carrier.progress``."""
-        return self._carrier.progress(user)
+        return max(self._carrier.progress(user), self._moved.get(user, 0.0))
 
     def cut(self) -> None:
         """Break all syncs that run."""

@@ -1,10 +1,11 @@
 """Mailboxes that are gone here and that dsync cannot remove from the peer.
 
 When nested mailboxes are deleted, dsync may meet an assertion of its own about their directories,
-on both nodes, and again with every try (2.4.1, found by the model test). So before a sync that has
-failed is tried again, the peer is told which mailboxes there are and removes all others itself, the
-deepest first. It only takes from a copy what the next sync would take: a node that may have mail of
-its own refuses.
+on both nodes, and again with every try (2.4.1, found by the model test). So after a sync that has
+failed, the peer is told which mailboxes there are and removes all others itself, the deepest first.
+It only takes from a copy what the next sync would take: a node that may have mail of its own
+refuses. That next sync is the mirror's, from scratch: what the failed one has saved already, its
+state does not tell.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Link(Protocol):
 
 
 class GoneCarrier:
-    """A carrier that has the peer remove what is gone, and tries once more, when a sync failed."""
+    """A carrier that has the peer remove what is gone when a sync has failed."""
 
     def __init__(self, carrier: Carrier, link: Link, dovecot: Dovecot) -> None:
         self._carrier = carrier
@@ -47,8 +48,8 @@ class GoneCarrier:
     ) -> SyncResult:
         """See ``Carrier.sync``."""
         result = await self._carrier.sync(user, state, merge=merge, apart=apart)
-        if result.outcome is Outcome.FAILED and not merge and await self._removed(user):
-            return await self._carrier.sync(user, state)
+        if result.outcome is Outcome.FAILED and not merge:
+            await self._remove(user)
         return result
 
     def progress(self, user: str) -> float:
@@ -59,18 +60,15 @@ class GoneCarrier:
         """Break all syncs that run."""
         self._carrier.cut()
 
-    async def _removed(self, user: str) -> bool:
-        """Whether the peer had something to remove."""
+    async def _remove(self, user: str) -> None:
         try:
             keep = list((await self._dovecot.mailboxes(user)).values())
             if not keep or len(keep) > MAX_MAILBOXES:
-                return False  # without a mailbox at all, something else is wrong
+                return  # without a mailbox at all, something else is wrong
             args = {"user": user, "keep": keep}
-            answer = await self._link.request("mailboxes", args, timeout=TIMEOUT)
+            await self._link.request("mailboxes", args, timeout=TIMEOUT)
         except (DoveadmError, PeerError) as error:
             log.info("mailboxes of %s that are gone stay for now: %s", user, error)
-            return False
-        return bool(answer.get("removed"))
 
 
 class GoneHandler:

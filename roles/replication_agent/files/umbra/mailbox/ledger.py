@@ -69,7 +69,8 @@ class Ledger:
         self._waiting: list[asyncio.Future[None]] = []  # for the next one
         self._written: list[asyncio.Future[None]] = []  # for the one that runs
         self._states: OrderedDict[Key, str] = OrderedDict()
-        self._dirty: dict[Key, str | None] = {}
+        self._dirty: dict[Key, str | None] = {}  # states of the next one
+        self._leaving: dict[Key, str | None] = {}  # states in the one that runs
         self._bindings: dict[str, str] = {}
         self._writer: asyncio.Task[None] | None = None
         self._closing = False
@@ -99,6 +100,8 @@ class Ledger:
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
         self._db.executescript(SCHEMA)
+        if (found := self._db.execute("PRAGMA quick_check(1)").fetchone()) != ("ok",):
+            raise sqlite3.DatabaseError(str(found[0]))
         self._drop(self._dropped.open())
         self._dropped.clear()
         rows = self._db.execute("SELECT peer, user FROM changed").fetchall()
@@ -209,8 +212,9 @@ class Ledger:
         if key in self._states:
             self._states.move_to_end(key)
             return self._states[key]
-        if key in self._dirty:
-            return self._dirty[key] or ""
+        for states in self._dirty, self._leaving:
+            if key in states:
+                return states[key] or ""
         return await self._call(lambda: self._read_state(key))
 
     def _read_state(self, key: Key) -> str:
@@ -244,10 +248,10 @@ class Ledger:
                     await self._urgent.wait()
             try:
                 await self._write()
-            except sqlite3.Error as error:
+            except Exception as error:
                 # Nobody is told OK meanwhile: whoever waits for a flag goes on waiting until it is
                 # on disk.
-                log.error("the mirror ledger cannot be written, trying again: %s", error)
+                log.error("the mirror ledger cannot be written, trying again: %r", error)
                 await asyncio.sleep(1)
 
     async def _write(self) -> None:
@@ -255,16 +259,19 @@ class Ledger:
         self._urgent.clear()
         self._writing, self._flags = self._flags, {}
         self._written, self._waiting = self._waiting, []
-        flags, states, self._dirty = self._writing, self._dirty, {}
+        flags, states = self._writing, self._dirty
+        self._leaving, self._dirty = states, {}
         self._dropped.turn()
         durable = bool(self._written)
         try:
             await self._call(lambda: self._commit(flags, states, durable))
-        except sqlite3.Error:
+        except BaseException:
             self._flags = {**flags, **self._flags}
-            self._dirty = {**states, **self._dirty}
+            # A state may have been dropped or bound to something else meanwhile; without one the
+            # next sync is from scratch.
+            self._dirty = {**dict.fromkeys(states), **self._dirty}
             self._waiting = self._written + self._waiting
-            self._writing, self._written = {}, []
+            self._writing, self._written, self._leaving = {}, [], {}
             self._wake.set()
             raise
         self._dropped.written()
@@ -273,7 +280,7 @@ class Ledger:
         for future in self._written:
             if not future.done():
                 future.set_result(None)
-        self._writing, self._written = {}, []
+        self._writing, self._written, self._leaving = {}, [], {}
 
     def _commit(self, flags: dict[Key, bool], states: dict[Key, str | None], durable: bool) -> None:
         assert self._db is not None
@@ -293,7 +300,7 @@ class Ledger:
                 else:
                     self._db.execute("INSERT OR REPLACE INTO state VALUES (?, ?, ?)", (*key, state))
             self._db.execute("COMMIT")
-        except sqlite3.Error:
+        except BaseException:
             self._db.execute("ROLLBACK")
             raise
 

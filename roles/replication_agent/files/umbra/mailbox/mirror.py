@@ -54,6 +54,8 @@ CHANGED_ATTEMPTS = 50
 RESYNC_LOOK = 0.05
 # Each user's mailboxes are compared without a state once in this time (seconds), spread evenly.
 DEEP_PERIOD = 24 * 3600.0
+# and so often (seconds) it is looked whose turn has come.
+SWEEP_INTERVAL = 60.0
 # How much the last sync counts in what one takes.
 PACE = 0.1
 # How often it is looked whether this node may act (seconds).
@@ -97,9 +99,6 @@ class Users(Protocol):
 
     async def exists(self, user: str) -> bool:
         """Return whether there is such a user. DoveadmError if Dovecot does not answer."""
-
-    async def connected(self) -> set[str]:
-        """Return the users who have a session. DoveadmError if Dovecot does not answer."""
 
 
 class Carrier(Protocol):
@@ -228,6 +227,8 @@ class PeerMirror:
         self._unmerged: set[str] = set()
         self._inherited: Inherited | None = None
         self._without: set[str] = set()  # who has no use for an inherited state any more
+        self._deep: set[str] = set()  # whose next sync is to be from scratch
+        self._scratch: set[str] = set()  # whose sync is from scratch, or the next one will be
         self._before: dict[str, Preparation] = {}
         self._first_round: set[str] = set()
         self._progress = asyncio.Event()
@@ -284,8 +285,8 @@ class PeerMirror:
                 break
             # Not wait_for: if the caller goes away, the change must still be mirrored.
             await asyncio.wait({future}, timeout=left)
-        verdict: Verdict = await future
-        return verdict
+        # Whoever goes away here takes no answer from the others, who are given theirs in a row.
+        return await asyncio.shield(future)
 
     async def keep_to(self, limit: Phase, suspended: set[str], reason: str) -> None:
         """Go no further than ``limit`` on the way to protected, from now on.
@@ -433,17 +434,24 @@ class PeerMirror:
             except (DoveadmError, PeerError) as error:
                 return SyncResult.of(error)
             self._before.pop(user, None)
-        state = await self._ledger.state(self.peer, user)
-        if not state and self._inherited is not None and user not in self._without:
+        deep = user in self._deep
+        self._deep.discard(user)
+        state = "" if deep else await self._ledger.state(self.peer, user)
+        if not (state or deep) and self._inherited is not None and user not in self._without:
             state = await self._inherited(user)
         # A sync that breaks off may have been applied in part, which the state does not tell: flags
         # of messages that it has saved would never be sent again.
         self._ledger.keep(self.peer, user, None)
         self._without.add(user)
+        if not state:
+            self._scratch.add(user)
         result = await self._carrier.sync(user, state)
         # From scratch again until that has gone through: only then are flags and scripts compared.
         if result.outcome is Outcome.SYNCED or (result.outcome is Outcome.CHANGED and state):
             self._ledger.keep(self.peer, user, result.state)
+            self._scratch.discard(user)
+        else:
+            self._scratch.add(user)
         return result
 
     def _settle(self, user: str, started: float) -> None:
@@ -472,6 +480,7 @@ class PeerMirror:
                 if not await self._users.exists(user):
                     # Gone here too: there is nothing left to mirror.
                     self._ledger.keep(self.peer, user, None)
+                    self._scratch.discard(user)
                     self._settle(user, monotonic())
                     return
             except DoveadmError as error:
@@ -489,8 +498,12 @@ class PeerMirror:
         if self._queue.awaited(user):
             self._queue.again(user)
             await self.lose(result.reason)
-        else:
-            self._queue.hold(user)
+            return
+        self._queue.hold(user)
+        if self.phase is Phase.PROTECTED:
+            # What a sync that failed has taken from the copy may have been acknowledged long ago.
+            reason = f"{user} cannot be mirrored to {self.peer}: {result.reason}"
+            await self.lose(reason, lost=False)
 
     # the way back to protected
 
@@ -532,8 +545,7 @@ class PeerMirror:
         self._note(list(self._queue.held))
         self._first_round = self._queue.wanting()
         self.done, self.total = 0, len(self._first_round)
-        # Who is compared from scratch may take hours: nobody shall wait behind that.
-        few = 0 if everyone or merge or not bound else self._few
+        scratch = everyone or merge or not bound
         self._started = monotonic()
         self.phase = Phase.CATCHING_UP
         log.info("catch-up of %s: %d users", self.peer, self.total)
@@ -545,6 +557,8 @@ class PeerMirror:
                 await self._say(copied)
                 copied = None
             noted = self._queue.noted - self._queue.paused
+            # Who is compared from scratch may take hours: nobody shall wait behind that.
+            few = 0 if scratch or self._scratch & self._first_round else self._few
             phase = next_phase(self.phase, noted, few, bool(self._first_round))
             if phase.rank > self.limit.rank:
                 phase = self.limit
@@ -608,6 +622,7 @@ class PeerMirror:
         await self._ledger.bind(self.peer, binding)
         self._inherited = inherited
         self._without.clear()
+        self._unmerged.clear()
         self._alone = None
         self.phase = Phase.PROTECTED
 
@@ -638,13 +653,11 @@ class PeerMirror:
     def recheck(self, users: Iterable[str], *, deep: bool = False) -> None:
         """Sync ``users`` when there is room, though no change is known.
 
-        ``deep`` compares without a state.
+        ``deep`` compares without a state, also who is being synced by one now.
         """
         users = list(users)
         if deep:
-            self._without.update(users)
-            for user in users:
-                self._ledger.keep(self.peer, user, None)
+            self._deep.update(users)
         self._queue.note(users)
         self._pump()
 
@@ -702,20 +715,10 @@ class PeerMirror:
         busy = self.waiting or self.behind or self.running
         return self.phase is Phase.PROTECTED and not busy
 
-    @property
-    def stuck(self) -> bool:
-        """Whether the peer lacks something that no sync is going to bring it."""
-        held = len(self._queue.held)
-        syncs = self.waiting or self.running or self.behind > held
-        return not self.phase.waits or (held > 0 and not syncs)
-
     def unequal(self) -> str:
         """Return why the peer is not ``equal``: one sentence for people, without its full stop."""
         if not self.phase.waits:
             return f"{self.peer} was lost on the way: {self._reason}"
-        if held := sorted(self._queue.held):
-            some = "; ".join(f"{user}: {self.findings.get(user, '')}" for user in held[:3])
-            return f"{len(held)} users cannot be mirrored to {self.peer}: {some}"
         return f"mailboxes were still being copied to {self.peer}"
 
     @property
@@ -759,14 +762,12 @@ class Mirror:
         users: Users,
         peers: Mapping[str, PeerMirror],
         *,
-        sweep_interval: float,
         copies: int = 1,
     ) -> None:
         self.peers = dict(peers)
         self._copies = copies
         self._group = group
         self._users = users
-        self._sweep_interval = sweep_interval
 
     async def run(self) -> None:
         """Run until cancelled."""
@@ -799,33 +800,26 @@ class Mirror:
             peer.stop()
 
     async def _sweep(self) -> None:
-        """What Dovecot 2.4.1 notifies nobody of (SUBSCRIBE.
+        """Have all users take turns at a comparison without a state, once in ``DEEP_PERIOD``.
 
-        Sieve scripts) is mirrored within ``sweep_interval``.
-
-        It syncs the users who have a session now or had one at the last look. Beside that all users
-        take turns at a comparison without a
-        state: a sync with one never notices what only the other side has.
+        It brings what Dovecot notifies nobody of, such as ``doveadm sieve``, and mends what only
+        the other side has, which a sync with a state never notices.
         """
-        before: set[str] = set()
         turns: list[str] = []
         while True:
-            await asyncio.sleep(self._sweep_interval)
-            protected = [peer for peer in self.peers.values() if peer.steady]
-            if not protected or not self._group.is_primary():
+            await asyncio.sleep(SWEEP_INTERVAL)
+            peers = [peer for peer in self.peers.values() if peer.steady]
+            if not peers or not self._group.is_primary():
                 continue
             try:
-                now = await self._users.connected()
                 everybody = await self._users.users()
             except DoveadmError as error:
                 log.warning("sweep: %s", error)
                 continue
             turns = turns or sorted(everybody)
-            share = math.ceil(len(everybody) * self._sweep_interval / DEEP_PERIOD)
-            deep, turns = turns[:share], turns[share:]
-            for peer in protected:
+            share = math.ceil(len(everybody) * SWEEP_INTERVAL / DEEP_PERIOD)
+            now, turns = turns[:share], turns[share:]
+            for peer in peers:
                 if peer.limit is not Phase.PROTECTED:
                     peer.retry_held()  # else losing the peer and catching up again does it
-                peer.recheck(now | before)
-                peer.recheck(deep, deep=True)
-            before = now
+                peer.recheck(now, deep=True)

@@ -4,8 +4,9 @@ Rules:
 
 * A change joins the user's next sync, never the running one, which may have read past it.
 * A user has at most one running sync; at most ``workers`` run at once; users take turns in the
-  order in which they asked, so that a busy or
-  huge mailbox never holds up the others.
+  order in which they asked, so that a busy or huge mailbox never holds up the others.
+* Users of whom a change is waited for do not stand behind those of whom changes are only noted,
+  which may be thousands: the two take turns.
 * A suspended user has no turn; only notes come for such a one.
 * A change is *waited for* (someone gets no OK before a sync covers it) or *noted* (it was answered;
   the flag is on disk). Both ask
@@ -14,7 +15,6 @@ Rules:
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -29,7 +29,6 @@ class _User(Generic[Ticket]):
     noted: bool = False
     noted_covered: bool = False
     running: bool = False
-    queued: bool = False
 
     @property
     def wants(self) -> bool:
@@ -42,7 +41,10 @@ class MirrorQueue(Generic[Ticket]):
     def __init__(self, workers: int) -> None:
         self._workers = workers
         self._users: dict[str, _User[Ticket]] = {}
-        self._order: deque[str] = deque()
+        # In their order; a dict, since a user may leave from the middle.
+        self._awaited: dict[str, None] = {}
+        self._noted: dict[str, None] = {}
+        self._noted_next = False
         self.running = 0
         self.noted = 0
         self.held: set[str] = set()
@@ -64,11 +66,15 @@ class MirrorQueue(Generic[Ticket]):
 
     def start(self) -> str | None:
         """Return the user whose sync starts now, or None if there is none or no room."""
-        if self.running >= self._workers or not self._order:
+        noted = bool(self._noted) and (self._noted_next or not self._awaited)
+        order = self._noted if noted else self._awaited
+        if self.running >= self._workers or not order:
             return None
-        user = self._order.popleft()
+        self._noted_next = not noted
+        user = next(iter(order))
+        del order[user]
         entry = self._users[user]
-        entry.queued, entry.running = False, True
+        entry.running = True
         entry.covered, entry.waiting = entry.waiting, []
         entry.noted_covered, entry.noted = entry.noted, False
         self.running += 1
@@ -157,16 +163,18 @@ class MirrorQueue(Generic[Ticket]):
 
     def _enqueue(self, user: str) -> None:
         entry = self._users[user]
-        if not (entry.queued or entry.running or user in self.suspended):
-            entry.queued = True
-            self.held.discard(user)
-            self._order.append(user)
+        if entry.running or user in self.suspended:
+            return
+        self.held.discard(user)
+        order, other = self._awaited, self._noted
+        if not entry.waiting:
+            order, other = other, order
+        other.pop(user, None)
+        order[user] = None
 
     def _dequeue(self, user: str) -> None:
-        entry = self._users.get(user)
-        if entry is not None and entry.queued:
-            self._order.remove(user)
-            entry.queued = False
+        self._awaited.pop(user, None)
+        self._noted.pop(user, None)
 
     def _end(self, user: str) -> _User[Ticket]:
         entry = self._users[user]

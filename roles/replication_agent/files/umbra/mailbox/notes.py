@@ -16,9 +16,14 @@ that. So a change that went unasked is among those names, and any other one is a
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from urllib.parse import unquote
+
+from umbra.mailbox.carrier import valid_user
+
+log = logging.getLogger(__name__)
 
 # The script reads the same file; a container may have one that differs from the kernel's clock.
 UPTIME = Path("/proc/uptime")
@@ -74,7 +79,10 @@ class Notes:
         with os.scandir(self._names) as entries:
             for entry in entries:
                 os.unlink(entry.path)
-                names.append(unquote(entry.name))
+                if valid_user(name := unquote(entry.name)):
+                    names.append(name)
+                else:
+                    log.error("%r in %s is no user's name", entry.name, self._names)
         return names
 
 

@@ -177,7 +177,6 @@ class Mailboxes:
             face,
             self._doveadm,
             self._peers,
-            sweep_interval=config.mailbox.sweep_interval,
             copies=self._copies,
         )
         token = paths.token.read_text(encoding="ascii").strip()
@@ -325,29 +324,25 @@ class Mailboxes:
         for peer in self._peers.values() if names else ():
             if permitted:
                 peer.follow(names)
-                continue
-            try:
+            else:
                 await peer.missed(names)
-            except (OSError, PermissionError) as error:
-                log.error("the mirror to %s could not be given up: %s", peer.peer, error)
         return len(names)
 
     async def confirm(self, to: str) -> None:
         """Return when ``to`` has all that clients were told OK. The ports are closed.
 
         Whose change could not be told makes the group degraded. Changes of scripts were answered
-        without asking, and a user who was put aside was answered long ago: neither is counted as
-        work in flight, so they are waited for here. NotNow if ``to`` does not get all of it.
+        without asking, so they are no work in flight and waited for here. NotNow if ``to`` does not
+        get all of it.
         """
         async with self._suspending:
             await self._take_notes(permitted=False)
         peer = self._peers[to]
-        peer.retry_held()
         until = monotonic() + CONFIRM_TIMEOUT
         while not (await self._take_scripts() and peer.equal):
             # Not draining any more: the coordinator's time for a switchover is over.
             late = monotonic() > until or self._group.state.phase is not GroupPhase.DRAINING
-            if late or peer.stuck:
+            if late or not peer.phase.waits:
                 raise NotNow(f"{peer.unequal()}; try again")
             await asyncio.sleep(CONFIRM_LOOK)
 
@@ -465,11 +460,8 @@ class Mailboxes:
             await asyncio.sleep(RELAX_INTERVAL)
             if self._group.state.phase is not GroupPhase.PRIMARY:
                 continue
-            try:
-                async with self._suspending:
-                    await self._keep_to_limit("; ".join(self._limits()))
-            except (OSError, PermissionError) as error:
-                log.error("the mirror could not be held back: %s", error)
+            async with self._suspending:
+                await self._keep_to_limit("; ".join(self._limits()))
 
     async def suspend(self, user: str, reason: str) -> None:
         """Copy no changes of ``user`` ("" for all users) any more; returns when that is durable.
@@ -570,15 +562,10 @@ class Mailboxes:
 
     def _lost(self, peer: str, reason: str) -> None:
         if self._group.is_primary():
-            task = asyncio.create_task(self._lose(peer, reason), name=f"mirror loses {peer}")
+            losing = self._peers[peer].lose(reason, cut=True)
+            task = asyncio.create_task(losing, name=f"mirror loses {peer}")
             self._losing.add(task)
             task.add_done_callback(self._losing.discard)
-
-    async def _lose(self, peer: str, reason: str) -> None:
-        try:
-            await self._peers[peer].lose(reason, cut=True)
-        except (OSError, PermissionError) as error:
-            log.error("the mirror to %s could not be given up: %s", peer, error)
 
     def _binding(self, peer: str, epoch: int, *, turned: bool = False) -> str:
         """Return what the sync states hold for: both stores, both boots, one term of office.
