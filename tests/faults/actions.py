@@ -522,7 +522,7 @@ QUEUE = Disk("/var/spool/postfix", 128, (DOVECOT, AGENT))
 
 
 def held_queue_dropped(field: Field, chance: random.Random) -> None:
-    """Drop a former primary's queue, as docs/operations.md has an administrator do it."""
+    """Drop a former primary's queue, as docs/failures.md has an administrator do it."""
     for node in field.nodes:
         if node != field.primary:
             field.run(node, "postsuper -d ALL hold")

@@ -424,6 +424,42 @@ def nothing_forbidden(root: Path) -> Findings:
     return findings
 
 
+NOT_DELIVERED = ("CONTRIBUTING.md", "Makefile", "extensions", "tests")
+
+
+def _anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as they are made where it is shown."""
+    headings = re.findall(r"^#+ +(.*?) *$", _without_code(text), re.MULTILINE)
+    plain = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.replace(" ", "-") for heading in plain}
+
+
+def _without_code(text: str) -> str:
+    return re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def links_lead_somewhere(root: Path) -> Findings:
+    """Links between the pages lead to files and headings that are there, and are delivered too."""
+    findings = []
+    for page in tracked(root):
+        where = page.relative_to(root)
+        if page.suffix != ".md" or where.name == "CHANGELOG.md":
+            continue
+        delivered = where.parts[0] not in NOT_DELIVERED
+        for link in re.findall(r"\]\(([^()\s]+)\)", _without_code(page.read_text())):
+            name, _, anchor = link.partition("#")
+            if ":" in name:
+                continue
+            target = (page.parent / name).resolve() if name else page
+            if not target.exists():
+                findings.append(f"{where}: {link} leads nowhere.")
+            elif anchor and anchor not in _anchors(target.read_text()):
+                findings.append(f"{where}: {link} leads to no heading.")
+            elif delivered and target.relative_to(root).parts[:1] in [(x,) for x in NOT_DELIVERED]:
+                findings.append(f"{where}: {link} is not in the tarball.")
+    return findings
+
+
 def requirements_are_locked(root: Path) -> Findings:
     """Each requirement is locked to one version, for each Python that it says."""
     lines = (root / "requirements.txt").read_text().splitlines()
@@ -469,6 +505,7 @@ RULES = (
     facts_are_not_injected,
     scenarios_test_something,
     nothing_forbidden,
+    links_lead_somewhere,
     requirements_are_locked,
     tarball_holds_only_the_collection,
 )

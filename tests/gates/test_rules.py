@@ -94,6 +94,14 @@ scenario:
   tasks: []
 """,
     TEST: "def test_pair(): ...",
+    "docs/x.md": """\
+# X
+## A `b`, and c: d_e
+[here](#a-b-and-c-d_e), [there](../roles/x/README.md#x_a) and [away](https://mail.example/x#y)
+```
+[code](nowhere.md)
+```
+""",
     "requirements.in": "Ruff>=0.1",
     "requirements.txt": "ruff==0.17.6\nuvloop==0.21.0 ; sys_platform == 'linux'",
     TARBALL + "MANIFEST.json": "",
@@ -175,6 +183,12 @@ BAD: dict[Rule, list[tuple[str, str, str | None, str]]] = {
         (PLAYBOOK, "Play", "See https://" + "py" + "pi.org/x", "registry"),
         (PLAYBOOK, "Play", "In /wo" + "rk/main", "one machine"),
         (PLAYBOOK, "Play", "Made in a previous ses" + "sion", "came to be"),
+    ],
+    rules.links_lead_somewhere: [
+        ("docs/x.md", "README.md#x_a", "README.md#x_z", "leads to no heading"),
+        ("docs/x.md", "#a-b-and", "#a-b", "leads to no heading"),
+        ("docs/x.md", "roles/x", "roles/z", "leads nowhere"),
+        ("docs/x.md", "roles/x/README.md#x_a", "extensions", "is not in the tarball"),
     ],
     rules.requirements_are_locked: [
         ("requirements.txt", "ruff==", "ruff>=", "not one exact version"),

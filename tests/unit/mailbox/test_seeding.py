@@ -9,7 +9,7 @@ from time import monotonic
 import pytest
 
 from umbra.mailbox.document import DocumentError
-from umbra.mailbox.seeding import Pacer, Seed, Seeds
+from umbra.mailbox.seeding import Pacer, Seed, Seeds, rate_of
 
 
 def test_they_are_on_disk(tmp_path: Path) -> None:
@@ -65,3 +65,13 @@ async def test_who_waits_goes_on_when_the_rate_is_lifted() -> None:
     rate = 0.0
     async with asyncio.timeout(1):
         await task
+
+
+def test_a_rate_is_refused_in_the_unit_that_was_typed() -> None:
+    assert (rate_of(0), rate_of(100_000), rate_of(5e6)) == (0.0, 100_000.0, 5e6)
+    for little in (50_000.0, -1, float("nan")):
+        with pytest.raises(ValueError, match=r"at least 0\.1 MB/s$"):
+            rate_of(little)
+    for wrong in (True, "5", None):
+        with pytest.raises(ValueError, match="must be a number"):
+            rate_of(wrong)

@@ -206,7 +206,7 @@ def resume(user: str) -> None:
 @click.argument("node")
 @click.option(
     "--rate", type=click.FloatRange(min=0), default=0.0, show_default=True, metavar="MB/S",
-    help="Send no more than so many megabytes a second; 0 for no limit.",
+    help="Send no more than so many megabytes a second: at least 0.1, or 0 for no limit.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object each second.")
 def seed(node: str, rate: float, as_json: bool) -> None:

@@ -44,7 +44,7 @@ from umbra.mailbox.carrier import valid_user
 from umbra.mailbox.document import DocumentError
 from umbra.mailbox.doveadm import DoveadmError
 from umbra.mailbox.part import Mailboxes
-from umbra.mailbox.seeding import LEAST_RATE
+from umbra.mailbox.seeding import rate_of
 from umbra.node.addresses import plan
 from umbra.node.client import NodeHelper
 from umbra.node.netlink import Netlink
@@ -415,11 +415,7 @@ class Agent:
         yield {"done": True}
 
     async def _post_seed(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        node, rate = body.get("node"), body.get("rate", 0)
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)):
-            raise ValueError("rate must be a number of bytes a second")
-        if rate and rate < LEAST_RATE:
-            raise ValueError(f"rate must be 0 for no limit, or at least {LEAST_RATE:g}")
+        node, rate = body.get("node"), rate_of(body.get("rate", 0))
         self._must_be_primary("Nodes are seeded")
         if node not in self._group.links:
             raise Refused(f"{node} is no other node of this group.")
@@ -427,7 +423,7 @@ class Agent:
             raise Refused(f"{node} does not answer.")
         if self._mailboxes.suspended:
             raise Refused("the mirror of all mailboxes is suspended: umbractl resume.")
-        async with aclosing(self._mailboxes.seed(str(node), float(rate))) as rows:
+        async with aclosing(self._mailboxes.seed(str(node), rate)) as rows:
             async for row in rows:
                 yield row
         if not self._group.is_primary():

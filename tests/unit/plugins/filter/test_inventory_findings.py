@@ -534,5 +534,7 @@ def test_shipped_inventory_is_clean(name: str) -> None:
     assert findings(groups, hostvars, ROLES) == []
 
 
-def test_shipped_inventories_are_the_two() -> None:
-    assert {"lab", "pair"} <= {path.name for path in (ROOT / "inventories").iterdir()}
+def test_shipped_inventories_are_the_four() -> None:
+    assert {"lab", "pair", "pair_with_witness", "multi_site"} <= {
+        path.name for path in (ROOT / "inventories").iterdir()
+    }

@@ -24,6 +24,18 @@ SLICE = 0.25
 LEAST_RATE = 100_000.0
 
 
+def rate_of(value: object) -> float:
+    """Return a rate that was asked for, in bytes a second; 0 is no limit.
+
+    ValueError in the operator's unit, which is megabytes.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError("rate must be a number of bytes a second")
+    if value and not value >= LEAST_RATE:
+        raise ValueError(f"rate must be 0 for no limit, or at least {LEAST_RATE / 1e6:g} MB/s")
+    return float(value)
+
+
 @dataclass(frozen=True)
 class Seed:
     """Since when (ISO 8601, UTC), and how fast at most (bytes a second, 0 for no limit)."""

@@ -44,7 +44,8 @@ RATE = 1024 * 1024
 large message may take."""
 
 LIMIT = 240.0
-"""Seconds for any message; Postfix gives up on a milter after 300."""
+"""Seconds for any message. Postfix waits 120 for the answer to its end (``content_timeout`` in
+main.cf), then says 421. A message of the default size limit has 55."""
 
 MAX_IN_FLIGHT = 250
 """Messages that may be between their end and their answer; the link has so many connections."""
