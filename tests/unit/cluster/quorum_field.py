@@ -21,7 +21,6 @@ from umbra.cluster.etcd import EtcdError, Shown
 from umbra.cluster.handover import Handover
 from umbra.cluster.quorum import QuorumGroup
 from umbra.cluster.static import StateFile
-from umbra.cluster.switchover import Remaining
 from umbra.cluster.work import POSTFIX
 from umbra.config import (
     Config,
@@ -40,6 +39,7 @@ from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import PeerIdentity
 from umbra.peer.link import PeerLink
 from umbra.peer.server import Handler
+from umbra.transport.remaining import Remaining
 
 TIMING = p.PROFILES["default"]
 D = TIMING.silence
@@ -256,9 +256,7 @@ class Parts:
 
     def gave_up(self) -> None: ...
 
-    async def take_over(
-        self, origin: str, remaining: Mapping[str, Sequence[str] | None] | None
-    ) -> None:
+    async def take_over(self, origin: str, remaining: Remaining | None) -> None:
         self.taken.append((origin, remaining))
 
     def resubmit(self) -> None: ...

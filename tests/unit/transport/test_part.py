@@ -18,6 +18,7 @@ from umbra.peer.exchange import PeerError
 from umbra.peer.identity import PeerIdentity
 from umbra.transport import ids, part
 from umbra.transport.part import HEADROOM, Messages
+from umbra.transport.remaining import Left
 from umbra.transport.resubmit import Report, narrow
 from umbra.transport.service import ShadowService
 from umbra.transport.store import ShadowStore, State
@@ -257,7 +258,7 @@ async def test_only_a_failover_waits_before_it_resubmits(
     tmp_path: Path,
     group: PlayedGroup,
     monkeypatch: pytest.MonkeyPatch,
-    remaining: dict[str, list[str]] | None,
+    remaining: dict[str, Left] | None,
     waits: bool,
 ) -> None:
     made = messages(tmp_path, group, resubmit_after=1.0)

@@ -17,6 +17,7 @@ from umbra.transport import ids
 from umbra.transport import resubmit as module
 from umbra.transport.discard import Discarder, LocalHolder
 from umbra.transport.envelope import Recipient
+from umbra.transport.remaining import Left
 from umbra.transport.resubmit import Resubmission, Resubmitter
 from umbra.transport.smtp import SmtpUnreachable, Stuffer
 from umbra.transport.store import ShadowStore, State
@@ -264,7 +265,7 @@ async def test_a_file_that_postfix_cannot_read_is_carried_on_to_all(bench: Bench
     await bench.held(
         queue_id="4one", recipients=(Recipient("bob@example.com"), Recipient("eve@example.com"))
     )
-    assert await bench.resubmitter.claim("a", {"4one": None}) == 0
+    assert await bench.resubmitter.claim("a", {"4one": Left(None)}) == 0
     await bench.resubmitter.step()
     [mail] = bench.smtpd.mails
     assert [line for line in mail.commands if line.startswith(b"RCPT")] == [
@@ -278,12 +279,37 @@ async def test_a_handover_says_who_is_left(bench: Bench) -> None:
         queue_id="4one", recipients=(Recipient("bob@example.com"), Recipient("eve@example.com"))
     )
     await bench.held(queue_id="4two")
-    assert await bench.resubmitter.claim("a", {"4one": ["eve@example.com"]}) == 1
+    assert await bench.resubmitter.claim("a", {"4one": Left(("eve@example.com",))}) == 1
     await bench.resubmitter.step()
     [mail] = bench.smtpd.mails
     assert [line for line in mail.commands if line.startswith(b"RCPT")] == [
         b"RCPT TO:<eve@example.com>"
     ]
+
+
+@pytest.mark.parametrize("shadowed", [True, False])
+async def test_what_was_on_hold_is_to_be_on_hold_here_after_a_handover_only(
+    bench: Bench, shadowed: bool
+) -> None:
+    held: list[bool] = []
+
+    def act(mail: Mail) -> None:
+        held.append(next(iter(bench.resubmissions.values())).held)
+        bench.milter(shadowed=shadowed)(mail)
+
+    bench.smtpd.on_data = act
+    bench.resubmitter._concurrency = 1
+    for queue_id in ("4one", "4two", "4all"):
+        await bench.held(queue_id=queue_id)
+    to = ("bob@example.com",)
+    left = {"4one": Left(to, held=True), "4two": Left(to), "4all": Left(None, held=True)}
+    await bench.resubmitter.claim("a", left)
+    await bench.resubmitter.claim("a", left)  # dying in between changes nothing
+    await bench.resubmitter.step()
+    assert held == [True, False, True]
+    # From then on its queue file says so, which somebody may have released.
+    async for meta in bench.store.in_order(State.UNSHADOWED):
+        assert not meta.envelope.held
 
 
 @pytest.mark.parametrize("verb", [b"MAIL", b"RCPT", b"DATA"])

@@ -324,6 +324,18 @@ async def test_a_resubmitted_message_keeps_its_id(bench: Bench) -> None:
     assert progress == Resubmission("4abcDEF", True)
 
 
+@pytest.mark.parametrize("shadowed", [True, False])
+async def test_what_was_on_hold_is_put_on_hold_again(bench: Bench, shadowed: bool) -> None:
+    shadow_id = "0" * 31 + "7"
+    bench.resubmissions[shadow_id] = Resubmission(held=True)
+    if not shadowed:
+        bench.group.peers = []
+    client = await MilterClient.connect(bench.path, RESUBMISSION)
+    headers = ((b"X-Umbra-Id", b" " + shadow_id.encode()), *HEADERS)
+    assert await client.message(headers) == [(b"q", b"\0"), (b"a", b"")]
+    await client.close()
+
+
 SIGNATURE = (b"DKIM-Signature", b" v=1")
 
 

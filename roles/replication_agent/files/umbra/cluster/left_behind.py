@@ -3,7 +3,7 @@
 The new primary has it durably, and carries it on: that brings it to a shadow again, one message
 after the other. Until then the queue file here, which is on hold, is the other copy. Then it is
 deleted. If the new primary is lost before and this node takes over, what was not carried on there
-is released here, and Postfix goes on with it.
+is released here, and Postfix goes on with it; not what was on hold before the handover.
 
 If a node that may never have had them is promoted by force, its word says nothing of them: they
 stay on hold. If this agent dies before, the files stay on hold for the administrator, as after a
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Protocol
 
 from umbra.cluster.group import Group
@@ -48,16 +48,20 @@ class LeftBehind:
         self._helper = helper
         self._messages = messages
         self._files: Mapping[str, str] = {}
+        self._held: Set[str] = frozenset()
         self._since = 0
         self._put = asyncio.Event()
 
-    def put(self, files: Mapping[str, str], since: int) -> None:
+    def put(self, files: Mapping[str, str], since: int, held: Set[str] = frozenset()) -> None:
         """Tidy these up when it is time to: shadow ids by queue id.
 
         They are on hold, and were handed over to the primary of epoch ``since``.
+
+        :param held: those that were on hold before, so that releasing them is not for us.
         """
         # What could not be tidied up since an earlier handover stays to be.
         self._since = min(since, self._since) if self._files else since
+        self._held = (self._held & self._files.keys()) | held
         self._files = {**self._files, **files}
         self._put.set()
 
@@ -121,7 +125,7 @@ class LeftBehind:
         """
         passed_on = await self._messages.passed_on(files, self._since)
         await self._helper.queue_delete(sorted(passed_on))
-        left = sorted(files.keys() - passed_on)
+        left = sorted(files.keys() - passed_on - self._held)
         await self._helper.queue_release(left)
         self._forget(files)
         if left:

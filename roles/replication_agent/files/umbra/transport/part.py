@@ -27,6 +27,7 @@ from umbra.transport.milter_server import MilterServer
 from umbra.transport.once import Once
 from umbra.transport.once_server import NAME, OnceServer
 from umbra.transport.ports import Refusal
+from umbra.transport.remaining import Remaining
 from umbra.transport.replay import Replayer
 from umbra.transport.resubmit import Resubmission, Resubmitter
 from umbra.transport.safety_net import SafetyNet
@@ -357,9 +358,7 @@ class Messages:
 
     # -- promotion
 
-    async def take_over(
-        self, origin: str, remaining: Mapping[str, Sequence[str] | None] | None
-    ) -> None:
+    async def take_over(self, origin: str, remaining: Remaining | None) -> None:
         """Make ``origin``'s messages this node's to resubmit; see ``cluster.switchover``."""
         self._discarder.forget()
         self._once.doubt()

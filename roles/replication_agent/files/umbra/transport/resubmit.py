@@ -14,6 +14,9 @@ after:
 - Postfix has said 250: as before, the committed queue file or the mailboxes tell.
 - the row is deleted or ``unshadowed``: done; back-fill and discard go on with it.
 
+What was on hold when its primary handed over is put on hold again: the milter says so at its end.
+A lost primary cannot tell, so after a failover such a message is delivered.
+
 Mail from the null sender (bounces) is resubmitted like other mail. A bounce that the lost primary
 had sent because of a message that is resubmitted is not recalled: the sender may be told twice.
 What Postfix makes itself and gives to no milter is not here at all.
@@ -24,13 +27,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 from umbra.node.helper import HelperError
 from umbra.transport import ids, metrics
 from umbra.transport.discard import Discarder, QueueIds
 from umbra.transport.envelope import Envelope, Recipient
+from umbra.transport.remaining import Left, Remaining
 from umbra.transport.smtp import SmtpClient, SmtpError, SmtpUnreachable
 from umbra.transport.store import ContentError, Meta, ShadowStore, State, StoreError
 from umbra.transport.tracking import DISCARDED, DUPLICATE_DROPPED, RESUBMITTED, track
@@ -53,10 +57,14 @@ async def itself(address: str) -> Sequence[str]:
 
 @dataclass(slots=True)
 class Resubmission:
-    """A message that is being resubmitted by this process, as far as the milter has told."""
+    """A message that is being resubmitted by this process, as far as the milter has told.
+
+    ``held``: it is to be put on hold.
+    """
 
     queue_id: str = ""
     shadowed: bool = False
+    held: bool = False
 
 
 @dataclass(slots=True)
@@ -107,9 +115,7 @@ class Resubmitter:
         self._address = host, port
         self._concurrency = concurrency
 
-    async def claim(
-        self, origin: str, remaining: Mapping[str, Sequence[str] | None] | None = None
-    ) -> int:
+    async def claim(self, origin: str, remaining: Remaining | None = None) -> int:
         """Make what is held for ``origin`` ours, durably.
 
         Return how many messages had no recipient left.
@@ -118,8 +124,7 @@ class Resubmitter:
         succeed any more), and with a handover's ``remaining`` before the handover is answered: it
         is known only now.
 
-        :param remaining: by queue id of ``origin``: the recipients that had not got the message.
-            What is not named is finished; None, of one or of all: nobody knows.
+        :param remaining: what was left of ``origin``'s queue; None if nobody knows.
         """
         gone = await self._store.claim(origin, remaining, narrow)
         for meta in gone:
@@ -249,7 +254,7 @@ class Resubmitter:
         return True
 
     async def _send(self, client: SmtpClient, meta: Meta, envelope: Envelope) -> None:
-        progress = self._resubmissions[meta.shadow_id] = Resubmission()
+        progress = self._resubmissions[meta.shadow_id] = Resubmission(held=meta.envelope.held)
         try:
             answer = await client.send(envelope, self._content(meta))
         finally:
@@ -273,7 +278,7 @@ class Resubmitter:
                 [meta.shadow_id], origin=meta.origin, state=State.RESUBMITTING
             )
         else:
-            await self._store.keep_unshadowed(meta.shadow_id, progress.queue_id, origin=self._node)
+            await self._store.keep_unshadowed(meta, progress.queue_id, origin=self._node)
             self._discarder.add(self._node, progress.queue_id, meta.shadow_id)
 
     async def _content(self, meta: Meta) -> AsyncIterator[bytes]:
@@ -282,14 +287,17 @@ class Resubmitter:
             yield piece
 
 
-def narrow(envelope: Envelope, left: Sequence[str]) -> Envelope:
-    """Return the envelope with those recipients that are ``left``, which are one or more.
+def narrow(envelope: Envelope, left: Left) -> Envelope:
+    """Return the envelope of what is ``left`` of a message, with those recipients only.
 
     The queue knows recipients after alias expansion. One that is not in the envelope came from an
     alias there and takes the alias's place; if only one alias can be meant, it keeps that one's
     arguments.
     """
-    wanted = {address.lower(): address for address in left}
+    envelope = replace(envelope, held=left.held)
+    if left.recipients is None:
+        return envelope
+    wanted = {address.lower(): address for address in left.recipients}
     kept = [item for item in envelope.recipients if item.address.lower() in wanted]
     others = [item for item in envelope.recipients if item.address.lower() not in wanted]
     for item in kept:

@@ -217,7 +217,8 @@ class _Message:
         metrics.SHADOW_SECONDS.observe(time.monotonic() - started)
         await self._keep()
         if self._resubmission is not None:
-            return milter.ACCEPT  # the id is in its header already
+            # The id is in its header already.
+            return (milter.HOLD if self._resubmission.held else b"") + milter.ACCEPT
         self._shadowing.accepted(self._shadow_id)
         # The first of its name, as in a resubmitted message: whatever else bears that name came
         # with the message.

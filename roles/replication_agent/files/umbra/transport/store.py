@@ -30,6 +30,7 @@ from umbra.transport import metrics, spool
 from umbra.transport.commit import Committer, ContentError, StoreError, StoreFull, translate
 from umbra.transport.envelope import Envelope
 from umbra.transport.ids import valid
+from umbra.transport.remaining import FINISHED, Left, Remaining
 
 __all__ = [
     "ContentError",
@@ -47,7 +48,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-Narrow = Callable[[Envelope, Sequence[str]], Envelope]
+Narrow = Callable[[Envelope, Left], Envelope]
 
 ROW_LIMIT = 256 * 1024
 """Contents up to this many bytes lie in the row itself."""
@@ -337,21 +338,19 @@ class ShadowStore:
         [(pages,)] = await self._read("PRAGMA freelist_count", ())
         return await self._in(self._files, lambda: self._left(int(pages) * PAGE_SIZE))
 
-    async def claim(
-        self, origin: str, remaining: Mapping[str, Sequence[str] | None] | None, narrow: Narrow
-    ) -> list[Gone]:
+    async def claim(self, origin: str, remaining: Remaining | None, narrow: Narrow) -> list[Gone]:
         """Make what is held for ``origin`` this node's to resubmit, in one transaction.
 
         Repeating it is harmless.
 
-        :param remaining: by queue id, who had not got the message when the origin gave it up; a
-            message that is not named there is deleted. None if unknown, of one or of all.
-        :param narrow: returns the envelope with the remaining recipients only.
+        :param remaining: what was left when the origin gave it up; a message that is not named
+            there is deleted. None if unknown.
+        :param narrow: returns the envelope of what is left.
         :returns: what was discarded.
         """
         now = time.time()
 
-        def narrowed(database: sqlite3.Connection, shadow_id: str, left: Sequence[str]) -> str:
+        def narrowed(database: sqlite3.Connection, shadow_id: str, left: Left) -> str:
             [(text,)] = database.execute(
                 "SELECT envelope FROM message WHERE shadow_id = ?", (shadow_id,)
             )
@@ -366,16 +365,14 @@ class ShadowStore:
                 ).fetchall()
                 # One envelope at a time: there may be 100,000.
                 for shadow_id, queue_id in names:
-                    left = remaining.get(queue_id, ())
-                    if left is None:
-                        continue
-                    if left:
-                        database.execute(
-                            "UPDATE message SET envelope = ? WHERE shadow_id = ?",
-                            (narrowed(database, shadow_id, left), shadow_id),
-                        )
-                    else:
+                    left = remaining.get(queue_id, FINISHED)
+                    if left.recipients == ():
                         gone += self._discard(database, shadow_id, origin, State.HELD, True, now)
+                        continue
+                    database.execute(
+                        "UPDATE message SET envelope = ? WHERE shadow_id = ?",
+                        (narrowed(database, shadow_id, left), shadow_id),
+                    )
             database.execute(
                 "UPDATE message SET state = ? WHERE origin = ? AND state = ?",
                 (State.RESUBMITTING, origin, State.HELD),
@@ -430,14 +427,23 @@ class ShadowStore:
             )
         )
 
-    async def keep_unshadowed(self, shadow_id: str, queue_id: str, *, origin: str) -> None:
+    async def keep_unshadowed(self, meta: Meta, queue_id: str, *, origin: str) -> None:
         """Turn a resubmitted message into one of this node's own queue that no shadow has yet."""
+        # Whether it is on hold is its queue file's matter from now on.
+        envelope = replace(meta.envelope, held=False).to_json()
         await self._write(
             lambda database: (
                 database.execute(
-                    "UPDATE message SET state = ?, origin = ?, queue_id = ?, new_queue_id = ''"
-                    " WHERE shadow_id = ? AND state = ?",
-                    (State.UNSHADOWED, origin, queue_id, shadow_id, State.RESUBMITTING),
+                    "UPDATE message SET state = ?, origin = ?, queue_id = ?, envelope = ?,"
+                    " new_queue_id = '' WHERE shadow_id = ? AND state = ?",
+                    (
+                        State.UNSHADOWED,
+                        origin,
+                        queue_id,
+                        envelope,
+                        meta.shadow_id,
+                        State.RESUBMITTING,
+                    ),
                 ).rowcount
             )
         )
