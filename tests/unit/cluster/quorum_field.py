@@ -241,6 +241,7 @@ class Parts:
     def __init__(self) -> None:
         self.taken: list[tuple[str, Remaining | None]] = []
         self.left = 0
+        self.parked: list[str] = []
         self.came_back: set[str] = set()
         self.resumed: list[str] = []
         self.replacing = 0
@@ -404,7 +405,7 @@ class Node:
             return {}
 
         async def outstanding(peer: PeerIdentity, args: Any, exchange: Any) -> dict[str, Any]:
-            return {"messages": self.parts.left}
+            return {"messages": self.parts.left, "parked": self.parts.parked}
 
         def status() -> dict[str, Any]:
             durable = group.state.durable

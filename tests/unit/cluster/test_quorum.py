@@ -508,6 +508,24 @@ def test_what_was_handed_over_is_not_sent_again_after_a_switch_back(group: Play)
     group(scenario)
 
 
+def test_what_the_new_primary_could_not_carry_on_is_kept_and_released_after_a_switch_back(
+    group: Play,
+) -> None:
+    async def scenario(field: Field) -> None:
+        field.a.host.queue_ids = {"Q1": "deferred", "Q2": "deferred"}
+        field.b.parts.parked = ["s1"]  # the id of Q1
+        field.a.parts.covered = lambda peer: {"Q1": "s1", "Q2": "s2"}  # type: ignore[method-assign]
+        await field.a.handover.run("b", dry_run=False, timeout_s=10)
+        await field.protected(field.b, 3)
+        await field.until(lambda: field.a.host.queue_ids == {"Q1": "hold"}, 3)
+        await asyncio.sleep(1.5)
+        assert field.a.host.queue_ids == {"Q1": "hold"}
+        await field.b.handover.run("a", dry_run=False, timeout_s=10)
+        await field.until(lambda: field.a.host.queue_ids == {"Q1": "deferred"}, 3)
+
+    group(scenario)
+
+
 def test_who_was_promoted_by_force_has_not_carried_on_what_was_handed_over_to_another(
     group: Play,
 ) -> None:

@@ -343,6 +343,46 @@ async def test_what_is_outstanding_is_told_to_the_former_primary(
     assert await outstanding() == 0
 
 
+async def test_what_was_set_aside_holds_up_no_switchover_and_is_shown_until_somebody_acts(
+    made: Messages, group: PlayedGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(part, "STATS_INTERVAL", 0.01)
+    shadow_id = await held(made._store, "b")
+    await made._store.claim("b", None, narrow)
+    await made._store.park(shadow_id)
+    assert await made.outstanding() == 0
+    handler = made.handlers()["shadow-outstanding"]
+    # The former primary keeps its queue file of it.
+    answer = await handler(PeerIdentity("b", "s"), {}, cast(Any, None))
+    assert answer == {"messages": 0, "parked": [shadow_id]}
+    await made.give_back()
+    counting = asyncio.create_task(made._count())
+    await asyncio.sleep(0.1)
+    [check] = [check for check in made.checks() if check.name == "parked messages"]
+    assert not check.passed
+    assert shadow_id in check.message
+    assert made.alone() == 1
+    [row] = (await made.queue())["parked"]
+    assert (row["shadow_id"], row["origin"], row["message_id"]) == (
+        shadow_id, "b", ENVELOPE.message_id,
+    )  # fmt: skip
+    ran, task = resubmitting(made, monkeypatch)
+    made.resubmit()  # a start, a promotion, an operator
+    async with asyncio.timeout(5):
+        await ran.wait()
+    assert [meta.shadow_id async for meta in made._store.in_order(State.RESUBMITTING)] == [
+        shadow_id
+    ]
+    assert not await made.drop(shadow_id), "it is being carried on"
+    await made._store.park(shadow_id)
+    assert await made.drop(shadow_id)
+    assert await made._store.find(shadow_id) is None
+    assert not await made.drop(shadow_id)
+    for running in (task, counting):
+        running.cancel()
+    await asyncio.gather(task, counting, return_exceptions=True)
+
+
 @pytest.mark.parametrize("op", ["shadow-settled", "shadow-left", "shadow-fetch"])
 async def test_only_the_primary_settles(made: Messages, group: PlayedGroup, op: str) -> None:
     group.leading = None

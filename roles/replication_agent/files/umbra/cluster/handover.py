@@ -199,7 +199,7 @@ class Handover(Switchover):
             remaining = await told(exchange)
         except (KeyError, TypeError, ValueError) as error:
             raise PeerError("protocol", f"a handover that makes no sense: {error!r}") from None
-        await self.left_behind.finish()
+        await self.left_behind.finish(peer.node)
         self._given = _Given(peer.node, epoch, remaining)
         return {}
 

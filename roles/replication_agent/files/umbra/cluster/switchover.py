@@ -451,7 +451,7 @@ class Switchover:
             raise PeerError(
                 "refused", f"{peer.node} cannot hand over from {change.old} to {change.new}"
             )
-        await self.left_behind.finish()
+        await self.left_behind.finish(peer.node)
         try:
             # The tending loop opens as soon as the right is this node's.
             await self._mailboxes.quiet()

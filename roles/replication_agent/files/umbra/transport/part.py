@@ -34,7 +34,7 @@ from umbra.transport.safety_net import SafetyNet
 from umbra.transport.service import MAX_STORES, ShadowService
 from umbra.transport.settle import Settlement
 from umbra.transport.shadowing import Shadowing
-from umbra.transport.store import Holding, ShadowStore, State, StoreError
+from umbra.transport.store import Holding, Meta, ShadowStore, State, StoreError
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,8 @@ HEADROOM = 32 * 1024 * 1024
 """Bytes of room under which new messages are refused at MAIL; those that have begun still fit."""
 MAX_AGE = 4 * 3600.0
 """Seconds; an older shadow message means mail that the primary cannot get rid of."""
+MAX_PARKED = 100
+"""Of more messages that were set aside only the first are named."""
 
 
 LOAD = {
@@ -54,6 +56,8 @@ LOAD = {
     "queue": "The shadow queue has its full size (shadow_max_size).",
     "busy": "Too many messages are coming in at once.",
 }
+ALONE = (State.RESUBMITTING, State.UNSHADOWED)
+"""Messages that no other node has, or that are not taken over yet."""
 FULL_HERE = Refusal(452, "4.3.1", "No room for messages at this moment, try again later")
 FULL_THERE = Refusal(452, "4.3.1", "The second server has no room for a copy, try again later")
 BUSY_THERE = Refusal(451, "4.3.2", "The second server is busy, try again later")
@@ -182,6 +186,8 @@ class Messages:
         self._held = (0, 0)
         self._oldest: float | None = None
         self._own = 0
+        self._parked = 0
+        self._first_parked: Sequence[Meta] = ()
         self._room = HEADROOM
         self._resubmit_at = 0.0
         self._unsettled: set[str] = set()
@@ -225,7 +231,9 @@ class Messages:
                 held = [row for row in rows if row.state is State.HELD]
                 self._held = sum(row.count for row in held), sum(row.bytes for row in held)
                 self._oldest = min((row.oldest for row in held), default=None)
-                self._own = _alone(rows)
+                self._own = _count(rows, *ALONE, State.PARKED)
+                self._parked = _count(rows, State.PARKED)
+                self._first_parked = await self._set_aside() if self._parked else ()
             await asyncio.sleep(STATS_INTERVAL)
 
     def held(self) -> tuple[int, int]:
@@ -294,8 +302,27 @@ class Messages:
             Check(
                 "own messages", True, self._own, None,
                 f"{self._own} messages are kept here until a shadow has them.",
-            )
+            ),
+            Check("parked messages", not self._parked, self._parked, 0, self._said_of_parked()),
         ]  # fmt: skip
+
+    def _said_of_parked(self) -> str:
+        if not self._first_parked:
+            return "No message was set aside."
+        row = view.parked(self._first_parked, self._resubmitter.reasons)[0]
+        return (
+            f"{self._parked} messages cannot be carried on and are kept here, see umbractl queue;"
+            f" for example {row['shadow_id']} of {row['origin']}: {row['reason']}."
+        )
+
+    async def _set_aside(self) -> Sequence[Meta]:
+        """Return the first of the messages that were set aside."""
+        found: list[Meta] = []
+        async for meta in self._store.in_order(State.PARKED):
+            found.append(meta)
+            if len(found) == MAX_PARKED:
+                break
+        return found
 
     def _copies_check(self) -> Sequence[Check]:
         holders = [link.name for link in self._group.shadows()]
@@ -317,8 +344,22 @@ class Messages:
     async def queue(self) -> dict[str, Any]:
         """Return what is in transit here, as ``GET /queue`` tells it. StoreError if unreadable."""
         return view.queue(
-            self._config.node, await self._store.stats(), self._discarder.counts(), time.time()
+            self._config.node, await self._store.stats(), self._discarder.counts(), time.time(),
+            view.parked(await self._set_aside(), self._resubmitter.reasons),
+        )  # fmt: skip
+
+    async def drop(self, shadow_id: str) -> bool:
+        """Delete a message that was set aside, on an operator's word. StoreError.
+
+        Return whether there was such a one.
+        """
+        meta = await self._store.find(shadow_id)
+        gone = meta and await self._store.discard(
+            [shadow_id], origin=meta.origin, state=State.PARKED, delivered=False
         )
+        if gone:
+            log.warning("%s was dropped by an operator", shadow_id)
+        return bool(gone)
 
     async def catch_up(self, peer: str) -> None:
         """Copy to ``peer`` what only this node has; return when nothing is left.
@@ -374,22 +415,29 @@ class Messages:
         return self._discarder.covered(peer)
 
     async def outstanding(self) -> int:
-        """Return how many messages this node alone has, or has still to carry on. StoreError."""
-        return _alone(await self._store.stats())
+        """Return how many messages this node alone has, or has still to carry on. StoreError.
+
+        What was set aside stays here, whoever is primary, until this node is again, or an operator
+        drops it.
+        """
+        return _count(await self._store.stats(), *ALONE)
 
     async def _handle_outstanding(
         self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
     ) -> dict[str, Any]:
         """``shadow-outstanding``: how many of a former primary's ``messages`` are left to it still.
 
-        Those that this node has not claimed yet count too.
+        Those that this node has not claimed yet count too. ``parked`` are the ids of those that it
+        cannot carry on; more than can be named count as left.
         """
         try:
             rows = await self._store.stats()
+            parked = [meta.shadow_id for meta in await self._set_aside()]
         except StoreError as error:
             raise PeerError("store-failed", str(error)) from None
-        unclaimed = (row for row in rows if (row.origin, row.state) == (peer.node, State.HELD))
-        return {"messages": _alone(rows) + sum(row.count for row in unclaimed)}
+        unclaimed = _count((row for row in rows if row.origin == peer.node), State.HELD)
+        unnamed = max(0, _count(rows, State.PARKED) - len(parked))
+        return {"messages": _count(rows, *ALONE) + unclaimed + unnamed, "parked": parked}
 
     async def passed_on(self, shadow_ids: Mapping[str, str], since: int) -> set[str]:
         """Return the queue ids of what came here as a copy; see ``cluster.left_behind``."""
@@ -417,7 +465,7 @@ class Messages:
         return self._once.asked(user, shadow_id)
 
     def resubmit(self) -> None:
-        """Begin to resubmit what was taken over."""
+        """Begin to resubmit what was taken over, also what was set aside before."""
         self._resubmitting.set()
 
     async def _resubmit_when_told(self) -> None:
@@ -438,6 +486,7 @@ class Messages:
                 held = [row for row in await self._store.stats() if row.state is State.HELD]
                 for origin in {row.origin for row in held} - {self._config.node}:
                     await self._resubmitter.claim(origin, None)
+                await self._store.unpark()
             except StoreError as error:
                 log.error("messages of the former primary cannot be claimed: %s", error)
             report = await self._resubmitter.run()
@@ -463,8 +512,7 @@ class Messages:
                 try:
                     # Until all is carried on, the copies there are what would be promoted with.
                     rows = await self._store.stats()
-                    left = sum(row.count for row in rows if row.state is not State.DELIVERED)
-                    if left or not self._group.is_primary():
+                    if _count(rows, State.HELD, *ALONE) or not self._group.is_primary():
                         self._unsettled.add(name)
                         break
                     await self._settlement.run(link, self._group.whole_since())
@@ -493,6 +541,5 @@ class Messages:
         return await self._helper.committed()
 
 
-def _alone(rows: Iterable[Holding]) -> int:
-    """Return how many messages of a store no other node has, or are not taken over yet."""
-    return sum(row.count for row in rows if row.state in (State.RESUBMITTING, State.UNSHADOWED))
+def _count(rows: Iterable[Holding], *states: State) -> int:
+    return sum(row.count for row in rows if row.state in states)

@@ -13,6 +13,8 @@ after:
   that instant, may get it twice: better than never.
 - Postfix has said 250: as before, the committed queue file or the mailboxes tell.
 - the row is deleted or ``unshadowed``: done; back-fill and discard go on with it.
+- the row is ``parked``: its content cannot be read, or Postfix refuses it for good. It is tried
+  again at each start, each promotion and an operator's word.
 
 What was on hold when its primary handed over is put on hold again: the milter says so at its end.
 A lost primary cannot tell, so after a failover such a message is delivered.
@@ -69,11 +71,15 @@ class Resubmission:
 
 @dataclass(slots=True)
 class Report:
-    """What one pass has done; ``failed`` gives the reason by shadow id."""
+    """What one pass has done; ``failed`` gives the reason by shadow id.
+
+    ``parked``: how many were set aside.
+    """
 
     resubmitted: int = 0
     duplicates: int = 0
     finished_before: int = 0
+    parked: int = 0
     failed: dict[str, str] = field(default_factory=dict)
 
 
@@ -86,7 +92,8 @@ class Resubmitter:
         executable ones).
     :param delivered: (recipient, shadow id): whether the mailbox has the message; OSError if that
         cannot be told now. False for a recipient without a mailbox here.
-    :param targets: returns where mail to an address ends, after aliases; OSError likewise.
+    :param targets: returns where mail to an address ends, after aliases; OSError if that cannot be
+        told now.
     """
 
     def __init__(
@@ -114,6 +121,8 @@ class Resubmitter:
         self._targets = targets
         self._address = host, port
         self._concurrency = concurrency
+        self.reasons: dict[str, str] = {}
+        """Why messages were set aside, by shadow id; an agent that starts tries them again."""
 
     async def claim(self, origin: str, remaining: Remaining | None = None) -> int:
         """Make what is held for ``origin`` ours, durably.
@@ -140,7 +149,8 @@ class Resubmitter:
     async def run(self) -> Report:
         """Resubmit until nothing is left; what fails is tried again after a pause.
 
-        Return the sum of all passes.
+        What would fail each time is set aside: nothing else is to wait for it. Return the sum of
+        all passes.
         """
         total, pause = Report(), FIRST_PAUSE
         while True:
@@ -152,6 +162,7 @@ class Resubmitter:
                 total.resubmitted += report.resubmitted
                 total.duplicates += report.duplicates
                 total.finished_before += report.finished_before
+                total.parked += report.parked
                 total.failed = report.failed
                 if not report.failed:
                     return total
@@ -219,10 +230,14 @@ class Resubmitter:
                 except (SmtpError, OSError, ContentError) as error:
                     # One message that cannot be read does not stop the others, least of all in the
                     # middle. Closing takes back what was sent of it.
-                    report.failed[meta.shadow_id] = str(error)
                     if client is not None and not getattr(error, "usable", False):
                         client.close()
                         client = None
+                    if isinstance(error, ContentError) or getattr(error, "permanent", False):
+                        await self._park(meta, str(error))
+                        report.parked += 1
+                    else:
+                        report.failed[meta.shadow_id] = str(error)
         finally:
             if client is not None:
                 client.close()
@@ -240,8 +255,21 @@ class Resubmitter:
                 left += [Recipient(address, recipient.args) for address in missing]
         return left
 
+    async def _park(self, meta: Meta, reason: str) -> None:
+        await self._store.park(meta.shadow_id)
+        self.reasons[meta.shadow_id] = reason
+        log.error(
+            "%s (message-id %s) of %s cannot be carried on and is kept here: %s",
+            meta.shadow_id, meta.envelope.message_id or "-", meta.origin, reason,
+        )  # fmt: skip
+
     async def _has(self, address: str, meta: Meta) -> bool:
-        if not await self._delivered(address, meta.shadow_id):
+        try:
+            if not await self._delivered(address, meta.shadow_id):
+                return False
+        except OSError as error:
+            # His delivery asks again (``once``), and waits for the answer; others need not.
+            log.info("whether %r has %s cannot be told now: %s", address, meta.shadow_id, error)
             return False
         metrics.DUPLICATES.inc()
         track(

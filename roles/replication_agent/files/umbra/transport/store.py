@@ -8,6 +8,7 @@ point leaves at most a file that no row names, and the next start removes it. St
 ``held``          a copy for another node, which has the message in its queue
 ``resubmitting``  the other node is gone and this one carries the message on
 ``unshadowed``    a copy of a message in this node's own queue that no shadow has yet
+``parked``        it could not be carried on, and would fail again: kept until somebody looks
 ``delivered``     the message has left the queue; kept for the safety net, until it is purged
 """
 
@@ -162,6 +163,7 @@ class State(StrEnum):
     HELD = "held"
     RESUBMITTING = "resubmitting"
     UNSHADOWED = "unshadowed"
+    PARKED = "parked"
     DELIVERED = "delivered"
 
 
@@ -391,6 +393,24 @@ class ShadowStore:
                 database.execute(
                     "UPDATE message SET state = ?, new_queue_id = '' WHERE state = ?",
                     (State.HELD, State.RESUBMITTING),
+                ).rowcount
+            )
+        )
+
+    async def park(self, shadow_id: str) -> None:
+        """Set aside a message that cannot be carried on."""
+        await self._move(State.RESUBMITTING, State.PARKED, "shadow_id = ?", shadow_id)
+
+    async def unpark(self) -> int:
+        """Have all that was set aside resubmitted; return how many."""
+        return await self._move(State.PARKED, State.RESUBMITTING, "TRUE")
+
+    async def _move(self, old: State, new: State, where: str, *values: str) -> int:
+        return await self._write(
+            lambda database: (
+                database.execute(
+                    f"UPDATE message SET state = ? WHERE state = ? AND {where}",
+                    (new, old, *values),
                 ).rowcount
             )
         )
