@@ -39,6 +39,7 @@ from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import PeerIdentity
 from umbra.peer.link import PeerLink
 from umbra.peer.server import Handler
+from umbra.transport.coverage import uncovered
 from umbra.transport.remaining import Remaining
 
 TIMING = p.PROFILES["default"]
@@ -238,7 +239,8 @@ class Host(NodeHelper):
 class Parts:
     """Messages and mailboxes, as far as a change of primary asks for them."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: Host) -> None:
+        self.host = host
         self.taken: list[tuple[str, Remaining | None]] = []
         self.left = 0
         self.parked: list[str] = []
@@ -248,6 +250,9 @@ class Parts:
 
     def covered(self, peer: str) -> Mapping[str, str]:
         return {"Q1": "s1"}
+
+    async def uncovered(self, peer: str) -> Mapping[str, str]:
+        return uncovered(self.host.queue_ids, self.covered(peer))
 
     async def outstanding(self) -> int:
         return self.left
@@ -390,7 +395,7 @@ class Node:
         group.links = cast(dict[str, PeerLink], links)
         group.control = cast(dict[str, PeerLink], links)
         group.break_off = self.broken_off.append
-        self.parts = Parts()
+        self.parts = Parts(self.host)
         self.handover = Handover(self.config, group, self.host, self.parts, self.parts)
 
         async def catch_up(peer: str, protect: Callable[[], Awaitable[None]]) -> None:

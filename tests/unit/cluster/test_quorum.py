@@ -579,6 +579,8 @@ def test_of_a_pair_what_has_no_copy_waits_on_hold(group: Play) -> None:
 
     async def scenario(field: Field) -> None:
         field.a.host.queue_ids = {"Q2": "deferred"}
+        asked = await field.a.handover.run("b", dry_run=True, timeout_s=10)
+        assert asked["uncovered"] == ["Q2"]
         await field.a.handover.run("b", dry_run=False, timeout_s=10)
         assert field.b.serves
         assert "Q2" in field.a.host.held

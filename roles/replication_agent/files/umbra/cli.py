@@ -123,6 +123,11 @@ def switchover(to: str, dry_run: bool, timeout_s: float) -> None:
         click.echo(f"{to} is the primary already.")
     elif dry_run:
         click.echo(f"The primary would move from {result['from']} to {to}.")
+        if lacking := result.get("uncovered"):
+            click.echo(
+                f"{len(lacking)} messages of its queue have no copy on {to} and would wait on hold"
+                f" on {result['from']}: {', '.join(lacking[:5])}"
+            )
     else:
         for step in result["steps"]:
             click.echo(f"  {step['name']:<10} {step['seconds']:7.3f} s")

@@ -78,6 +78,13 @@ class Messages(left_behind.Messages, Protocol):
         """Return which of this node's messages ``peer`` has a copy of: shadow ids by queue id."""
         ...
 
+    async def uncovered(self, peer: str) -> Mapping[str, str]:
+        """Return what of Postfix's queue is acknowledged and has no copy on ``peer``.
+
+        With the queue that each file is in, by queue id. HelperError.
+        """
+        ...
+
     async def outstanding(self) -> int:
         """Return how many messages this node alone has, or has still to carry on. StoreError."""
         ...
@@ -229,10 +236,9 @@ class Switchover:
             "to": to,
             "epoch": self._group.epoch,
         }
-        if result["changed"] and dry_run and (lacking := await self._lacking(to)):
-            raise Refused(self._lacks(to, lacking))
         if not result["changed"] or dry_run:
-            return {**result, "outage_s": 0.0, "steps": []}
+            lacking = await self._would_lack(to) if result["changed"] else []
+            return {**result, "outage_s": 0.0, "steps": [], "uncovered": lacking}
         steps = Steps()
         try:
             await self._prepare(to, steps, timeout_s)
@@ -257,7 +263,7 @@ class Switchover:
                 raise Refused(f"{count} messages of the former primary are not carried on yet.")
             await asyncio.sleep(OUTSTANDING_PAUSE)
         # A node that is ailing goes all the same: what has no copy waits on hold here.
-        while not self._automatic and (lacking := await self._lacking(to)):
+        while not self._automatic and self._others and (lacking := await self._lacking(to)):
             if time.monotonic() > deadline:
                 raise Refused(self._lacks(to, lacking))
             await asyncio.sleep(OUTSTANDING_PAUSE)
@@ -273,18 +279,29 @@ class Switchover:
             f" on {self._group.state.node} with `postsuper -h`."
         )
 
-    async def _lacking(self, to: str) -> list[str]:
-        """Return what of the queue, as far as Postfix is to deliver it, ``to`` has no copy of.
+    @property
+    def _others(self) -> bool:
+        """Whether a third node may have what the candidate lacks, so that the primary must not go.
 
-        Another shadow may have it, so the primary must not go. Of a pair nothing: who is protected
-        has all that was acknowledged, and a notice of Postfix's own, which has no copy, must not
-        hold up a switchover. It waits on hold.
+        Of a pair nobody has it, and a notice of Postfix's own, which has no copy, must not hold up
+        a switchover: it waits on hold.
         """
-        if len(self._group.links) == 1:
-            return []
-        queue = await self._helper.queue()
-        moving = {key for key, place in queue.items() if place in MOVING}
-        return sorted(moving - self._messages.covered(to).keys())
+        return len(self._group.links) > 1
+
+    async def _would_lack(self, to: str) -> list[str]:
+        """Return what would wait on hold here; Refused if a switchover would be."""
+        try:
+            lacking = await self._lacking(to)
+        except HelperError as error:
+            raise Refused(f"{error}.") from None
+        if lacking and self._others:
+            raise Refused(self._lacks(to, lacking))
+        return lacking
+
+    async def _lacking(self, to: str) -> list[str]:
+        """Return what of the queue, as far as Postfix is to deliver it, ``to`` has no copy of."""
+        left = await self._messages.uncovered(to)
+        return sorted(key for key, place in left.items() if place in MOVING)
 
     async def _change(self, to: str, steps: Steps) -> Change:
         group = self._group

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from umbra.peer.exchange import PeerError
 from umbra.peer.link import PeerLink
@@ -79,20 +80,26 @@ class BackFill:
         ]
         return BackFilled(copied, complete=not on_its_way and not waiting)
 
-    async def run_queue(self, peer: PeerLink, queue_ids: Set[str]) -> None:
-        """Copy what ``peer`` lacks of these queue files, which it was not there to take.
+    async def run_queue(
+        self, peer: PeerLink, left: Set[str], names: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        """Copy these queue files, which ``peer`` lacks: it was not there to take them.
 
-        The safety net has their content, or else another shadow. PeerError or StoreError ends it,
-        as before: what another shadow may be promoted with, this one must not lack.
+        The safety net has their content, or else a shadow. PeerError or StoreError ends it, as
+        before: what another shadow may be promoted with, this one must not lack.
+
+        :param names: the shadow ids that they bear, if they are others than the store knows them by
+            (``postsuper -r``).
         """
-        left = queue_ids - self._discarder.covered(peer.name).keys()
         if not left:
             return
         async for meta in self._store.kept(left):
             await self._copied(peer, meta)
+        for queue_id in sorted(left - self._discarder.covered(peer.name).keys()):
+            if (name := names.get(queue_id)) and (found := await self._store.find(name)):
+                await self._copied(peer, replace(found, queue_id=queue_id))
         for other in self._shadows():
-            if other.name != peer.name:
-                await self._relay(other, peer, left)
+            await self._relay(other, peer, left)
         if left := left - self._discarder.covered(peer.name).keys():
             log.warning(
                 "%s has no copy of %d messages of the queue, and nothing here can make one: %s",
@@ -114,8 +121,12 @@ class BackFill:
         return True
 
     async def _relay(self, other: PeerLink, peer: PeerLink, queue_ids: Set[str]) -> None:
-        """Copy to ``peer`` what ``other`` alone has of these queue files."""
-        there = self._discarder.covered(other.name)
+        """Copy to ``peer`` what ``other`` alone has of these queue files.
+
+        ``peer`` itself may have it by the name of a former file, which this mends.
+        """
+        same = other.name == peer.name
+        there = (self._discarder.known if same else self._discarder.covered)(other.name)
         lacking = queue_ids & there.keys() - self._discarder.covered(peer.name).keys()
         for queue_id in sorted(lacking):
             try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,15 +13,16 @@ from typing import Any, Protocol
 from umbra.api.report import Check
 from umbra.cluster.group import Group
 from umbra.config import Config, ShadowPolicy
-from umbra.node.client import UNCOMMITTED, NodeHelper
+from umbra.node.client import NodeHelper
 from umbra.node.helper import HelperError
 from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import PeerIdentity
 from umbra.peer.link import PeerLink
 from umbra.peer.server import Handler
-from umbra.transport import selection, view
+from umbra.transport import coverage, selection, view
 from umbra.transport.aliases import Aliases
 from umbra.transport.backfill import BackFill
+from umbra.transport.coverage import Names
 from umbra.transport.discard import Discarder, Holder, LocalHolder, PeerHolder
 from umbra.transport.milter_server import MilterServer
 from umbra.transport.once import Once
@@ -39,6 +40,8 @@ from umbra.transport.store import Holding, Meta, ShadowStore, State, StoreError
 log = logging.getLogger(__name__)
 
 STATS_INTERVAL = 1.0
+COVER_INTERVAL = 5.0
+"""Seconds between two looks for what has no copy; what only one of them finds is on its way."""
 BACK_FILL_PAUSE = 0.2
 BACK_FILL_TIMEOUT = 3600.0
 RIGHT_PAUSE = 0.2
@@ -130,14 +133,18 @@ class Messages:
         settings = config.transport
         self._store = ShadowStore(paths.state / "shadow", keep=settings.safety_net_hold > 0)
         self._net = SafetyNet(
-            self._store, hold=settings.safety_net_hold, max_size=settings.safety_net_max_size << 20
-        )
+            self._store, hold=settings.safety_net_hold,
+            max_size=settings.safety_net_max_size << 20, queued=self._queued,
+        )  # fmt: skip
+        self._names = Names(helper.shadow_ids)
         self._aliases = Aliases(helper.aliases)
         holders: list[Holder] = [
             LocalHolder(self._store, config.node),
             *map(PeerHolder, group.links.values()),
         ]
-        self._discarder = Discarder(holders, self._queue_ids, acts=group.is_primary)
+        self._discarder = Discarder(
+            holders, self._queue_ids, names=self._names.of, acts=group.is_primary
+        )
         resubmissions: dict[str, Resubmission] = {}
         self._once = Once(mailboxes.delivered)
         self._once_server = OnceServer(paths.run / "delivery" / NAME, self._once)
@@ -186,6 +193,7 @@ class Messages:
         self._held = (0, 0)
         self._oldest: float | None = None
         self._own = 0
+        self._uncovered: Mapping[str, Sequence[str]] = {}
         self._parked = 0
         self._first_parked: Sequence[Meta] = ()
         self._room = HEADROOM
@@ -222,6 +230,7 @@ class Messages:
             tasks.create_task(self._settle())
             tasks.create_task(self._net.run())
             tasks.create_task(self._count())
+            tasks.create_task(self._cover())
 
     async def _count(self) -> None:
         while True:
@@ -303,8 +312,19 @@ class Messages:
                 "own messages", True, self._own, None,
                 f"{self._own} messages are kept here until a shadow has them.",
             ),
+            self._cover_check(),
             Check("parked messages", not self._parked, self._parked, 0, self._said_of_parked()),
         ]  # fmt: skip
+
+    def _cover_check(self) -> Check:
+        found = [
+            f"{name} has no copy of {len(keys)} acknowledged messages of the queue:"
+            f" {', '.join(keys[:5])}"
+            for name, keys in self._uncovered.items()
+        ]
+        count = max(map(len, self._uncovered.values()), default=0)
+        text = "; ".join(found) or "Each acknowledged message of the queue has its copies"
+        return Check("queue copies", not found, count, 0, f"{text}.")
 
     def _said_of_parked(self) -> str:
         if not self._first_parked:
@@ -382,13 +402,15 @@ class Messages:
 
     async def _copy_queue(self, peer: str) -> None:
         await self._net.flush()
+        left = await self.uncovered(peer)
         # Not what is on hold: after a failover that is what the former primary had, and the other
         # node has carried it on. A copy would be resubmitted at the next change of primary, to
         # recipients elsewhere a second time. A message that somebody put on hold for another reason
         # keeps the copy it has, and gets none here if it has none.
-        queue = await self._helper.queue()
-        wanted = {key for key, place in queue.items() if place not in (*UNCOMMITTED, "hold")}
-        await self._back_fill.run_queue(self._group.links[peer], wanted)
+        there = self._discarder.known(peer)
+        wanted = {key for key, place in left.items() if place != "hold" or key in there}
+        names = await self._names.of(wanted)
+        await self._back_fill.run_queue(self._group.links[peer], wanted, names)
 
     async def prove_caught_up(self, peer: str) -> None:
         """Copy what is left, if anything, at once. PeerError if that is not the end of it."""
@@ -409,6 +431,48 @@ class Messages:
             pause = self._config.transport.resubmit_after
             self._resubmit_at = asyncio.get_running_loop().time() + pause
         await self._resubmitter.claim(origin, remaining)
+
+    async def uncovered(self, peer: str) -> Mapping[str, str]:
+        """Return what of Postfix's queue is acknowledged and has no copy on ``peer``.
+
+        With the queue that each file is in, by queue id. HelperError.
+        """
+        return coverage.uncovered(await self._helper.queue(), self._discarder.covered(peer))
+
+    async def _cover(self) -> None:
+        """Look for what has no copy where it should have one, and make it if that can be done."""
+        seen: Mapping[str, Set[str]] = {}
+        tried: Set[str] = set()
+        while True:
+            await asyncio.sleep(COVER_INTERVAL)
+            found: dict[str, Set[str]] = {}
+            # One that is not whole has its catch-up, and the group is degraded.
+            links = self._group.shadows() if self._group.is_primary() else ()
+            try:
+                for link in links:
+                    if self._group.is_whole(link.name):
+                        found[link.name] = await self._bare(link.name)
+                lasting = {name: keys & seen.get(name, set()) for name, keys in found.items()}
+                self._uncovered = {name: sorted(keys) for name, keys in lasting.items() if keys}
+                for name, keys in lasting.items():
+                    if keys - tried:
+                        await self._copy_queue(name)
+                tried = {key for keys in lasting.values() for key in keys}
+            except (HelperError, PeerError, StoreError) as error:
+                log.info("what has no copy is looked for again: %s", error)
+            seen = found
+
+    async def _bare(self, peer: str) -> Set[str]:
+        """Return what lacks a copy on ``peer``, but for what a former primary has on hold."""
+        left = await self.uncovered(peer)
+        there = self._discarder.known(peer)
+        # That bears an id, unlike what another milter has quarantined before ours was asked.
+        names = await self._names.of({key for key, place in left.items() if place == "hold"})
+        return {
+            key
+            for key, place in left.items()
+            if place != "hold" or key in there or names.get(key) == ""
+        }
 
     def covered(self, peer: str) -> Mapping[str, str]:
         """Return which of this node's messages ``peer`` has a copy of: shadow ids by queue id."""
@@ -533,6 +597,10 @@ class Messages:
         return result.to_json()
 
     # -- the queue
+
+    async def _queued(self) -> Set[str]:
+        """Return queue ids and shadow ids of what is in the queue still."""
+        return await self._queue_ids() | set(self._discarder.known().values())
 
     async def _queue_ids(self) -> set[str]:
         return set(await self._helper.queue())

@@ -146,7 +146,11 @@ RETURNING shadow_id, queue_id, envelope ->> '$.message_id', ''
 """
 
 _OLDEST = """
-SELECT number, size, delivered FROM message WHERE state = 'delivered' ORDER BY delivered LIMIT ?
+SELECT number, size, delivered FROM message WHERE state = 'delivered'
+  AND queue_id NOT IN (SELECT value FROM json_each(?1))
+  AND new_queue_id NOT IN (SELECT value FROM json_each(?1))
+  AND shadow_id NOT IN (SELECT value FROM json_each(?1))
+ORDER BY delivered LIMIT ?2
 """
 
 _PURGE = """
@@ -313,19 +317,23 @@ class ShadowStore:
             rows = database.execute(_DELETE, (shadow_id, origin, state))
         return [Gone(*row) for row in rows]
 
-    async def purge(self, before: float, max_bytes: int, limit: int) -> int:
+    async def purge(
+        self, before: float, max_bytes: int, limit: int, spared: Set[str] = frozenset()
+    ) -> int:
         """Delete of what is ``delivered`` the oldest; return how many, ``limit`` at most.
 
         :param before: what was delivered before this time (seconds since 1970) goes.
         :param max_bytes: so much content may stay.
+        :param spared: queue ids and shadow ids of what stays in any case.
         """
+        kept = json.dumps(list(spared))
 
         def run(database: sqlite3.Connection) -> list[Gone]:
             (held,) = database.execute(
                 "SELECT COALESCE(SUM(bytes), 0) FROM holding WHERE state = 'delivered'"
             ).fetchone()
             gone: list[Gone] = []
-            for number, size, delivered in database.execute(_OLDEST, (limit,)).fetchall():
+            for number, size, delivered in database.execute(_OLDEST, (kept, limit)).fetchall():
                 if delivered >= before and held <= max_bytes:
                     break
                 gone += [Gone(*row) for row in database.execute(_PURGE, (number,))]
