@@ -9,6 +9,7 @@ import resource
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.unit.transport.support import (
@@ -117,6 +118,44 @@ async def test_accepted_means_on_the_shadow(bench: Bench, body: bytes) -> None:
     assert os.listdir(bench.own._spool) == []
     assert bench.discarder.outstanding("b") == 1
     assert bench.group.failures == []
+
+
+@SIZES
+@pytest.mark.parametrize("where", ["a", "b"])
+async def test_a_message_that_is_cut_off_leaves_no_copy_that_nobody_knows(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, body: bytes, where: str
+) -> None:
+    """Its sender's connection ends while the answer is awaited; the copy comes to its end."""
+    stored = asyncio.Event()
+    store = bench.shadow if where == "b" else bench.own
+    if where == "a":
+        bench.group.peers = []
+    write = store._write
+
+    async def slow(*args: Any, **options: Any) -> Any:
+        try:
+            return await write(*args, **options)
+        finally:
+            stored.set()
+            await asyncio.sleep(3600)
+
+    monkeypatch.setattr(store, "_write", slow)
+    client = await MilterClient.connect(bench.path)
+    await client.mail()
+    await client.rcpt()
+    sending = asyncio.create_task(client.content(HEADERS, body, b"4abcDEF"))
+    await stored.wait()
+    sending.cancel()
+    await client.close()
+    async with asyncio.timeout(5):
+        while bench.group.in_flight:  # noqa: ASYNC110 (the message has no event)
+            await asyncio.sleep(0.01)
+    monkeypatch.setattr(store, "_write", write)
+    assert [meta async for meta in store.in_order(State.HELD)] or [
+        meta async for meta in store.in_order(State.UNSHADOWED)
+    ]
+    assert bench.discarder.known(where).keys() == {"4abcDEF"}
+    assert bench.discarder.covered(where) == {}
 
 
 @DEFER

@@ -152,6 +152,7 @@ class BackFill:
         content: AsyncIterator[bytes],
     ) -> None:
         args, head = wire.arguments(shadow_id, queue_id, envelope)
+        self._discarder.add(peer.name, queue_id, shadow_id, sure=False)  # what fails may be there
         async with peer.exchange("shadow-store", args, timeout=TIMEOUT) as exchange:
             if head:
                 await exchange.send(head)

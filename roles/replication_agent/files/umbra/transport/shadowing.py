@@ -365,14 +365,13 @@ class _Message:
             # What streams past cannot be read again, so it is kept (unsynced) for the safety net,
             # and in case the shadow fails half way.
             writer = self._writer(envelope)
+        # Before it is sent: where it fails or is cancelled it may have arrived all the same, and
+        # will have to be discarded.
+        self._note([peer.name for peer in peers], sure=False)
         try:
             failed = await self._send(peers, writer, envelope)
             self._holders = {peer.name for peer in peers} - failed.keys()
-            for peer in peers:
-                # Also where it failed: it may have arrived, and will have to be discarded.
-                self._shadowing.discarder.add(
-                    peer.name, self._queue_id, self._shadow_id, sure=peer.name not in failed
-                )
+            self._note(self._holders, sure=True)
             if failed:
                 with self._storing_alone():
                     await self._failed(failed, writer, envelope)
@@ -384,6 +383,10 @@ class _Message:
         finally:
             if writer is not None:
                 writer.abort()
+
+    def _note(self, holders: Collection[str], *, sure: bool) -> None:
+        for holder in holders:
+            self._shadowing.discarder.add(holder, self._queue_id, self._shadow_id, sure=sure)
 
     def _shadowed(self, where: str) -> None:
         metrics.ACCEPTED.labels("shadow").inc()
@@ -435,6 +438,7 @@ class _Message:
             return  # it is in the own store; the resubmission keeps it there
         if self._shadowing.policy is ShadowPolicy.DEFER:
             raise _Refused(ALONE, reason)
+        self._note([self._shadowing.node], sure=False)
         try:
             async with asyncio.timeout(LIMIT):
                 if writer is None:
@@ -450,7 +454,7 @@ class _Message:
         finally:
             if writer is not None:
                 writer.abort()
-        self._shadowing.discarder.add(self._shadowing.node, self._queue_id, self._shadow_id)
+        self._note([self._shadowing.node], sure=True)
         metrics.ACCEPTED.labels("alone").inc()
         track(
             SHADOW_CREATED,
