@@ -413,6 +413,27 @@ async def test_a_message_that_is_on_its_way_has_its_id(bench: Bench) -> None:
     assert progress == Resubmission()
 
 
+async def test_a_resubmission_that_is_refused_deletes_no_copy(bench: Bench) -> None:
+    """The message was acknowledged once, and another node may have to carry it on."""
+    bench.shadow._keep = True
+    shadow_id = "0" * 31 + "1"
+    bench.resubmissions[shadow_id] = Resubmission()
+    bench.group.may_acknowledge = lambda epoch, holders: False  # type: ignore[method-assign]
+    client = await MilterClient.connect(bench.path, RESUBMISSION)
+    [(kind, _)] = await client.message(((b"X-Umbra-Id", b" " + shadow_id.encode()), *HEADERS))
+    assert kind == b"y"
+    await client.close()
+
+    async def none() -> set[str]:
+        return set()
+
+    bench.discarder._queue_ids = none
+    for _ in range(3):
+        await bench.discarder.discard()
+    assert bench.discarder.outstanding("b") == 0
+    assert await bench.at_shadow(shadow_id) == WHOLE + b"text\r\n"
+
+
 @BOTH
 @pytest.mark.parametrize("alone", [True, False])
 async def test_a_resubmitted_message_goes_on_without_a_shadow(bench: Bench, alone: bool) -> None:

@@ -182,7 +182,8 @@ class _Message:
     def abort(self) -> None:
         if self._delivery is not None:
             self._delivery.cancel()
-        self._shadowing.discarder.refused(self._queue_id)
+        if self._resubmission is None:  # else it was acknowledged once, and is tried again
+            self._shadowing.discarder.refused(self._queue_id)
         self._drop_copy()
 
     async def finish(self) -> bytes:
