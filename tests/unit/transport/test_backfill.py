@@ -6,6 +6,7 @@ import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.unit.transport.support import ENVELOPE, LONG, FakeLink, content
@@ -105,6 +106,23 @@ async def test_it_is_not_complete_while_a_resubmission_waits(bench: Bench) -> No
     async for meta in bench.own.in_order(State.RESUBMITTING):
         await bench.own.park(meta.shadow_id)  # nobody can copy it, and nobody waits for it
     assert (await bench.back_fill.run(bench.link)).complete  # type: ignore[arg-type]
+
+
+async def test_what_was_resubmitted_alone_behind_the_look_is_not_missed(bench: Bench) -> None:
+    resubmitted = await bench.alone(b"x", "old", origin="c", state=State.HELD)
+    await bench.alone(b"y", "q2")  # its id is later
+    await bench.own.claim("c", None, narrow)
+    meta = await bench.own.find(resubmitted)
+    assert meta is not None
+    send = bench.back_fill._send
+
+    async def sending(*args: Any) -> None:
+        await bench.own.keep_unshadowed(meta, "q1", origin="a")
+        await send(*args)
+
+    bench.back_fill._send = sending  # type: ignore[assignment,method-assign]
+    assert await bench.back_fill.run(bench.link) == BackFilled(1, complete=False)  # type: ignore[arg-type]
+    assert await bench.back_fill.run(bench.link) == BackFilled(1, complete=True)  # type: ignore[arg-type]
 
 
 async def test_a_shadow_gets_what_the_queue_has_and_it_was_not_there_to_take(bench: Bench) -> None:

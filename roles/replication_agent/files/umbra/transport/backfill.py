@@ -66,19 +66,18 @@ class BackFill:
         as what only this node has, until it has left the queue.
         """
         copied = 0
-        # Asked before the look: what was on its way then is seen in the store now, or by the next
-        # run.
-        on_its_way = self._storing_alone()
+        # Asked before the look: what was on its way or being resubmitted then is seen in the store
+        # now or by the next run.
+        on_its_way = self._storing_alone() > 0 or any(
+            holding.state is State.RESUBMITTING for holding in await self._store.stats()
+        )
         async for meta in self._store.in_order(State.UNSHADOWED, self._node):
             if not await self._copied(peer, meta):
                 continue
             copied += 1
             # Another shadow that lacks it too gets it from the net, or from this one.
             await self._store.discard([meta.shadow_id], origin=self._node, state=State.UNSHADOWED)
-        waiting = [
-            holding for holding in await self._store.stats() if holding.state is State.RESUBMITTING
-        ]
-        return BackFilled(copied, complete=not on_its_way and not waiting)
+        return BackFilled(copied, complete=not on_its_way)
 
     async def run_queue(
         self, peer: PeerLink, left: Set[str], names: Mapping[str, str] = MappingProxyType({})
