@@ -496,3 +496,36 @@ async def test_ten_large_streams_fit_in_little_memory(store: ShadowStore) -> Non
         size += len(part)
     assert size == 800 * 65536
     assert peak() - before < 24 * 1024  # KiB
+
+
+@pytest.mark.parametrize("fault", ["connect", "settled"])
+async def test_a_writer_that_ends_leaves_nobody_waiting_and_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    store = ShadowStore(tmp_path / "s")
+    connect, asked = store._connect, threading.Event()
+
+    def fails(*, write: bool) -> sqlite3.Connection:
+        if store._reader is not None and write:
+            asked.wait(5)
+            raise sqlite3.OperationalError("unable to open database file")
+        return connect(write=write)
+
+    def breaks(gone: object) -> None:
+        asked.wait(5)
+        raise AttributeError("a fault of ours")
+
+    if fault == "connect":
+        monkeypatch.setattr(store, "_connect", fails)
+    await store.open()
+    watching = asyncio.create_task(store.watch())
+    monkeypatch.setattr(store, "_unlink", breaks)
+    waiting = [asyncio.create_task(store.discard([], origin="a")) for _ in range(3)]
+    await asyncio.sleep(0.05)
+    asked.set()
+    async with asyncio.timeout(5):
+        found = await asyncio.gather(*waiting, watching, return_exceptions=True)
+    assert [type(error) for error in found] == [StoreError] * 4
+    with pytest.raises(StoreError):
+        await store.discard([], origin="a")
+    await store.close()

@@ -225,6 +225,7 @@ class Messages:
         if self._group.is_primary():  # it was alone and has opened at once
             self._resubmitting.set()
         async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._store.watch())  # its end is the agent's: it starts anew
             tasks.create_task(self._discarder.run())
             tasks.create_task(self._resubmit_when_told())
             tasks.create_task(self._settle())

@@ -257,6 +257,12 @@ class ShadowStore:
         self._files.shutdown()
         self._reading.shutdown()
 
+    async def watch(self) -> None:
+        """Return never; StoreError when nothing can be written any more, for want of a writer."""
+        if self._committer is None:
+            raise StoreError("the store is not open")
+        await self._committer.watch()
+
     # -- writing
 
     def begin(
