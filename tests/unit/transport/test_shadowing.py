@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import resource
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from tests.unit.transport.support import (
     shadow_id_of,
 )
 
-from umbra.config import ShadowPolicy
+from umbra.config import MAX_SHADOW_TIMEOUT, ShadowPolicy
 from umbra.peer.exchange import PeerError
 from umbra.transport import metrics
 from umbra.transport import shadowing as module
@@ -118,6 +119,34 @@ async def test_accepted_means_on_the_shadow(bench: Bench, body: bytes) -> None:
     assert os.listdir(bench.own._spool) == []
     assert bench.discarder.outstanding("b") == 1
     assert bench.group.failures == []
+
+
+def test_an_answer_comes_before_postfix_gives_up() -> None:
+    settings = Path("roles/mail_server/templates/main.cf.j2").read_text(encoding="utf-8")
+    match = re.search(r"umbra_milter.*content_timeout=(\d+)s", settings)
+    assert match
+    assert MAX_SHADOW_TIMEOUT < module.LIMIT < module.ANSWER_LIMIT < int(match[1])
+
+
+@SIZES
+@pytest.mark.parametrize("alone", [True, False])
+async def test_whatever_hangs_postfix_gets_its_answer(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, body: bytes, alone: bool
+) -> None:
+    monkeypatch.setattr(module, "ANSWER_LIMIT", 0.1)
+
+    async def hangs(*_: Any, **__: Any) -> None:
+        await asyncio.sleep(3600)
+
+    if alone:  # the disk
+        bench.group.peers = []
+        monkeypatch.setattr(bench.own, "_write", hangs)
+    else:  # the coordinator, or the disk of the state
+        bench.link.fail = lambda op: PeerError("unreachable", "gone")
+        monkeypatch.setattr(bench.group, "shadow_failed", hangs)
+    async with asyncio.timeout(5):
+        [(kind, text)] = await bench.deliver(body)
+    assert (kind, text[:9]) == (b"y", b"451 4.4.1")
 
 
 @SIZES

@@ -43,8 +43,12 @@ RATE = 1024 * 1024
 """Bytes a second below which a shadow counts as stalled: so much longer than ``shadow_timeout`` a
 large message may take."""
 
-LIMIT = 240.0
-"""Seconds for any message; Postfix gives up on a milter after 300."""
+LIMIT = 90.0
+"""Seconds that the shadows have for any message, however large; over MAX_SHADOW_TIMEOUT."""
+
+ANSWER_LIMIT = 110.0
+"""Seconds from a message's end to its answer, whatever fails meanwhile. Postfix gives up on us
+after 120 (the milter's content_timeout), and then its client does not hear why."""
 
 MAX_IN_FLIGHT = 250
 """Messages that may be between their end and their answer; the link has so many connections."""
@@ -54,6 +58,7 @@ ALONE = Refusal(
     451, "4.7.1", "No second server can take a copy of this message now, try again later"
 )
 DEMOTED = Refusal(451, "4.7.1", "This server has just stopped being the primary, try again")
+LATE = Refusal(451, "4.4.1", "A copy of this message took too long, try again later")
 FULL = Refusal(451, "4.3.1", "No room to keep a copy of this message, try again later")
 MALFORMED = Refusal(550, "5.1.7", "The envelope of this message cannot be copied to another server")
 
@@ -201,10 +206,7 @@ class _Message:
                 if refusal is not None:
                     raise _Refused(refusal, "not accepting")
                 self._body.end()
-                if self._delivery is None:
-                    await self._deliver()
-                else:
-                    await self._delivery
+                await self._delivered()
                 # A drain waits for what has come so far, so it may be acknowledged.
                 if not self._group.may_acknowledge(self._epoch, self._holders):
                     raise _Refused(DEMOTED, "the epoch or the role changed meanwhile")
@@ -226,6 +228,13 @@ class _Message:
         return milter.insert_header(ids.HEADER, self._shadow_id) + milter.ACCEPT
 
     # -- within
+
+    async def _delivered(self) -> None:
+        try:
+            async with asyncio.timeout(ANSWER_LIMIT):
+                await (self._delivery or self._deliver())
+        except TimeoutError:
+            raise _Refused(LATE, f"it took over {ANSWER_LIMIT:g} s") from None
 
     def _asked_of(self) -> set[str]:
         return {peer.name for peer in self._group.shadows()}
@@ -417,13 +426,10 @@ class _Message:
         if needed and not self._shadowing.enough(self._holders):
             raise _Refused(ALONE, reason)
         try:
-            async with asyncio.timeout(LIMIT):
-                for name, error in failed.items():
-                    await self._group.shadow_failed(name, error.text)
-        except NotPrimary as error:
-            raise _Refused(DEMOTED, str(error)) from None
-        except TimeoutError:
-            raise _Refused(ALONE, "the group could not be made alone in time") from None
+            for name, error in failed.items():
+                await self._group.shadow_failed(name, error.text)
+        except NotPrimary as refusal:
+            raise _Refused(DEMOTED, str(refusal)) from None
         left = self._asked_of()
         if not left:
             await self._alone(writer, envelope, reason)
@@ -441,17 +447,14 @@ class _Message:
             raise _Refused(ALONE, reason)
         self._note([self._shadowing.node], sure=False)
         try:
-            async with asyncio.timeout(LIMIT):
-                if writer is None:
-                    writer = self._writer(envelope)
-                    reader = self._body.reader()
-                    self._body.flow()
-                    await self._write(writer, reader)
-                await writer.commit()
+            if writer is None:
+                writer = self._writer(envelope)
+                reader = self._body.reader()
+                self._body.flow()
+                await self._write(writer, reader)
+            await writer.commit()
         except StoreError as error:
             raise _Refused(FULL, str(error)) from None
-        except TimeoutError:
-            raise _Refused(FULL, "the own store took too long") from None
         finally:
             if writer is not None:
                 writer.abort()
@@ -501,7 +504,7 @@ class _Message:
         self, peer: PeerLink, reader: Reader, envelope: Envelope
     ) -> PeerError | None:
         args, head = wire.arguments(self._shadow_id, self._queue_id, envelope)
-        left = max(LIMIT - self._shadowing.timeout, 0.0)
+        left = LIMIT - self._shadowing.timeout
         try:
             async with peer.exchange(
                 "shadow-store", args, timeout=self._shadowing.timeout
