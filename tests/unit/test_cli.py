@@ -103,6 +103,15 @@ def test_an_empty_queue_is_said_in_words(api: Played) -> None:
     assert run("queue") == "mail-b holds no message.\n"
 
 
+def test_what_was_set_aside_is_named_tried_again_and_dropped(api: Played) -> None:
+    row = {"shadow_id": "f" * 32, "message_id": "<1@x>", "origin": "mail-a", "reason": "554 no"}
+    api.answers = {"/queue": {**QUEUE, "parked": [row]}, "/parked": {"changed": True}}
+    assert f"parked {'f' * 32} (<1@x>) of mail-a: 554 no" in run("queue")
+    run("queue", "--retry")
+    run("queue", "--drop", "f" * 32)
+    assert api.asked[1:] == [("POST", "/parked", {}), ("POST", "/parked", {"drop": "f" * 32})]
+
+
 NODE = {
     "node": "mail-b", "site": "beta", "role": "shadow", "state": "syncing", "reachable": True,
     "lag_changes": 0, "lag_s": 0.0, "shadow_messages": 0, "shadow_bytes": 0, "since": "",

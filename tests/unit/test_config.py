@@ -135,6 +135,11 @@ def test_the_safety_net_can_be_switched_off() -> None:
         (("link", "port"), 70000, "link.port is 70000; a port is from 1 to 65535."),
         (("transport", "shadow_policy"), "drop", "it must be defer or accept."),
         (("transport", "shadow_timeout"), 0, "transport.shadow_timeout must be over 0 seconds."),
+        (
+            ("transport", "shadow_timeout"),
+            61,
+            "shadow_timeout is 61 s; over 60 s Postfix would give",
+        ),
         (("transport", "shadow_timeout"), True, "must be a number from 0, not True."),
         (("mailbox",), {"mirror_mode": "lazy"}, "it must be sync or async."),
         (("mailbox",), {"mirror_copies": 0}, "a change needs at least one copy."),

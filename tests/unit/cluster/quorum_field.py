@@ -21,7 +21,6 @@ from umbra.cluster.etcd import EtcdError, Shown
 from umbra.cluster.handover import Handover
 from umbra.cluster.quorum import QuorumGroup
 from umbra.cluster.static import StateFile
-from umbra.cluster.switchover import Remaining
 from umbra.cluster.work import POSTFIX
 from umbra.config import (
     Config,
@@ -40,6 +39,8 @@ from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import PeerIdentity
 from umbra.peer.link import PeerLink
 from umbra.peer.server import Handler
+from umbra.transport.coverage import uncovered
+from umbra.transport.remaining import Remaining
 
 TIMING = p.PROFILES["default"]
 D = TIMING.silence
@@ -238,15 +239,20 @@ class Host(NodeHelper):
 class Parts:
     """Messages and mailboxes, as far as a change of primary asks for them."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: Host) -> None:
+        self.host = host
         self.taken: list[tuple[str, Remaining | None]] = []
         self.left = 0
+        self.parked: list[str] = []
         self.came_back: set[str] = set()
         self.resumed: list[str] = []
         self.replacing = 0
 
     def covered(self, peer: str) -> Mapping[str, str]:
         return {"Q1": "s1"}
+
+    async def uncovered(self, peer: str) -> Mapping[str, str]:
+        return uncovered(self.host.queue_ids, self.covered(peer))
 
     async def outstanding(self) -> int:
         return self.left
@@ -256,9 +262,7 @@ class Parts:
 
     def gave_up(self) -> None: ...
 
-    async def take_over(
-        self, origin: str, remaining: Mapping[str, Sequence[str] | None] | None
-    ) -> None:
+    async def take_over(self, origin: str, remaining: Remaining | None) -> None:
         self.taken.append((origin, remaining))
 
     def resubmit(self) -> None: ...
@@ -391,7 +395,7 @@ class Node:
         group.links = cast(dict[str, PeerLink], links)
         group.control = cast(dict[str, PeerLink], links)
         group.break_off = self.broken_off.append
-        self.parts = Parts()
+        self.parts = Parts(self.host)
         self.handover = Handover(self.config, group, self.host, self.parts, self.parts)
 
         async def catch_up(peer: str, protect: Callable[[], Awaitable[None]]) -> None:
@@ -406,7 +410,7 @@ class Node:
             return {}
 
         async def outstanding(peer: PeerIdentity, args: Any, exchange: Any) -> dict[str, Any]:
-            return {"messages": self.parts.left}
+            return {"messages": self.parts.left, "parked": self.parts.parked}
 
         def status() -> dict[str, Any]:
             durable = group.state.durable

@@ -20,6 +20,7 @@ from umbra.config import Profile, Stonith, StonithUse
 from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import PeerIdentity
 from umbra.transport.ports import NotPrimary
+from umbra.transport.remaining import Left
 
 
 def test_a_new_group_opens_and_becomes_protected(group: Play) -> None:
@@ -400,7 +401,7 @@ def test_a_switchover_moves_the_primary(group: Play, queue: dict[str, str]) -> N
         assert result["outage_s"] < 1.0
         assert field.b.serves
         assert field.b.parts.resumed == ["a"]
-        assert field.b.parts.taken == [("a", {key: ["x@example.org"] for key in queue})]
+        assert field.b.parts.taken == [("a", {key: Left(("x@example.org",)) for key in queue})]
         # Until the new primary has brought it to this node again, the file here is the second copy.
         assert field.a.host.queue_ids == dict.fromkeys(queue, "hold")
         await field.protected(field.b, 3)
@@ -424,7 +425,25 @@ def test_a_switchover_hands_over_what_postfix_could_not_read(group: Play) -> Non
     async def scenario(field: Field) -> None:
         field.a.host.queue_ids = {"Q1": "deferred", "Q2": "corrupt"}
         await field.a.handover.run("b", dry_run=False, timeout_s=10)
-        assert field.b.parts.taken == [("a", {"Q1": ["x@example.org"], "Q2": None})]
+        assert field.b.parts.taken == [("a", {"Q1": Left(("x@example.org",)), "Q2": Left(None)})]
+
+    group(scenario)
+
+
+def test_what_is_on_hold_is_handed_over_as_such_and_never_released(group: Play) -> None:
+    """An operator or a policy has held it: no change of primary delivers it."""
+
+    async def scenario(field: Field) -> None:
+        field.a.host.queue_ids = {"Q1": "hold", "Q2": "deferred"}
+        field.b.parts.left = 1
+        await field.a.handover.run("b", dry_run=False, timeout_s=10)
+        to = ("x@example.org",)
+        assert field.b.parts.taken == [("a", {"Q1": Left(to, held=True), "Q2": Left(to)})]
+        await field.protected(field.b, 3)
+        await field.b.power_cut()
+        await field.until(lambda: field.a.serves, 2 * D)
+        await asyncio.sleep(3)
+        assert field.a.host.queue_ids["Q1"] == "hold"
 
     group(scenario)
 
@@ -446,7 +465,7 @@ def test_an_opening_that_fails_is_tried_again_with_what_was_handed_over(group: P
         field.b.parts.resume = resumes  # type: ignore[method-assign]
         await field.a.handover.run("b", dry_run=False, timeout_s=10)
         await field.until(lambda: field.b.serves, D)
-        assert field.b.parts.taken == [("a", {"Q1": ["x@example.org"]})]
+        assert field.b.parts.taken == [("a", {"Q1": Left(("x@example.org",))})]
 
     group(scenario)
 
@@ -485,6 +504,24 @@ def test_what_was_handed_over_is_not_sent_again_after_a_switch_back(group: Play)
         assert field.a.serves
         await asyncio.sleep(1.5)
         assert not field.a.host.queue_ids
+
+    group(scenario)
+
+
+def test_what_the_new_primary_could_not_carry_on_is_kept_and_released_after_a_switch_back(
+    group: Play,
+) -> None:
+    async def scenario(field: Field) -> None:
+        field.a.host.queue_ids = {"Q1": "deferred", "Q2": "deferred"}
+        field.b.parts.parked = ["s1"]  # the id of Q1
+        field.a.parts.covered = lambda peer: {"Q1": "s1", "Q2": "s2"}  # type: ignore[method-assign]
+        await field.a.handover.run("b", dry_run=False, timeout_s=10)
+        await field.protected(field.b, 3)
+        await field.until(lambda: field.a.host.queue_ids == {"Q1": "hold"}, 3)
+        await asyncio.sleep(1.5)
+        assert field.a.host.queue_ids == {"Q1": "hold"}
+        await field.b.handover.run("a", dry_run=False, timeout_s=10)
+        await field.until(lambda: field.a.host.queue_ids == {"Q1": "deferred"}, 3)
 
     group(scenario)
 
@@ -542,6 +579,8 @@ def test_of_a_pair_what_has_no_copy_waits_on_hold(group: Play) -> None:
 
     async def scenario(field: Field) -> None:
         field.a.host.queue_ids = {"Q2": "deferred"}
+        asked = await field.a.handover.run("b", dry_run=True, timeout_s=10)
+        assert asked["uncovered"] == ["Q2"]
         await field.a.handover.run("b", dry_run=False, timeout_s=10)
         assert field.b.serves
         assert "Q2" in field.a.host.held

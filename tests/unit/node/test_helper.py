@@ -654,6 +654,28 @@ async def test_a_recipient_whose_bounce_is_owed_is_not_finished(
     assert answer == {"ok": True, "remaining": {"4abc": wanted, "4other": []}}
 
 
+async def test_of_a_message_only_its_shadow_id_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = "a" * 32, "b" * 32
+    headers = {
+        "4abcde": f"Received: x\nx-umbra-id: {ours}\nX-Umbra-Id: {theirs}\nSubject: secret\n",
+        "4forged": f"X-Umbra-Id: not one\nX-Umbra-Id: {theirs}\n",
+        "4plain": "Subject: x\n",
+    }
+
+    async def run(*argv: str) -> str:
+        *command, queue_id = argv
+        assert command == ["postcat", "-h", "-q"]
+        if queue_id not in headers:
+            raise HelperError("postcat: fatal: open queue file")
+        return headers[queue_id]
+
+    monkeypatch.setattr(helper, "run", run)
+    answer = await ask({"do": "queue-shadow-ids", "ids": [*headers, "4gone0"]})
+    assert answer == {"ok": True, "shadow_ids": {"4abcde": ours}}
+    for wrong in (["-q"], ["../x"], ["4abcde"] * (helper.MAX_NAMES + 1)):
+        assert not (await ask({"do": "queue-shadow-ids", "ids": wrong}))["ok"]
+
+
 async def test_bounces_that_cannot_be_read_are_not_none(ran: Ran, tmp_path: Path) -> None:
     answer = await ask({"do": "queue-remaining"}, tmp_path)
     assert answer["ok"] is False

@@ -46,7 +46,7 @@ class MilterClient:
         kind, data = await client.get()
         assert kind == b"O"
         version, actions, _ = struct.unpack_from(">III", data)
-        assert (version, actions) == (6, 0x101)
+        assert (version, actions) == (6, 0x121)
         await client.put(b"D", b"C{daemon_name}\0" + daemon + b"\0")
         await client.put(b"C", b"client.example.org\x004\x04\xd2192.0.2.7\0")
         await client.put(b"H", b"client.example.org\0")

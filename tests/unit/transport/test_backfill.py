@@ -6,6 +6,7 @@ import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.unit.transport.support import ENVELOPE, LONG, FakeLink, content
@@ -102,6 +103,26 @@ async def test_it_is_not_complete_while_a_resubmission_waits(bench: Bench) -> No
     await bench.alone(b"x", origin="c", state=State.HELD)
     await bench.own.claim("c", None, narrow)
     assert not (await bench.back_fill.run(bench.link)).complete  # type: ignore[arg-type]
+    async for meta in bench.own.in_order(State.RESUBMITTING):
+        await bench.own.park(meta.shadow_id)  # nobody can copy it, and nobody waits for it
+    assert (await bench.back_fill.run(bench.link)).complete  # type: ignore[arg-type]
+
+
+async def test_what_was_resubmitted_alone_behind_the_look_is_not_missed(bench: Bench) -> None:
+    resubmitted = await bench.alone(b"x", "old", origin="c", state=State.HELD)
+    await bench.alone(b"y", "q2")  # its id is later
+    await bench.own.claim("c", None, narrow)
+    meta = await bench.own.find(resubmitted)
+    assert meta is not None
+    send = bench.back_fill._send
+
+    async def sending(*args: Any) -> None:
+        await bench.own.keep_unshadowed(meta, "q1", origin="a")
+        await send(*args)
+
+    bench.back_fill._send = sending  # type: ignore[assignment,method-assign]
+    assert await bench.back_fill.run(bench.link) == BackFilled(1, complete=False)  # type: ignore[arg-type]
+    assert await bench.back_fill.run(bench.link) == BackFilled(1, complete=True)  # type: ignore[arg-type]
 
 
 async def test_a_shadow_gets_what_the_queue_has_and_it_was_not_there_to_take(bench: Bench) -> None:
@@ -116,7 +137,7 @@ async def test_a_shadow_gets_what_the_queue_has_and_it_was_not_there_to_take(ben
     there = await bench.alone(b"there already", "q3")
     await bench.own.discard([there], origin="a", state=State.UNSHADOWED)
     bench.discarder.add("b", "q3", there)
-    await bench.back_fill.run_queue(bench.link, {"q1", "q2", "q3", "q4"})  # type: ignore[arg-type]
+    await bench.back_fill.run_queue(bench.link, {"q1", "q2", "q4"})  # type: ignore[arg-type]
     held = {
         copy.queue_id: copy.shadow_id async for page in bench.shadow.copies("a") for copy in page
     }
@@ -125,6 +146,32 @@ async def test_a_shadow_gets_what_the_queue_has_and_it_was_not_there_to_take(ben
     meta = await bench.shadow.find(taken_over)
     assert meta is not None
     assert await content(bench.shadow.content(meta)) == b"taken over"
+
+
+async def test_a_file_that_was_requeued_is_found_by_the_id_that_it_bears(bench: Bench) -> None:
+    bench.own._keep = True
+    shadow_id = await bench.alone(CONTENT, "q1")
+    await bench.own.discard([shadow_id], origin="a", state=State.UNSHADOWED)
+    await bench.back_fill.run_queue(bench.link, {"q2", "q3"}, {"q2": shadow_id, "q3": ""})  # type: ignore[arg-type]
+    [meta] = [meta async for meta in bench.shadow.in_order(State.HELD)]
+    assert (meta.shadow_id, meta.queue_id) == (shadow_id, "q2")
+    assert await content(bench.shadow.content(meta)) == CONTENT
+    assert bench.discarder.covered("b") == {"q2": shadow_id}
+
+
+async def test_the_copy_of_a_file_that_was_requeued_gets_its_new_name(bench: Bench) -> None:
+    """A handover would take it for finished by the old one."""
+    bench.back_fill._shadows = lambda: [bench.link]  # type: ignore[list-item]
+    shadow_id = ids.new()
+    writer = bench.shadow.begin(shadow_id, origin="a", queue_id="q1", envelope=ENVELOPE, epoch=2)
+    await writer.write(CONTENT)
+    await writer.commit()
+    bench.discarder.add("b", "q2", shadow_id, sure=False)
+    await bench.back_fill.run_queue(bench.link, {"q2"})  # type: ignore[arg-type]
+    [meta] = [meta async for meta in bench.shadow.in_order(State.HELD)]
+    assert (meta.shadow_id, meta.queue_id) == (shadow_id, "q2")
+    assert await content(bench.shadow.content(meta)) == CONTENT
+    assert bench.discarder.covered("b") == {"q2": shadow_id}
 
 
 async def test_what_nothing_can_copy_is_said(

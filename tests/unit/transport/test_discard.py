@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Set
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,64 @@ async def test_a_copy_goes_after_two_listings_without_its_file(
     await discarder.discard()
     assert await left(shadow) == ["q2"]
     assert discarder.outstanding("b") == 1
+
+
+class Files:
+    """The ids that queue files bear; ``unread`` cannot be told yet."""
+
+    def __init__(self, **names: str) -> None:
+        self.names = names
+        self.unread: set[str] = set()
+        self.asked: list[str] = []
+
+    async def __call__(self, queue_ids: Set[str]) -> Mapping[str, str]:
+        self.asked += queue_ids
+        return {key: self.names.get(key, "") for key in queue_ids - self.unread}
+
+
+async def test_a_message_that_was_requeued_keeps_its_copy(
+    shadow: ShadowStore, queue: Queue, discarder: Discarder
+) -> None:
+    """``postsuper -r``: a new file, which no milter is asked about."""
+    one, two = await held(shadow, "q1"), await held(shadow, "q2")
+    discarder.add("b", "q1", one)
+    discarder.add("b", "q2", two)
+    # q0 was there before; q3 is from elsewhere.
+    files = discarder._names = Files(q9=one)
+    queue.files = {"q0", "q1", "q2"}
+    await discarder.discard()
+    queue.files = {"q0", "q3", "q9"}
+    for _ in range(4):
+        await discarder.discard()
+    assert await left(shadow) == ["q1"]
+    assert discarder.known() == {"q9": one}
+    assert discarder.covered("b") == {}, "a handover knows it by the old name"
+    assert "q0" not in files.asked
+    queue.files = {"q0", "q3"}
+    for _ in range(2):
+        await discarder.discard()
+    assert await left(shadow) == []
+
+
+async def test_no_copy_goes_before_newer_files_were_looked_into(
+    shadow: ShadowStore, queue: Queue, discarder: Discarder
+) -> None:
+    one = await held(shadow, "q1")
+    discarder.add("b", "q1", one)
+    files = discarder._names = Files(q9=one)
+    files.unread = {"q9"}
+    queue.files = {"q9"}
+    for _ in range(5):
+        await discarder.discard()
+    assert await left(shadow) == ["q1"]
+    files.unread = set()
+    await discarder.discard()
+    assert discarder.known() == {"q9": one}
+    files.names = {}
+    discarder.add("b", "q8", await held(shadow, "q8"))
+    for _ in range(3):
+        await discarder.discard()
+    assert await left(shadow) == ["q1"]
 
 
 async def test_a_file_that_one_listing_missed_keeps_its_copy(

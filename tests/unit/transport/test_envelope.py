@@ -13,6 +13,7 @@ from tests.unit.transport.support import ENVELOPE
 
 from umbra.transport import envelope as module
 from umbra.transport.envelope import Envelope, EnvelopeError, Recipient
+from umbra.transport.remaining import Left
 from umbra.transport.resubmit import narrow
 
 printable = st.binary(max_size=60).map(
@@ -99,12 +100,12 @@ def two() -> Envelope:
 
 
 def test_narrow_keeps_who_is_left() -> None:
-    left = narrow(two(), ["ann@example.com"])
+    left = narrow(two(), Left(("ann@example.com",)))
     assert left.recipients == (Recipient("Ann@Example.com", ("NOTIFY=NEVER",)),)
 
 
 def test_narrow_puts_what_an_alias_became_in_its_place() -> None:
-    left = narrow(two(), ["bob@example.com", "sales@example.com"])
+    left = narrow(two(), Left(("bob@example.com", "sales@example.com")))
     assert left.recipients == (
         Recipient("sales@example.com"),
         Recipient("bob@example.com", ("NOTIFY=NEVER",)),

@@ -61,7 +61,7 @@ def test_reply_doubles_percent_and_stays_ascii() -> None:
 def test_negotiation_asks_for_what_is_needed() -> None:
     answer = milter.negotiate(OFFER)
     version, actions, protocol = struct.unpack_from(">III", answer, 5)
-    assert (version, actions) == (6, 0x101)
+    assert (version, actions) == (6, 0x121)
     # Answers are awaited at MAIL (bit 14) and at the end of the message only.
     assert protocol & 1 << 14 == 0
     assert protocol & 1 << 20

@@ -18,6 +18,7 @@ from umbra.peer.exchange import PeerError
 from umbra.peer.identity import PeerIdentity
 from umbra.transport import ids, part
 from umbra.transport.part import HEADROOM, Messages
+from umbra.transport.remaining import Left
 from umbra.transport.resubmit import Report, narrow
 from umbra.transport.service import ShadowService
 from umbra.transport.store import ShadowStore, State
@@ -69,6 +70,9 @@ class PlayedGroup:
     def answers(self, peer: str) -> bool:
         return self.synchronous
 
+    def is_whole(self, peer: str) -> bool:
+        return self.synchronous
+
 
 class NoMailboxes:
     async def delivered(self, recipient: str, shadow_id: str) -> bool:
@@ -83,6 +87,9 @@ class Helper:
         return {}
 
     async def aliases(self, keys: list[str]) -> dict[str, str]:
+        return {}
+
+    async def shadow_ids(self, ids: list[str]) -> dict[str, str]:
         return {}
 
 
@@ -257,7 +264,7 @@ async def test_only_a_failover_waits_before_it_resubmits(
     tmp_path: Path,
     group: PlayedGroup,
     monkeypatch: pytest.MonkeyPatch,
-    remaining: dict[str, list[str]] | None,
+    remaining: dict[str, Left] | None,
     waits: bool,
 ) -> None:
     made = messages(tmp_path, group, resubmit_after=1.0)
@@ -342,6 +349,46 @@ async def test_what_is_outstanding_is_told_to_the_former_primary(
     assert await outstanding() == 0
 
 
+async def test_what_was_set_aside_holds_up_no_switchover_and_is_shown_until_somebody_acts(
+    made: Messages, group: PlayedGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(part, "STATS_INTERVAL", 0.01)
+    shadow_id = await held(made._store, "b")
+    await made._store.claim("b", None, narrow)
+    await made._store.park(shadow_id)
+    assert await made.outstanding() == 0
+    handler = made.handlers()["shadow-outstanding"]
+    # The former primary keeps its queue file of it.
+    answer = await handler(PeerIdentity("b", "s"), {}, cast(Any, None))
+    assert answer == {"messages": 0, "parked": [shadow_id]}
+    await made.give_back()
+    counting = asyncio.create_task(made._count())
+    await asyncio.sleep(0.1)
+    [check] = [check for check in made.checks() if check.name == "parked messages"]
+    assert not check.passed
+    assert shadow_id in check.message
+    assert made.alone() == 1
+    [row] = (await made.queue())["parked"]
+    assert (row["shadow_id"], row["origin"], row["message_id"]) == (
+        shadow_id, "b", ENVELOPE.message_id,
+    )  # fmt: skip
+    ran, task = resubmitting(made, monkeypatch)
+    made.resubmit()  # a start, a promotion, an operator
+    async with asyncio.timeout(5):
+        await ran.wait()
+    assert [meta.shadow_id async for meta in made._store.in_order(State.RESUBMITTING)] == [
+        shadow_id
+    ]
+    assert not await made.drop(shadow_id), "it is being carried on"
+    await made._store.park(shadow_id)
+    assert await made.drop(shadow_id)
+    assert await made._store.find(shadow_id) is None
+    assert not await made.drop(shadow_id)
+    for running in (task, counting):
+        running.cancel()
+    await asyncio.gather(task, counting, return_exceptions=True)
+
+
 @pytest.mark.parametrize("op", ["shadow-settled", "shadow-left", "shadow-fetch"])
 async def test_only_the_primary_settles(made: Messages, group: PlayedGroup, op: str) -> None:
     group.leading = None
@@ -370,6 +417,62 @@ async def test_what_is_on_hold_gets_no_new_copy(tmp_path: Path, group: PlayedGro
     made._helper.queue = queue  # type: ignore[method-assign]
     await made.catch_up("b")
     assert [meta.queue_id async for meta in shadow.in_order(State.HELD)] == ["q2"]
+    await made.close()
+    await shadow.close()
+
+
+async def test_what_has_no_copy_is_shown_and_copied_if_it_can_be(
+    tmp_path: Path, group: PlayedGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(part, "COVER_INTERVAL", 0.02)
+    shadow = ShadowStore(tmp_path / "there")
+    await shadow.open()
+    service = ShadowService(shadow, lambda: 1, lambda node: True)
+    group.links["b"] = FakeLink("b", service.handlers())
+    made = messages(tmp_path, group)
+    await made.open()
+    known, former = ids.new(), ids.new()
+    writer = made._store.begin(known, origin="a", queue_id="q0", envelope=ENVELOPE, epoch=1)
+    await writer.commit(delivered=True)
+    names = {"q1": known, "q4": former}
+
+    async def shadow_ids(wanted: list[str]) -> dict[str, str]:
+        return {key: names[key] for key in wanted if key in names}
+
+    queue = {
+        "q1": "deferred",  # requeued: the net has it by a former name
+        "q2": "active",  # a notice of Postfix's own
+        "q3": "hold",  # quarantined before our milter was asked
+        "q4": "hold",  # a former primary's
+        "q5": "arriving",
+    }
+
+    async def listed() -> dict[str, str]:
+        return dict(queue)
+
+    made._helper.queue = listed  # type: ignore[method-assign]
+    made._names._read = shadow_ids  # type: ignore[assignment]
+
+    def check() -> Any:
+        return next(check for check in made.checks() if check.name == "queue copies")
+
+    assert check().passed
+    task = asyncio.create_task(made._cover())
+    async with asyncio.timeout(5):
+        while check().value != 2:  # noqa: ASYNC110 (the task has no event)
+            await asyncio.sleep(0.01)
+    assert not check().passed
+    assert check().message == "b has no copy of 2 acknowledged messages of the queue: q2, q3."
+    assert [meta.queue_id async for meta in shadow.in_order(State.HELD)] == ["q1"]
+    tried = group.links["b"].ops.count("shadow-store")
+    await asyncio.sleep(0.2)
+    assert group.links["b"].ops.count("shadow-store") == tried == 1
+    group.right = False
+    async with asyncio.timeout(5):
+        while not check().passed:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
     await made.close()
     await shadow.close()
 

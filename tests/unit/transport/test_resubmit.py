@@ -17,6 +17,7 @@ from umbra.transport import ids
 from umbra.transport import resubmit as module
 from umbra.transport.discard import Discarder, LocalHolder
 from umbra.transport.envelope import Recipient
+from umbra.transport.remaining import Left
 from umbra.transport.resubmit import Resubmission, Resubmitter
 from umbra.transport.smtp import SmtpUnreachable, Stuffer
 from umbra.transport.store import ShadowStore, State
@@ -264,7 +265,7 @@ async def test_a_file_that_postfix_cannot_read_is_carried_on_to_all(bench: Bench
     await bench.held(
         queue_id="4one", recipients=(Recipient("bob@example.com"), Recipient("eve@example.com"))
     )
-    assert await bench.resubmitter.claim("a", {"4one": None}) == 0
+    assert await bench.resubmitter.claim("a", {"4one": Left(None)}) == 0
     await bench.resubmitter.step()
     [mail] = bench.smtpd.mails
     assert [line for line in mail.commands if line.startswith(b"RCPT")] == [
@@ -278,12 +279,37 @@ async def test_a_handover_says_who_is_left(bench: Bench) -> None:
         queue_id="4one", recipients=(Recipient("bob@example.com"), Recipient("eve@example.com"))
     )
     await bench.held(queue_id="4two")
-    assert await bench.resubmitter.claim("a", {"4one": ["eve@example.com"]}) == 1
+    assert await bench.resubmitter.claim("a", {"4one": Left(("eve@example.com",))}) == 1
     await bench.resubmitter.step()
     [mail] = bench.smtpd.mails
     assert [line for line in mail.commands if line.startswith(b"RCPT")] == [
         b"RCPT TO:<eve@example.com>"
     ]
+
+
+@pytest.mark.parametrize("shadowed", [True, False])
+async def test_what_was_on_hold_is_to_be_on_hold_here_after_a_handover_only(
+    bench: Bench, shadowed: bool
+) -> None:
+    held: list[bool] = []
+
+    def act(mail: Mail) -> None:
+        held.append(next(iter(bench.resubmissions.values())).held)
+        bench.milter(shadowed=shadowed)(mail)
+
+    bench.smtpd.on_data = act
+    bench.resubmitter._concurrency = 1
+    for queue_id in ("4one", "4two", "4all"):
+        await bench.held(queue_id=queue_id)
+    to = ("bob@example.com",)
+    left = {"4one": Left(to, held=True), "4two": Left(to), "4all": Left(None, held=True)}
+    await bench.resubmitter.claim("a", left)
+    await bench.resubmitter.claim("a", left)  # dying in between changes nothing
+    await bench.resubmitter.step()
+    assert held == [True, False, True]
+    # From then on its queue file says so, which somebody may have released.
+    async for meta in bench.store.in_order(State.UNSHADOWED):
+        assert not meta.envelope.held
 
 
 @pytest.mark.parametrize("verb", [b"MAIL", b"RCPT", b"DATA"])
@@ -301,10 +327,71 @@ async def test_a_refusal_keeps_the_message_and_the_connection(bench: Bench, verb
 async def test_one_refused_recipient_never_makes_a_part_of_a_message(bench: Bench) -> None:
     await bench.held(recipients=(Recipient("bob@example.com"), Recipient("eve@example.com")))
     await bench.resubmitter.claim("a")
-    bench.smtpd.refuse = lambda command: b"550 5.1.1 no" if b"eve" in command else None
+    bench.smtpd.refuse = lambda command: b"450 4.1.1 no" if b"eve" in command else None
     assert len((await bench.resubmitter.step()).failed) == 1
     assert bench.smtpd.mails == []
     assert b"RSET" in bench.smtpd.commands
+
+
+@pytest.mark.parametrize("verb", [b"MAIL", b"RCPT", b"DATA"])
+async def test_what_is_refused_for_good_is_set_aside_and_nothing_waits_for_it(
+    bench: Bench, verb: bytes
+) -> None:
+    refused, other = await bench.held(sender="bad@example.org"), await bench.held(b"other\r\n")
+    await bench.resubmitter.claim("a")
+    bench.resubmitter._concurrency = 1
+    bad = False
+
+    def refuse(command: bytes) -> bytes | None:
+        nonlocal bad
+        if command.startswith(b"MAIL"):
+            bad = b"bad@" in command
+        return b"554 5.7.1 no" if bad and command.startswith(verb) else None
+
+    bench.smtpd.refuse = refuse
+    async with asyncio.timeout(5):
+        report = await bench.resubmitter.run()
+    assert (report.resubmitted, report.parked, report.failed) == (1, 1, {})
+    assert bench.resubmitter.reasons == {refused: "554 5.7.1 no"}
+    await bench.store.give_back()  # whoever is primary then would take it for delivered
+    [meta] = [meta async for meta in bench.store.in_order(State.PARKED)]
+    assert meta.shadow_id == refused
+    assert await bench.store.find(other) is None
+    bench.smtpd.refuse = lambda command: None
+    assert await bench.store.unpark() == 1
+    assert (await bench.resubmitter.run()).resubmitted == 1
+    assert await bench.store.stats() == []
+
+
+async def test_a_refusal_that_may_end_sets_nothing_aside(bench: Bench) -> None:
+    await bench.held(recipients=(Recipient("bob@example.com"), Recipient("eve@example.com")))
+    await bench.resubmitter.claim("a")
+    answers = {b"bob": b"550 5.1.1 no", b"eve": b"451 4.3.0 later"}
+    bench.smtpd.refuse = lambda command: next(
+        (text for name, text in answers.items() if name in command), None
+    )
+    report = await bench.resubmitter.step()
+    assert (report.parked, len(report.failed)) == (0, 1)
+
+
+async def test_a_mailbox_that_cannot_tell_holds_nobody_up(bench: Bench) -> None:
+    """His delivery asks again, and only that waits."""
+
+    async def delivered(address: str, shadow_id: str) -> bool:
+        if address.startswith("eve"):
+            raise OSError("the mailbox is corrupt")
+        return address.startswith("dan")
+
+    bench.resubmitter._delivered = delivered
+    names = ("bob@example.com", "eve@example.com", "dan@example.com")
+    await bench.held(recipients=tuple(map(Recipient, names)))
+    await bench.resubmitter.claim("a")
+    report = await bench.resubmitter.step()
+    assert (report.resubmitted, report.duplicates, report.failed) == (1, 1, {})
+    assert bench.smtpd.mails[0].commands[-2:] == [
+        b"RCPT TO:<bob@example.com>",
+        b"RCPT TO:<eve@example.com>",
+    ]
 
 
 async def test_no_server_ends_the_pass(bench: Bench) -> None:
@@ -443,8 +530,9 @@ async def test_a_content_that_cannot_be_read_stops_no_other_message(
     path.unlink()
     await bench.resubmitter.claim("a")
     bench.resubmitter._concurrency = 1  # so that they meet it first
-    report = await bench.resubmitter.step()
-    assert list(report.failed) == [lost]
+    report = await bench.resubmitter.run()
+    assert list(bench.resubmitter.reasons) == [lost]
+    assert [meta.shadow_id async for meta in bench.store.in_order(State.PARKED)] == [lost]
     assert report.resubmitted == len(bench.smtpd.mails) == 2
     for shadow_id, mail in zip(others, bench.smtpd.mails, strict=True):
         assert mail.content == f"X-Umbra-Id: {shadow_id}\r\n".encode() + big

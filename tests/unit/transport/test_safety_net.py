@@ -195,6 +195,33 @@ async def test_what_is_too_old_goes_and_what_is_held_stays(
     assert await store.find(new)
 
 
+@pytest.mark.parametrize("by", ["queue", "account"])
+async def test_what_is_in_the_queue_still_is_not_too_old(
+    store: ShadowStore, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """A shadow that comes back has its copy from here."""
+    monkeypatch.setattr(safety_net, "PURGE_BATCH", 2)
+    old = [await held(store) for _ in range(7)]
+    await store.discard(old, origin="a")
+    deferred = old[:3]
+    for name in old[3:]:
+        await store._write(
+            lambda database, name=name: (
+                database.execute(  # type: ignore[misc]
+                    "UPDATE message SET queue_id = 'gone' WHERE shadow_id = ?", (name,)
+                ).rowcount
+            )
+        )
+
+    async def queued() -> set[str]:
+        return {"q"} if by == "queue" else set(deferred)
+
+    await asyncio.sleep(0.05)
+    net = SafetyNet(store, hold=0.01, max_size=1 << 30, queued=queued)
+    assert await net.purge() == 4
+    assert sorted(await kept(store)) == sorted(deferred)
+
+
 async def test_mail_goes_before_history(
     store: ShadowStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

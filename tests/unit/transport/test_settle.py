@@ -121,6 +121,15 @@ async def test_what_another_primary_had_still_is_not_finished_here(bench: Bench)
     assert await bench.resubmitting() == [lost]
 
 
+async def test_a_copy_of_what_was_set_aside_here_stays(bench: Bench) -> None:
+    shadow_id = await put(bench.there)
+    await put(bench.own, shadow_id, state=State.RESUBMITTING)
+    await bench.own.park(shadow_id)
+    await bench.run()
+    assert await bench.held() == [shadow_id]
+    assert await bench.resubmitting() == []
+
+
 @pytest.mark.parametrize(("since", "fetched"), [(1, False), (2, True)], ids=["whole", "by force"])
 async def test_what_is_older_than_the_memory_was_finished_unless_it_never_came_here(
     bench: Bench, since: int, fetched: bool

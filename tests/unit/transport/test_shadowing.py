@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import resource
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.unit.transport.support import (
@@ -19,7 +21,7 @@ from tests.unit.transport.support import (
     shadow_id_of,
 )
 
-from umbra.config import ShadowPolicy
+from umbra.config import MAX_SHADOW_TIMEOUT, ShadowPolicy
 from umbra.peer.exchange import PeerError
 from umbra.transport import metrics
 from umbra.transport import shadowing as module
@@ -117,6 +119,72 @@ async def test_accepted_means_on_the_shadow(bench: Bench, body: bytes) -> None:
     assert os.listdir(bench.own._spool) == []
     assert bench.discarder.outstanding("b") == 1
     assert bench.group.failures == []
+
+
+def test_an_answer_comes_before_postfix_gives_up() -> None:
+    settings = Path("roles/mail_server/templates/main.cf.j2").read_text(encoding="utf-8")
+    match = re.search(r"umbra_milter.*content_timeout=(\d+)s", settings)
+    assert match
+    assert MAX_SHADOW_TIMEOUT < module.LIMIT < module.ANSWER_LIMIT < int(match[1])
+
+
+@SIZES
+@pytest.mark.parametrize("alone", [True, False])
+async def test_whatever_hangs_postfix_gets_its_answer(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, body: bytes, alone: bool
+) -> None:
+    monkeypatch.setattr(module, "ANSWER_LIMIT", 0.1)
+
+    async def hangs(*_: Any, **__: Any) -> None:
+        await asyncio.sleep(3600)
+
+    if alone:  # the disk
+        bench.group.peers = []
+        monkeypatch.setattr(bench.own, "_write", hangs)
+    else:  # the coordinator, or the disk of the state
+        bench.link.fail = lambda op: PeerError("unreachable", "gone")
+        monkeypatch.setattr(bench.group, "shadow_failed", hangs)
+    async with asyncio.timeout(5):
+        [(kind, text)] = await bench.deliver(body)
+    assert (kind, text[:9]) == (b"y", b"451 4.4.1")
+
+
+@SIZES
+@pytest.mark.parametrize("where", ["a", "b"])
+async def test_a_message_that_is_cut_off_leaves_no_copy_that_nobody_knows(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, body: bytes, where: str
+) -> None:
+    """Its sender's connection ends while the answer is awaited; the copy comes to its end."""
+    stored = asyncio.Event()
+    store = bench.shadow if where == "b" else bench.own
+    if where == "a":
+        bench.group.peers = []
+    write = store._write
+
+    async def slow(*args: Any, **options: Any) -> Any:
+        try:
+            return await write(*args, **options)
+        finally:
+            stored.set()
+            await asyncio.sleep(3600)
+
+    monkeypatch.setattr(store, "_write", slow)
+    client = await MilterClient.connect(bench.path)
+    await client.mail()
+    await client.rcpt()
+    sending = asyncio.create_task(client.content(HEADERS, body, b"4abcDEF"))
+    await stored.wait()
+    sending.cancel()
+    await client.close()
+    async with asyncio.timeout(5):
+        while bench.group.in_flight:  # noqa: ASYNC110 (the message has no event)
+            await asyncio.sleep(0.01)
+    monkeypatch.setattr(store, "_write", write)
+    assert [meta async for meta in store.in_order(State.HELD)] or [
+        meta async for meta in store.in_order(State.UNSHADOWED)
+    ]
+    assert bench.discarder.known(where).keys() == {"4abcDEF"}
+    assert bench.discarder.covered(where) == {}
 
 
 @DEFER
@@ -324,6 +392,18 @@ async def test_a_resubmitted_message_keeps_its_id(bench: Bench) -> None:
     assert progress == Resubmission("4abcDEF", True)
 
 
+@pytest.mark.parametrize("shadowed", [True, False])
+async def test_what_was_on_hold_is_put_on_hold_again(bench: Bench, shadowed: bool) -> None:
+    shadow_id = "0" * 31 + "7"
+    bench.resubmissions[shadow_id] = Resubmission(held=True)
+    if not shadowed:
+        bench.group.peers = []
+    client = await MilterClient.connect(bench.path, RESUBMISSION)
+    headers = ((b"X-Umbra-Id", b" " + shadow_id.encode()), *HEADERS)
+    assert await client.message(headers) == [(b"q", b"\0"), (b"a", b"")]
+    await client.close()
+
+
 SIGNATURE = (b"DKIM-Signature", b" v=1")
 
 
@@ -360,6 +440,27 @@ async def test_a_message_that_is_on_its_way_has_its_id(bench: Bench) -> None:
     assert shadow_id_of(await client.message((*long, mark, *HEADERS))) != shadow_id
     await client.close()
     assert progress == Resubmission()
+
+
+async def test_a_resubmission_that_is_refused_deletes_no_copy(bench: Bench) -> None:
+    """The message was acknowledged once, and another node may have to carry it on."""
+    bench.shadow._keep = True
+    shadow_id = "0" * 31 + "1"
+    bench.resubmissions[shadow_id] = Resubmission()
+    bench.group.may_acknowledge = lambda epoch, holders: False  # type: ignore[method-assign]
+    client = await MilterClient.connect(bench.path, RESUBMISSION)
+    [(kind, _)] = await client.message(((b"X-Umbra-Id", b" " + shadow_id.encode()), *HEADERS))
+    assert kind == b"y"
+    await client.close()
+
+    async def none() -> set[str]:
+        return set()
+
+    bench.discarder._queue_ids = none
+    for _ in range(3):
+        await bench.discarder.discard()
+    assert bench.discarder.outstanding("b") == 0
+    assert await bench.at_shadow(shadow_id) == WHOLE + b"text\r\n"
 
 
 @BOTH

@@ -19,6 +19,7 @@ from tests.unit.transport.support import ENVELOPE, content
 
 from umbra.transport import ids, metrics
 from umbra.transport import store as module
+from umbra.transport.remaining import Left
 from umbra.transport.resubmit import narrow
 from umbra.transport.store import Meta, ShadowStore, State, StoreError, StoreFull
 
@@ -191,7 +192,7 @@ async def test_stats(store: ShadowStore) -> None:
 async def test_the_life_of_a_resubmission(store: ShadowStore) -> None:
     kept = await put(store, b"1", queue_id="q1")
     finished = await put(store, bytes(LARGE), queue_id="q2")
-    gone = await store.claim("a", {"q1": ["bob@example.com"]}, narrow)
+    gone = await store.claim("a", {"q1": Left(("bob@example.com",))}, narrow)
     assert [meta.shadow_id for meta in gone] == [finished]
     assert spooled(store) == []
     assert (await found(store, kept)).state is State.RESUBMITTING
@@ -200,7 +201,7 @@ async def test_the_life_of_a_resubmission(store: ShadowStore) -> None:
     assert await store.claim("a", None, narrow) == []
     await store.note_queue_id(kept, "4new")
     assert (await found(store, kept)).new_queue_id == "4new"
-    await store.keep_unshadowed(kept, "4new", origin="b")
+    await store.keep_unshadowed(await found(store, kept), "4new", origin="b")
     meta = await found(store, kept)
     assert (meta.state, meta.origin, meta.queue_id) == (State.UNSHADOWED, "b", "4new")
 
@@ -209,7 +210,7 @@ async def test_what_was_taken_over_and_not_carried_on_is_given_back(store: Shado
     waiting, carried_on = await put(store, b"1", queue_id="q1"), await put(store, b"2")
     await store.claim("a", None, narrow)
     await store.note_queue_id(waiting, "4new")
-    await store.keep_unshadowed(carried_on, "4two", origin="b")
+    await store.keep_unshadowed(await found(store, carried_on), "4two", origin="b")
     assert await store.give_back() == 1
     meta = await found(store, waiting)
     assert (meta.state, meta.origin, meta.queue_id, meta.new_queue_id) == (
@@ -495,3 +496,36 @@ async def test_ten_large_streams_fit_in_little_memory(store: ShadowStore) -> Non
         size += len(part)
     assert size == 800 * 65536
     assert peak() - before < 24 * 1024  # KiB
+
+
+@pytest.mark.parametrize("fault", ["connect", "settled"])
+async def test_a_writer_that_ends_leaves_nobody_waiting_and_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    store = ShadowStore(tmp_path / "s")
+    connect, asked = store._connect, threading.Event()
+
+    def fails(*, write: bool) -> sqlite3.Connection:
+        if store._reader is not None and write:
+            asked.wait(5)
+            raise sqlite3.OperationalError("unable to open database file")
+        return connect(write=write)
+
+    def breaks(gone: object) -> None:
+        asked.wait(5)
+        raise AttributeError("a fault of ours")
+
+    if fault == "connect":
+        monkeypatch.setattr(store, "_connect", fails)
+    await store.open()
+    watching = asyncio.create_task(store.watch())
+    monkeypatch.setattr(store, "_unlink", breaks)
+    waiting = [asyncio.create_task(store.discard([], origin="a")) for _ in range(3)]
+    await asyncio.sleep(0.05)
+    asked.set()
+    async with asyncio.timeout(5):
+        found = await asyncio.gather(*waiting, watching, return_exceptions=True)
+    assert [type(error) for error in found] == [StoreError] * 4
+    with pytest.raises(StoreError):
+        await store.discard([], origin="a")
+    await store.close()

@@ -65,8 +65,21 @@ def health() -> None:
 
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the API's answer as it is.")
-def queue(as_json: bool) -> None:
-    """Show the messages in transit: what this node holds, and who holds copies of its own."""
+@click.option("--retry", is_flag=True, help="Try what was set aside again; on the primary.")
+@click.option("--drop", metavar="ID", help="Delete a message that was set aside: it is lost.")
+def queue(as_json: bool, retry: bool, drop: str | None) -> None:
+    """Show the messages in transit: what this node holds, and who holds copies of its own.
+
+    Set aside (parked) is what could not be carried on and would fail again.
+    """
+    if drop is not None:
+        call("POST", "/parked", {"drop": drop}, timeout=30)
+        click.echo(f"{drop} is deleted.")
+        return
+    if retry:
+        call("POST", "/parked", {}, timeout=30)
+        click.echo("What was set aside is tried again; umbractl queue shows what becomes of it.")
+        return
     answer = call("GET", "/queue")
     if as_json:
         click.echo(json.dumps(answer, indent=2))
@@ -110,6 +123,11 @@ def switchover(to: str, dry_run: bool, timeout_s: float) -> None:
         click.echo(f"{to} is the primary already.")
     elif dry_run:
         click.echo(f"The primary would move from {result['from']} to {to}.")
+        if lacking := result.get("uncovered"):
+            click.echo(
+                f"{len(lacking)} messages of its queue have no copy on {to} and would wait on hold"
+                f" on {result['from']}: {', '.join(lacking[:5])}"
+            )
     else:
         for step in result["steps"]:
             click.echo(f"  {step['name']:<10} {step['seconds']:7.3f} s")
@@ -451,6 +469,9 @@ def _print_queue(answer: dict[str, Any]) -> None:
     for row in answer["copies"]:
         where = "here" if row["holder"] == answer["node"] else f"at {row['holder']}"
         console.print(f"copies of this node's own queue {where}: {row['messages']}")
+    for row in answer.get("parked", ()):
+        name = f"{row['shadow_id']} ({row['message_id'] or 'no message id'})"
+        console.print(Text(f"parked {name} of {row['origin']}: {row['reason']}"))
 
 
 def _print_resubmitted(answer: dict[str, Any]) -> None:

@@ -20,6 +20,8 @@ from umbra.cluster.protocol import Policy
 from umbra.transport.selection import ShadowPreference, counting
 
 Section = TypeVar("Section")
+MAX_SHADOW_TIMEOUT = 60.0
+"""Seconds. Postfix waits 120 for the milter's answer, of which the shadow's time is only a part."""
 MAX_PROBES = 8  # umbra-helper takes no more at once
 # Syncs at once: as many as the cores ask for by themselves, and as a person may set.
 MOST_BY_CORES, MOST_WORKERS = 32, 64
@@ -427,6 +429,11 @@ def _mirror_copies(config: Config) -> list[str]:
 
 
 def _shadow_copies(config: Config) -> list[str]:
+    if config.transport.shadow_timeout > MAX_SHADOW_TIMEOUT:
+        return [
+            f"transport.shadow_timeout is {config.transport.shadow_timeout:g} s; over"
+            f" {MAX_SHADOW_TIMEOUT:g} s Postfix would give up on the agent before it has answered."
+        ]
     wanted, preference = config.transport.shadow_copies, config.transport.shadow_preference
     if wanted < 1:
         return ["transport.shadow_copies is 0; a message needs at least one copy."]

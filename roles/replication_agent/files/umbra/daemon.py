@@ -55,6 +55,7 @@ from umbra.peer.link import PeerLink
 from umbra.peer.server import Handler, PeerServer
 from umbra.systemd import notify, watchdog_interval
 from umbra.transport import times
+from umbra.transport.ids import valid
 from umbra.transport.part import Messages
 from umbra.transport.replay import UnknownMailbox
 from umbra.transport.smtp import SmtpError
@@ -170,6 +171,7 @@ class Agent:
                 "open": self._post_open,
                 "pause": self._post_pause,
                 "resubmit": self._post_resubmit,
+                "parked": self._post_parked,
                 "suspend": self._post_suspend,
                 "resume": self._post_resume,
             },
@@ -368,6 +370,22 @@ class Agent:
             "dry_run": dry_run,
             **result,
         }
+
+    async def _post_parked(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Drop one of the messages that were set aside, or have all tried again."""
+        shadow_id = body.get("drop")
+        if shadow_id is None:
+            self._must_be_primary("Messages are carried on")
+            self._messages.resubmit()
+            return {"changed": True}
+        if not valid(shadow_id):
+            raise ValueError("drop must be a shadow id")
+        try:
+            if not await self._messages.drop(shadow_id):
+                raise Refused(f"{shadow_id} is none of the messages that were set aside here.")
+        except StoreError as error:
+            raise Refused(f"{error}.") from None
+        return {"changed": True}
 
     async def _post_suspend(self, body: dict[str, Any]) -> dict[str, Any]:
         user, reason = self._suspendable(body), body.get("reason")

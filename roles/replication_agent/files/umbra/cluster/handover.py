@@ -29,11 +29,9 @@ from umbra.cluster.switchover import (
     Mailboxes,
     Messages,
     Refused,
-    Remaining,
     Steps,
     Switchover,
-    remaining_of,
-    rows_of,
+    told,
 )
 from umbra.config import Config, HandoverPolicy, StonithUse
 from umbra.node.client import NodeHelper
@@ -41,6 +39,7 @@ from umbra.node.helper import HelperError
 from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import PeerIdentity
 from umbra.peer.server import Handler
+from umbra.transport.remaining import Remaining, rows_of
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +154,7 @@ class Handover(Switchover):
             async with group.links[to].exchange(
                 "handover", {"epoch": group.epoch + 1}, timeout=HANDOVER_TIMEOUT
             ) as exchange:
-                await exchange.send_lines(rows_of(remaining))
+                await exchange.send_lines(list(rows_of(remaining)))
                 await exchange.result()
             covered = self._messages.covered(to)
             await quorum.give_up(to)
@@ -177,7 +176,7 @@ class Handover(Switchover):
         change = replace(change, outage_s=round(time.monotonic() - began, 4))
         await quorum.changed(change)
         steps.done("hand over")
-        await self._tidy(covered, remaining.keys(), epoch)
+        await self._tidy(covered, remaining, epoch)
         steps.done("tidy")
         return change
 
@@ -197,10 +196,10 @@ class Handover(Switchover):
         """Handler of ``handover``: note who has to get what is left, for the epoch to come."""
         try:
             epoch = int(args["epoch"])
-            remaining = dict([remaining_of(row) async for row in exchange.receive_lines()])
+            remaining = await told(exchange)
         except (KeyError, TypeError, ValueError) as error:
             raise PeerError("protocol", f"a handover that makes no sense: {error!r}") from None
-        await self.left_behind.finish()
+        await self.left_behind.finish(peer.node)
         self._given = _Given(peer.node, epoch, remaining)
         return {}
 

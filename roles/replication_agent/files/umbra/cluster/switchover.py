@@ -7,8 +7,8 @@ On the primary, in this order (docs/operations.md shows what a failure at each s
 3. close: ports closed for new and established connections, users disconnected, Postfix stopped.
 4. flush: every mailbox change that is in flight reaches the candidate.
 5. give up: the right to act is given up, on disk.
-6. hand over: the candidate is told the new epoch and which recipients of which messages are not
-   delivered yet. It makes both durable,
+6. hand over: the candidate is told the new epoch, which recipients of which messages are not
+   delivered yet, and which messages are on hold. It makes both durable,
    opens its ports and answers.
 7. tidy: queue files are held, those that the new primary has taken over until another node has
    them too (``left_behind``), others for the administrator.
@@ -24,7 +24,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -38,6 +38,7 @@ from umbra.node.helper import HelperError
 from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import PeerIdentity
 from umbra.peer.server import Handler
+from umbra.transport.remaining import Left, Remaining, rows_of, take
 from umbra.transport.store import StoreError
 
 log = logging.getLogger(__name__)
@@ -62,22 +63,12 @@ class Refused(Exception):
     """
 
 
-Remaining = Mapping[str, Sequence[str] | None]
-"""By queue id, who still has to get a message; None if nobody knows, so all may have to."""
-
-
-def rows_of(remaining: Remaining) -> list[dict[str, Any]]:
-    """Return what a handover says of the queue, one row a message; ``whole``: to all."""
-    return [
-        {"queue_id": key, "recipients": list(left or ()), "whole": left is None}
-        for key, left in remaining.items()
-    ]
-
-
-def remaining_of(row: Mapping[str, Any]) -> tuple[str, Sequence[str] | None]:
-    """Return the queue id and the recipients of such a row; KeyError or TypeError if it is none."""
-    names = [str(name) for name in row["recipients"]]
-    return str(row["queue_id"]), None if row.get("whole") is True else names
+async def told(exchange: Exchange) -> Remaining:
+    """Return what a handover says of the queue; KeyError or TypeError if that makes no sense."""
+    found: dict[str, Left] = {}
+    async for row in exchange.receive_lines():
+        take(found, row)
+    return found
 
 
 class Messages(left_behind.Messages, Protocol):
@@ -85,6 +76,13 @@ class Messages(left_behind.Messages, Protocol):
 
     def covered(self, peer: str) -> Mapping[str, str]:
         """Return which of this node's messages ``peer`` has a copy of: shadow ids by queue id."""
+        ...
+
+    async def uncovered(self, peer: str) -> Mapping[str, str]:
+        """Return what of Postfix's queue is acknowledged and has no copy on ``peer``.
+
+        With the queue that each file is in, by queue id. HelperError.
+        """
         ...
 
     async def outstanding(self) -> int:
@@ -98,8 +96,7 @@ class Messages(left_behind.Messages, Protocol):
     async def take_over(self, origin: str, remaining: Remaining | None) -> None:
         """Make the messages that are held for ``origin`` this node's to resubmit, durably.
 
-        :param remaining: by queue id, the recipients that are not delivered yet; a message that is
-            not in it is delivered. None if that is not known, of one message or of all.
+        :param remaining: what is left of its queue; None if that is not known.
         """
         ...
 
@@ -239,10 +236,9 @@ class Switchover:
             "to": to,
             "epoch": self._group.epoch,
         }
-        if result["changed"] and dry_run and (lacking := await self._lacking(to)):
-            raise Refused(self._lacks(to, lacking))
         if not result["changed"] or dry_run:
-            return {**result, "outage_s": 0.0, "steps": []}
+            lacking = await self._would_lack(to) if result["changed"] else []
+            return {**result, "outage_s": 0.0, "steps": [], "uncovered": lacking}
         steps = Steps()
         try:
             await self._prepare(to, steps, timeout_s)
@@ -267,7 +263,7 @@ class Switchover:
                 raise Refused(f"{count} messages of the former primary are not carried on yet.")
             await asyncio.sleep(OUTSTANDING_PAUSE)
         # A node that is ailing goes all the same: what has no copy waits on hold here.
-        while not self._automatic and (lacking := await self._lacking(to)):
+        while not self._automatic and self._others and (lacking := await self._lacking(to)):
             if time.monotonic() > deadline:
                 raise Refused(self._lacks(to, lacking))
             await asyncio.sleep(OUTSTANDING_PAUSE)
@@ -283,18 +279,29 @@ class Switchover:
             f" on {self._group.state.node} with `postsuper -h`."
         )
 
-    async def _lacking(self, to: str) -> list[str]:
-        """Return what of the queue, as far as Postfix is to deliver it, ``to`` has no copy of.
+    @property
+    def _others(self) -> bool:
+        """Whether a third node may have what the candidate lacks, so that the primary must not go.
 
-        Another shadow may have it, so the primary must not go. Of a pair nothing: who is protected
-        has all that was acknowledged, and a notice of Postfix's own, which has no copy, must not
-        hold up a switchover. It waits on hold.
+        Of a pair nobody has it, and a notice of Postfix's own, which has no copy, must not hold up
+        a switchover: it waits on hold.
         """
-        if len(self._group.links) == 1:
-            return []
-        queue = await self._helper.queue()
-        moving = {key for key, place in queue.items() if place in MOVING}
-        return sorted(moving - self._messages.covered(to).keys())
+        return len(self._group.links) > 1
+
+    async def _would_lack(self, to: str) -> list[str]:
+        """Return what would wait on hold here; Refused if a switchover would be."""
+        try:
+            lacking = await self._lacking(to)
+        except HelperError as error:
+            raise Refused(f"{error}.") from None
+        if lacking and self._others:
+            raise Refused(self._lacks(to, lacking))
+        return lacking
+
+    async def _lacking(self, to: str) -> list[str]:
+        """Return what of the queue, as far as Postfix is to deliver it, ``to`` has no copy of."""
+        left = await self._messages.uncovered(to)
+        return sorted(key for key, place in left.items() if place in MOVING)
 
     async def _change(self, to: str, steps: Steps) -> Change:
         group = self._group
@@ -319,7 +326,7 @@ class Switchover:
             await group.apply(machine.TakenOver(change))
         self._messages.gave_up()
         steps.done("hand over")
-        await self._tidy(covered, remaining.keys(), group.state.durable.epoch)
+        await self._tidy(covered, remaining, group.state.durable.epoch)
         steps.done("tidy")
         return change
 
@@ -364,7 +371,11 @@ class Switchover:
             raise Refused(f"Postfix does not tell the recipients of {', '.join(unknown[:5])}.")
         # Postfix cannot read these and never will; the copy is the message now.
         corrupt = [queue_id for queue_id, place in queue.items() if place == "corrupt"]
-        return {**remaining, **dict.fromkeys(corrupt)}
+        listed = {
+            queue_id: Left(tuple(names), held=queue.get(queue_id) == "hold")
+            for queue_id, names in remaining.items()
+        }
+        return {**listed, **dict.fromkeys(corrupt, Left(None))}
 
     async def _take_back(self) -> None:
         """Before the right was given up.
@@ -387,7 +398,7 @@ class Switchover:
         }
         link = self._group.links[to]
         async with link.exchange("handover", args, timeout=HANDOVER_TIMEOUT) as exchange:
-            await exchange.send_lines(rows_of(remaining))
+            await exchange.send_lines(list(rows_of(remaining)))
             return float((await exchange.result())["outage_s"])
 
     async def _outcome(self, to: str, error: PeerError) -> None:
@@ -410,7 +421,7 @@ class Switchover:
                     " `umbractl open --force`."
                 )
 
-    async def _tidy(self, covered: Mapping[str, str], queue: Set[str], epoch: int) -> None:
+    async def _tidy(self, covered: Mapping[str, str], remaining: Remaining, epoch: int) -> None:
         """Hold the queue: what the primary of ``epoch`` has taken over, and what it has no copy of.
 
         Dying before it is done leaves queue files here that the next promotion of this node would
@@ -418,14 +429,15 @@ class Switchover:
         """
         if self._group.is_primary():
             return  # the new primary is lost already, and this node has gone on
-        left = queue - covered.keys()
+        left = remaining.keys() - covered.keys()
         try:
-            await self._helper.queue_hold(sorted(queue))
+            await self._helper.queue_hold(sorted(remaining))
         except HelperError as error:
             log.error("the queue could not be tidied after the handover: %s", error)
             return
-        taken = {key: shadow_id for key, shadow_id in covered.items() if key in queue}
-        self.left_behind.put(taken, epoch)
+        taken = {key: shadow_id for key, shadow_id in covered.items() if key in remaining}
+        held = {key for key in taken if remaining[key].held}
+        self.left_behind.put(taken, epoch, held)
         if left:
             log.warning("%d messages without a copy are on hold: %s", len(left), ", ".join(left))
 
@@ -449,14 +461,14 @@ class Switchover:
         try:
             epoch, change = int(args["epoch"]), Change.from_json(args["change"])
             elapsed = float(args["elapsed_s"])
-            remaining = dict([remaining_of(row) async for row in exchange.receive_lines()])
+            remaining = await told(exchange)
         except (KeyError, TypeError, ValueError) as error:
             raise PeerError("protocol", f"a handover that makes no sense: {error!r}") from None
         if change.old != peer.node or change.new != self._group.state.node:
             raise PeerError(
                 "refused", f"{peer.node} cannot hand over from {change.old} to {change.new}"
             )
-        await self.left_behind.finish()
+        await self.left_behind.finish(peer.node)
         try:
             # The tending loop opens as soon as the right is this node's.
             await self._mailboxes.quiet()

@@ -209,6 +209,18 @@ class NodeHelper:
         """Return the recipients that are not delivered yet, {queue id: addresses}."""
         return dict((await self._ask("queue-remaining"))["remaining"])
 
+    async def shadow_ids(self, ids: Sequence[str]) -> Mapping[str, str]:
+        """Return the shadow ids that queue files bear, {queue id: shadow id}.
+
+        None at all if the helper is an older one.
+        """
+        try:
+            return dict((await self._ask("queue-shadow-ids", ids=list(ids)))["shadow_ids"])
+        except HelperError as error:
+            if str(error) == UNKNOWN:
+                return {}
+            raise
+
     async def queue_delete(self, ids: Sequence[str]) -> None:
         """Delete queue files."""
         await self._ask_for_ids("queue-delete", ids)

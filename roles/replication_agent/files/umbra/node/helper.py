@@ -40,6 +40,9 @@ STORAGE = re.compile(r"[0-9a-f]{1,64}\Z")
 NODE = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,62}\Z")
 STONITH_TIMEOUT = 35.0  # its unit's own is 30 s at most
 QUEUE_ID = re.compile(r"[0-9A-Za-z]{5,30}\Z")
+ID_HEADER = re.compile(r"^X-Umbra-Id:[ \t]*(\S*)", re.MULTILINE | re.IGNORECASE)
+SHADOW_ID = re.compile(r"[0-9a-f]{32}\Z")
+MAX_NAMES = 500
 MAX_REQUEST = 1024 * 1024
 COMMAND_TIMEOUT = 20.0
 MAX_KEYS = 2000
@@ -327,6 +330,23 @@ class Helper:
         for queue_id, left in remaining.items():
             left += [item for item in dict.fromkeys(owed.get(queue_id, ())) if item not in left]
         return {"remaining": remaining}
+
+    async def do_queue_shadow_ids(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Return the shadow ids that the queue files ``ids`` bear, by queue id.
+
+        That is what our milter has put into the header; nothing else of a message leaves here. One
+        that is gone, or bears none, is left out.
+        """
+        ids, found = _queue_ids(request), {}
+        if len(ids) > MAX_NAMES:
+            raise HelperError(f"ids must be a list of at most {MAX_NAMES}")
+        for queue_id in ids:
+            with contextlib.suppress(HelperError):
+                # The first of its name is ours: others came with the message.
+                headers = await run("postcat", "-h", "-q", queue_id)
+                if (line := ID_HEADER.search(headers)) and SHADOW_ID.match(line[1]):
+                    found[queue_id] = line[1]
+        return {"shadow_ids": found}
 
     async def do_queue_delete(self, request: dict[str, Any]) -> dict[str, Any]:
         """Delete the queue files ``ids``; one that is gone already is no error."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from umbra.peer.exchange import PeerError
 from umbra.peer.link import PeerLink
@@ -65,34 +66,39 @@ class BackFill:
         as what only this node has, until it has left the queue.
         """
         copied = 0
-        # Asked before the look: what was on its way then is seen in the store now, or by the next
-        # run.
-        on_its_way = self._storing_alone()
+        # Asked before the look: what was on its way or being resubmitted then is seen in the store
+        # now or by the next run.
+        on_its_way = self._storing_alone() > 0 or any(
+            holding.state is State.RESUBMITTING for holding in await self._store.stats()
+        )
         async for meta in self._store.in_order(State.UNSHADOWED, self._node):
             if not await self._copied(peer, meta):
                 continue
             copied += 1
             # Another shadow that lacks it too gets it from the net, or from this one.
             await self._store.discard([meta.shadow_id], origin=self._node, state=State.UNSHADOWED)
-        waiting = [
-            holding for holding in await self._store.stats() if holding.state is State.RESUBMITTING
-        ]
-        return BackFilled(copied, complete=not on_its_way and not waiting)
+        return BackFilled(copied, complete=not on_its_way)
 
-    async def run_queue(self, peer: PeerLink, queue_ids: Set[str]) -> None:
-        """Copy what ``peer`` lacks of these queue files, which it was not there to take.
+    async def run_queue(
+        self, peer: PeerLink, left: Set[str], names: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        """Copy these queue files, which ``peer`` lacks: it was not there to take them.
 
-        The safety net has their content, or else another shadow. PeerError or StoreError ends it,
-        as before: what another shadow may be promoted with, this one must not lack.
+        The safety net has their content, or else a shadow. PeerError or StoreError ends it, as
+        before: what another shadow may be promoted with, this one must not lack.
+
+        :param names: the shadow ids that they bear, if they are others than the store knows them by
+            (``postsuper -r``).
         """
-        left = queue_ids - self._discarder.covered(peer.name).keys()
         if not left:
             return
         async for meta in self._store.kept(left):
             await self._copied(peer, meta)
+        for queue_id in sorted(left - self._discarder.covered(peer.name).keys()):
+            if (name := names.get(queue_id)) and (found := await self._store.find(name)):
+                await self._copied(peer, replace(found, queue_id=queue_id))
         for other in self._shadows():
-            if other.name != peer.name:
-                await self._relay(other, peer, left)
+            await self._relay(other, peer, left)
         if left := left - self._discarder.covered(peer.name).keys():
             log.warning(
                 "%s has no copy of %d messages of the queue, and nothing here can make one: %s",
@@ -114,8 +120,12 @@ class BackFill:
         return True
 
     async def _relay(self, other: PeerLink, peer: PeerLink, queue_ids: Set[str]) -> None:
-        """Copy to ``peer`` what ``other`` alone has of these queue files."""
-        there = self._discarder.covered(other.name)
+        """Copy to ``peer`` what ``other`` alone has of these queue files.
+
+        ``peer`` itself may have it by the name of a former file, which this mends.
+        """
+        same = other.name == peer.name
+        there = (self._discarder.known if same else self._discarder.covered)(other.name)
         lacking = queue_ids & there.keys() - self._discarder.covered(peer.name).keys()
         for queue_id in sorted(lacking):
             try:
@@ -141,6 +151,7 @@ class BackFill:
         content: AsyncIterator[bytes],
     ) -> None:
         args, head = wire.arguments(shadow_id, queue_id, envelope)
+        self._discarder.add(peer.name, queue_id, shadow_id, sure=False)  # what fails may be there
         async with peer.exchange("shadow-store", args, timeout=TIMEOUT) as exchange:
             if head:
                 await exchange.send(head)

@@ -6,6 +6,7 @@ All that waits goes into one transaction and one fsync.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import queue
@@ -59,6 +60,9 @@ class Committer:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._loop = asyncio.get_running_loop()
         self._open = True
+        self._batch: list[_Job] = []
+        self._error: StoreError | None = None
+        self._ended = asyncio.Event()
         self._thread = threading.Thread(target=self._work, name="umbra-store", daemon=True)
         self._thread.start()
 
@@ -91,6 +95,15 @@ class Committer:
         self._jobs.put(_Job(run, before, cast(Callable[[Any], None] | None, settled), size, future))
         return await future
 
+    async def watch(self) -> None:
+        """Return never; StoreError if the writer has ended by a fault, after which nothing works.
+
+        Whoever waits for it has been told by then.
+        """
+        while self._error is None:
+            await self._ended.wait()
+        raise self._error
+
     async def close(self) -> None:
         """Commit what waits, then end the thread."""
         if self._open:
@@ -99,6 +112,27 @@ class Committer:
         await asyncio.to_thread(self._thread.join)
 
     def _work(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:  # nobody joins a thread to hear of it
+            self._loop.call_soon_threadsafe(self._fail, error)
+
+    def _fail(self, error: Exception) -> None:
+        """In the loop, as ``submit``: so nobody waits for a thread that has ended."""
+        log.critical("the store's writer has ended", exc_info=error)
+        self._open = False
+        self._error = StoreError(f"the store's writer has ended: {error!r}")
+        left = self._batch
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if (job := self._jobs.get_nowait()) is not None:
+                    left.append(job)
+        for job in left:
+            job.error = self._error
+        _settle(left)
+        self._ended.set()
+
+    def _serve(self) -> None:
         database = self._connect()
         try:
             going = True
@@ -117,8 +151,10 @@ class Committer:
                         break
                     batch.append(job)
                     size += job.size
+                self._batch = batch
                 self._commit(database, batch)
                 self._loop.call_soon_threadsafe(_settle, batch)
+                self._batch = []
                 del job, batch  # holds contents; the next may be long in coming
         finally:
             database.close()

@@ -17,13 +17,17 @@ within about a second, each inside a listing. And a file that exists from before
 (the queue id is known to the milter because the file is there) until the message is finished is
 present in every listing between, so a message that is still at its end of message is never taken
 for gone. Postfix's long queue ids are never used again.
+
+A message may go on in another file: ``postsuper -r`` gives it one, past our milter. So before a
+copy goes, files that came after its own and that nobody here knows are asked for the shadow id that
+they bear; the copy is then that file's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,6 +50,12 @@ DOUBT_INTERVAL = 5.0
 so a copy that was stored after its discard is found."""
 
 QueueIds = Callable[[], Awaitable[set[str]]]
+ShadowIds = Callable[[Set[str]], Awaitable[Mapping[str, str]]]
+
+
+async def nameless(queue_ids: Set[str]) -> Mapping[str, str]:
+    """Return the shadow ids of queue files that bear none."""
+    return dict.fromkeys(queue_ids, "")
 
 
 class Holder(Protocol):
@@ -259,6 +269,8 @@ class Discarder:
 
     :param queue_ids: lists the queue files that exist now. It must raise, not return less, when a
         directory cannot be read.
+    :param names: returns the shadow ids that queue files bear, "" for one that has none; one that
+        is missing will be told later. HelperError.
     :param acts: whether this node is primary. If not, what shadows have is not its to judge: the
         new primary may need it, whatever has become of the queue files here.
     :param interval: seconds between two listings; none is made while no copy is outstanding.
@@ -269,12 +281,15 @@ class Discarder:
         holders: Iterable[Holder],
         queue_ids: QueueIds,
         *,
+        names: ShadowIds = nameless,
         acts: Callable[[], bool] = lambda: True,
         interval: float = 1.0,
     ) -> None:
         self._holders = {holder.name: holder for holder in holders}
         self._copies = {name: Copies() for name in self._holders}
         self._queue_ids = queue_ids
+        self._names = names
+        self._before: set[str] = set()
         self._acts = acts
         self._interval = interval
         self._doubt = False
@@ -309,6 +324,14 @@ class Discarder:
     def covered(self, holder: str) -> dict[str, str]:
         """Return the messages that ``holder`` surely has a copy of: shadow ids by queue id."""
         return self._copies[holder].sure()
+
+    def known(self, holder: str = "") -> dict[str, str]:
+        """Return the messages that a holder, or any, has or may have a copy of, likewise."""
+        found: dict[str, str] = {}
+        for name, copies in self._copies.items():
+            if holder in (name, ""):
+                found |= copies.known()
+        return found
 
     async def run(self) -> None:
         """Discard once an interval and reconcile now and then, until cancelled."""
@@ -352,9 +375,39 @@ class Discarder:
             return
         for name in self._mine():
             copies = self._copies[name]
-            for delivered, ripe in copies.worth(copies.judge(present)):
+            try:
+                gone = await self._gone(copies, copies.judge(present), present & self._before)
+            except HelperError as error:
+                log.warning("nothing of %s is discarded: %s", name, error)
+                continue
+            for delivered, ripe in copies.worth(gone):
                 await self._discard(name, copies, list(ripe.items()), delivered=delivered)
             metrics.OUTSTANDING.labels(name).set(len(copies))
+        self._before = present
+
+    async def _gone(
+        self, copies: Copies, ripe: dict[str, str], present: set[str]
+    ) -> dict[str, str]:
+        """Return those of ``ripe`` whose messages do not go on in another file.
+
+        :param present: the files that two listings have shown: others may be half written.
+        """
+        if not ripe:
+            return ripe
+        oldest = min(ripe)  # a file's id tells its time
+        newer = {key for key in present if key > oldest} - copies.known().keys()
+        names = {key: value for key, value in self.known().items() if key in newer}
+        names |= await self._names(newer - names.keys())
+        unread = max(newer - names.keys(), default="")
+        files = {shadow_id: queue_id for queue_id, shadow_id in names.items()}
+        gone = {}
+        for queue_id, shadow_id in ripe.items():
+            if file := files.get(shadow_id):
+                log.info("%s goes on as %s, with its copy", queue_id, file)
+                copies.add(file, shadow_id, sure=False)  # there it bears the old name still
+            elif unread < queue_id:
+                gone[queue_id] = shadow_id
+        return gone
 
     async def _discard(
         self, name: str, copies: Copies, ripe: list[tuple[str, str]], *, delivered: bool

@@ -42,7 +42,8 @@ class Recipient:
 class Envelope:
     """An envelope.
 
-    ``sender`` is empty for the null sender; ``received`` is in seconds since 1970.
+    ``sender`` is empty for the null sender; ``received`` is in seconds since 1970. ``held`` is not
+    from SMTP: where the message is carried on, it is to be put on hold.
     """
 
     sender: str
@@ -54,6 +55,7 @@ class Envelope:
     auth_user: str = ""
     message_id: str = ""
     received: float = field(default=0.0)
+    held: bool = False
 
     def only(self, recipients: Iterable[Recipient]) -> Envelope:
         """Return the same envelope with other recipients."""
@@ -71,6 +73,7 @@ class Envelope:
             "auth_user": self.auth_user,
             "message_id": self.message_id,
             "received": self.received,
+            **({"held": True} if self.held else {}),
         }
 
     def to_json(self) -> str:
@@ -112,6 +115,7 @@ class Envelope:
             auth_user=_text("auth_user", value.get("auth_user")),
             message_id=_text("message_id", value.get("message_id")),
             received=received,
+            held=value.get("held") is True,
         )
 
 

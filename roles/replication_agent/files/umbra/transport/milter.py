@@ -22,8 +22,8 @@ MAX_RECIPIENTS = 50_000
 MAX_ENVELOPE = 32 * 1024 * 1024
 """Bytes of the recipients and their arguments: an envelope is kept whole, in memory."""
 
-ADD_HEADERS, SET_MACROS = 1 << 0, 1 << 8
-ACTIONS = ADD_HEADERS | SET_MACROS
+ADD_HEADERS, QUARANTINE, SET_MACROS = 1 << 0, 1 << 5, 1 << 8
+ACTIONS = ADD_HEADERS | QUARANTINE | SET_MACROS
 
 _NO_UNKNOWN, _NO_DATA = 1 << 8, 1 << 9
 _NO_REPLY = {
@@ -50,6 +50,8 @@ _NEGOTIATION = struct.Struct(">III")
 CONTINUE: Final = _HEADER.pack(1, ord("c"))
 ACCEPT: Final = _HEADER.pack(1, ord("a"))
 TEMPFAIL: Final = _HEADER.pack(1, ord("t"))
+HOLD: Final = _HEADER.pack(2, ord("q")) + b"\0"
+"""Put the message on hold if it is accepted. Postfix does not look at the reason."""
 
 
 class ProtocolError(Exception):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,31 +13,35 @@ from typing import Any, Protocol
 from umbra.api.report import Check
 from umbra.cluster.group import Group
 from umbra.config import Config, ShadowPolicy
-from umbra.node.client import UNCOMMITTED, NodeHelper
+from umbra.node.client import NodeHelper
 from umbra.node.helper import HelperError
 from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import PeerIdentity
 from umbra.peer.link import PeerLink
 from umbra.peer.server import Handler
-from umbra.transport import selection, view
+from umbra.transport import coverage, selection, view
 from umbra.transport.aliases import Aliases
 from umbra.transport.backfill import BackFill
+from umbra.transport.coverage import Names
 from umbra.transport.discard import Discarder, Holder, LocalHolder, PeerHolder
 from umbra.transport.milter_server import MilterServer
 from umbra.transport.once import Once
 from umbra.transport.once_server import NAME, OnceServer
 from umbra.transport.ports import Refusal
+from umbra.transport.remaining import Remaining
 from umbra.transport.replay import Replayer
 from umbra.transport.resubmit import Resubmission, Resubmitter
 from umbra.transport.safety_net import SafetyNet
 from umbra.transport.service import MAX_STORES, ShadowService
 from umbra.transport.settle import Settlement
 from umbra.transport.shadowing import Shadowing
-from umbra.transport.store import Holding, ShadowStore, State, StoreError
+from umbra.transport.store import Holding, Meta, ShadowStore, State, StoreError
 
 log = logging.getLogger(__name__)
 
 STATS_INTERVAL = 1.0
+COVER_INTERVAL = 5.0
+"""Seconds between two looks for what has no copy; what only one of them finds is on its way."""
 BACK_FILL_PAUSE = 0.2
 BACK_FILL_TIMEOUT = 3600.0
 RIGHT_PAUSE = 0.2
@@ -45,6 +49,8 @@ HEADROOM = 32 * 1024 * 1024
 """Bytes of room under which new messages are refused at MAIL; those that have begun still fit."""
 MAX_AGE = 4 * 3600.0
 """Seconds; an older shadow message means mail that the primary cannot get rid of."""
+MAX_PARKED = 100
+"""Of more messages that were set aside only the first are named."""
 
 
 LOAD = {
@@ -53,6 +59,8 @@ LOAD = {
     "queue": "The shadow queue has its full size (shadow_max_size).",
     "busy": "Too many messages are coming in at once.",
 }
+ALONE = (State.RESUBMITTING, State.UNSHADOWED)
+"""Messages that no other node has, or that are not taken over yet."""
 FULL_HERE = Refusal(452, "4.3.1", "No room for messages at this moment, try again later")
 FULL_THERE = Refusal(452, "4.3.1", "The second server has no room for a copy, try again later")
 BUSY_THERE = Refusal(451, "4.3.2", "The second server is busy, try again later")
@@ -125,14 +133,18 @@ class Messages:
         settings = config.transport
         self._store = ShadowStore(paths.state / "shadow", keep=settings.safety_net_hold > 0)
         self._net = SafetyNet(
-            self._store, hold=settings.safety_net_hold, max_size=settings.safety_net_max_size << 20
-        )
+            self._store, hold=settings.safety_net_hold,
+            max_size=settings.safety_net_max_size << 20, queued=self._queued,
+        )  # fmt: skip
+        self._names = Names(helper.shadow_ids)
         self._aliases = Aliases(helper.aliases)
         holders: list[Holder] = [
             LocalHolder(self._store, config.node),
             *map(PeerHolder, group.links.values()),
         ]
-        self._discarder = Discarder(holders, self._queue_ids, acts=group.is_primary)
+        self._discarder = Discarder(
+            holders, self._queue_ids, names=self._names.of, acts=group.is_primary
+        )
         resubmissions: dict[str, Resubmission] = {}
         self._once = Once(mailboxes.delivered)
         self._once_server = OnceServer(paths.run / "delivery" / NAME, self._once)
@@ -181,6 +193,9 @@ class Messages:
         self._held = (0, 0)
         self._oldest: float | None = None
         self._own = 0
+        self._uncovered: Mapping[str, Sequence[str]] = {}
+        self._parked = 0
+        self._first_parked: Sequence[Meta] = ()
         self._room = HEADROOM
         self._resubmit_at = 0.0
         self._unsettled: set[str] = set()
@@ -210,11 +225,13 @@ class Messages:
         if self._group.is_primary():  # it was alone and has opened at once
             self._resubmitting.set()
         async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._store.watch())  # its end is the agent's: it starts anew
             tasks.create_task(self._discarder.run())
             tasks.create_task(self._resubmit_when_told())
             tasks.create_task(self._settle())
             tasks.create_task(self._net.run())
             tasks.create_task(self._count())
+            tasks.create_task(self._cover())
 
     async def _count(self) -> None:
         while True:
@@ -224,7 +241,9 @@ class Messages:
                 held = [row for row in rows if row.state is State.HELD]
                 self._held = sum(row.count for row in held), sum(row.bytes for row in held)
                 self._oldest = min((row.oldest for row in held), default=None)
-                self._own = _alone(rows)
+                self._own = _count(rows, *ALONE, State.PARKED)
+                self._parked = _count(rows, State.PARKED)
+                self._first_parked = await self._set_aside() if self._parked else ()
             await asyncio.sleep(STATS_INTERVAL)
 
     def held(self) -> tuple[int, int]:
@@ -293,8 +312,38 @@ class Messages:
             Check(
                 "own messages", True, self._own, None,
                 f"{self._own} messages are kept here until a shadow has them.",
-            )
+            ),
+            self._cover_check(),
+            Check("parked messages", not self._parked, self._parked, 0, self._said_of_parked()),
         ]  # fmt: skip
+
+    def _cover_check(self) -> Check:
+        found = [
+            f"{name} has no copy of {len(keys)} acknowledged messages of the queue:"
+            f" {', '.join(keys[:5])}"
+            for name, keys in self._uncovered.items()
+        ]
+        count = max(map(len, self._uncovered.values()), default=0)
+        text = "; ".join(found) or "Each acknowledged message of the queue has its copies"
+        return Check("queue copies", not found, count, 0, f"{text}.")
+
+    def _said_of_parked(self) -> str:
+        if not self._first_parked:
+            return "No message was set aside."
+        row = view.parked(self._first_parked, self._resubmitter.reasons)[0]
+        return (
+            f"{self._parked} messages cannot be carried on and are kept here, see umbractl queue;"
+            f" for example {row['shadow_id']} of {row['origin']}: {row['reason']}."
+        )
+
+    async def _set_aside(self) -> Sequence[Meta]:
+        """Return the first of the messages that were set aside."""
+        found: list[Meta] = []
+        async for meta in self._store.in_order(State.PARKED):
+            found.append(meta)
+            if len(found) == MAX_PARKED:
+                break
+        return found
 
     def _copies_check(self) -> Sequence[Check]:
         holders = [link.name for link in self._group.shadows()]
@@ -316,8 +365,22 @@ class Messages:
     async def queue(self) -> dict[str, Any]:
         """Return what is in transit here, as ``GET /queue`` tells it. StoreError if unreadable."""
         return view.queue(
-            self._config.node, await self._store.stats(), self._discarder.counts(), time.time()
+            self._config.node, await self._store.stats(), self._discarder.counts(), time.time(),
+            view.parked(await self._set_aside(), self._resubmitter.reasons),
+        )  # fmt: skip
+
+    async def drop(self, shadow_id: str) -> bool:
+        """Delete a message that was set aside, on an operator's word. StoreError.
+
+        Return whether there was such a one.
+        """
+        meta = await self._store.find(shadow_id)
+        gone = meta and await self._store.discard(
+            [shadow_id], origin=meta.origin, state=State.PARKED, delivered=False
         )
+        if gone:
+            log.warning("%s was dropped by an operator", shadow_id)
+        return bool(gone)
 
     async def catch_up(self, peer: str) -> None:
         """Copy to ``peer`` what only this node has; return when nothing is left.
@@ -340,13 +403,15 @@ class Messages:
 
     async def _copy_queue(self, peer: str) -> None:
         await self._net.flush()
+        left = await self.uncovered(peer)
         # Not what is on hold: after a failover that is what the former primary had, and the other
         # node has carried it on. A copy would be resubmitted at the next change of primary, to
         # recipients elsewhere a second time. A message that somebody put on hold for another reason
         # keeps the copy it has, and gets none here if it has none.
-        queue = await self._helper.queue()
-        wanted = {key for key, place in queue.items() if place not in (*UNCOMMITTED, "hold")}
-        await self._back_fill.run_queue(self._group.links[peer], wanted)
+        there = self._discarder.known(peer)
+        wanted = {key for key, place in left.items() if place != "hold" or key in there}
+        names = await self._names.of(wanted)
+        await self._back_fill.run_queue(self._group.links[peer], wanted, names)
 
     async def prove_caught_up(self, peer: str) -> None:
         """Copy what is left, if anything, at once. PeerError if that is not the end of it."""
@@ -357,9 +422,7 @@ class Messages:
 
     # -- promotion
 
-    async def take_over(
-        self, origin: str, remaining: Mapping[str, Sequence[str] | None] | None
-    ) -> None:
+    async def take_over(self, origin: str, remaining: Remaining | None) -> None:
         """Make ``origin``'s messages this node's to resubmit; see ``cluster.switchover``."""
         self._discarder.forget()
         self._once.doubt()
@@ -370,27 +433,76 @@ class Messages:
             self._resubmit_at = asyncio.get_running_loop().time() + pause
         await self._resubmitter.claim(origin, remaining)
 
+    async def uncovered(self, peer: str) -> Mapping[str, str]:
+        """Return what of Postfix's queue is acknowledged and has no copy on ``peer``.
+
+        With the queue that each file is in, by queue id. HelperError.
+        """
+        return coverage.uncovered(await self._helper.queue(), self._discarder.covered(peer))
+
+    async def _cover(self) -> None:
+        """Look for what has no copy where it should have one, and make it if that can be done."""
+        seen: Mapping[str, Set[str]] = {}
+        tried: Set[str] = set()
+        while True:
+            await asyncio.sleep(COVER_INTERVAL)
+            found: dict[str, Set[str]] = {}
+            # One that is not whole has its catch-up, and the group is degraded.
+            links = self._group.shadows() if self._group.is_primary() else ()
+            try:
+                for link in links:
+                    if self._group.is_whole(link.name):
+                        found[link.name] = await self._bare(link.name)
+                lasting = {name: keys & seen.get(name, set()) for name, keys in found.items()}
+                self._uncovered = {name: sorted(keys) for name, keys in lasting.items() if keys}
+                for name, keys in lasting.items():
+                    if keys - tried:
+                        await self._copy_queue(name)
+                tried = {key for keys in lasting.values() for key in keys}
+            except (HelperError, PeerError, StoreError) as error:
+                log.info("what has no copy is looked for again: %s", error)
+            seen = found
+
+    async def _bare(self, peer: str) -> Set[str]:
+        """Return what lacks a copy on ``peer``, but for what a former primary has on hold."""
+        left = await self.uncovered(peer)
+        there = self._discarder.known(peer)
+        # That bears an id, unlike what another milter has quarantined before ours was asked.
+        names = await self._names.of({key for key, place in left.items() if place == "hold"})
+        return {
+            key
+            for key, place in left.items()
+            if place != "hold" or key in there or names.get(key) == ""
+        }
+
     def covered(self, peer: str) -> Mapping[str, str]:
         """Return which of this node's messages ``peer`` has a copy of: shadow ids by queue id."""
         return self._discarder.covered(peer)
 
     async def outstanding(self) -> int:
-        """Return how many messages this node alone has, or has still to carry on. StoreError."""
-        return _alone(await self._store.stats())
+        """Return how many messages this node alone has, or has still to carry on. StoreError.
+
+        What was set aside stays here, whoever is primary, until this node is again, or an operator
+        drops it.
+        """
+        return _count(await self._store.stats(), *ALONE)
 
     async def _handle_outstanding(
         self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
     ) -> dict[str, Any]:
         """``shadow-outstanding``: how many of a former primary's ``messages`` are left to it still.
 
-        Those that this node has not claimed yet count too.
+        Those that this node has not claimed yet count too. ``parked`` are the ids of those that it
+        cannot carry on; more than can be named count as left.
         """
         try:
             rows = await self._store.stats()
+            parked = [meta.shadow_id for meta in await self._set_aside()]
         except StoreError as error:
             raise PeerError("store-failed", str(error)) from None
-        unclaimed = (row for row in rows if (row.origin, row.state) == (peer.node, State.HELD))
-        return {"messages": _alone(rows) + sum(row.count for row in unclaimed)}
+        unclaimed = _count((row for row in rows if row.origin == peer.node), State.HELD)
+        unnamed = max(0, _count(rows, State.PARKED) - len(parked))
+        return {"messages": _count(rows, *ALONE) + unclaimed + unnamed, "parked": parked}
 
     async def passed_on(self, shadow_ids: Mapping[str, str], since: int) -> set[str]:
         """Return the queue ids of what came here as a copy; see ``cluster.left_behind``."""
@@ -418,7 +530,7 @@ class Messages:
         return self._once.asked(user, shadow_id)
 
     def resubmit(self) -> None:
-        """Begin to resubmit what was taken over."""
+        """Begin to resubmit what was taken over, also what was set aside before."""
         self._resubmitting.set()
 
     async def _resubmit_when_told(self) -> None:
@@ -439,6 +551,7 @@ class Messages:
                 held = [row for row in await self._store.stats() if row.state is State.HELD]
                 for origin in {row.origin for row in held} - {self._config.node}:
                     await self._resubmitter.claim(origin, None)
+                await self._store.unpark()
             except StoreError as error:
                 log.error("messages of the former primary cannot be claimed: %s", error)
             report = await self._resubmitter.run()
@@ -464,8 +577,7 @@ class Messages:
                 try:
                     # Until all is carried on, the copies there are what would be promoted with.
                     rows = await self._store.stats()
-                    left = sum(row.count for row in rows if row.state is not State.DELIVERED)
-                    if left or not self._group.is_primary():
+                    if _count(rows, State.HELD, *ALONE) or not self._group.is_primary():
                         self._unsettled.add(name)
                         break
                     await self._settlement.run(link, self._group.whole_since())
@@ -487,6 +599,10 @@ class Messages:
 
     # -- the queue
 
+    async def _queued(self) -> Set[str]:
+        """Return queue ids and shadow ids of what is in the queue still."""
+        return await self._queue_ids() | set(self._discarder.known().values())
+
     async def _queue_ids(self) -> set[str]:
         return set(await self._helper.queue())
 
@@ -494,6 +610,5 @@ class Messages:
         return await self._helper.committed()
 
 
-def _alone(rows: Iterable[Holding]) -> int:
-    """Return how many messages of a store no other node has, or are not taken over yet."""
-    return sum(row.count for row in rows if row.state in (State.RESUBMITTING, State.UNSHADOWED))
+def _count(rows: Iterable[Holding], *states: State) -> int:
+    return sum(row.count for row in rows if row.state in states)

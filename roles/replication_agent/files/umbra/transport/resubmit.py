@@ -13,6 +13,11 @@ after:
   that instant, may get it twice: better than never.
 - Postfix has said 250: as before, the committed queue file or the mailboxes tell.
 - the row is deleted or ``unshadowed``: done; back-fill and discard go on with it.
+- the row is ``parked``: its content cannot be read, or Postfix refuses it for good. It is tried
+  again at each start, each promotion and an operator's word.
+
+What was on hold when its primary handed over is put on hold again: the milter says so at its end.
+A lost primary cannot tell, so after a failover such a message is delivered.
 
 Mail from the null sender (bounces) is resubmitted like other mail. A bounce that the lost primary
 had sent because of a message that is resubmitted is not recalled: the sender may be told twice.
@@ -24,13 +29,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 from umbra.node.helper import HelperError
 from umbra.transport import ids, metrics
 from umbra.transport.discard import Discarder, QueueIds
 from umbra.transport.envelope import Envelope, Recipient
+from umbra.transport.remaining import Left, Remaining
 from umbra.transport.smtp import SmtpClient, SmtpError, SmtpUnreachable
 from umbra.transport.store import ContentError, Meta, ShadowStore, State, StoreError
 from umbra.transport.tracking import DISCARDED, DUPLICATE_DROPPED, RESUBMITTED, track
@@ -53,19 +59,27 @@ async def itself(address: str) -> Sequence[str]:
 
 @dataclass(slots=True)
 class Resubmission:
-    """A message that is being resubmitted by this process, as far as the milter has told."""
+    """A message that is being resubmitted by this process, as far as the milter has told.
+
+    ``held``: it is to be put on hold.
+    """
 
     queue_id: str = ""
     shadowed: bool = False
+    held: bool = False
 
 
 @dataclass(slots=True)
 class Report:
-    """What one pass has done; ``failed`` gives the reason by shadow id."""
+    """What one pass has done; ``failed`` gives the reason by shadow id.
+
+    ``parked``: how many were set aside.
+    """
 
     resubmitted: int = 0
     duplicates: int = 0
     finished_before: int = 0
+    parked: int = 0
     failed: dict[str, str] = field(default_factory=dict)
 
 
@@ -78,7 +92,8 @@ class Resubmitter:
         executable ones).
     :param delivered: (recipient, shadow id): whether the mailbox has the message; OSError if that
         cannot be told now. False for a recipient without a mailbox here.
-    :param targets: returns where mail to an address ends, after aliases; OSError likewise.
+    :param targets: returns where mail to an address ends, after aliases; OSError if that cannot be
+        told now.
     """
 
     def __init__(
@@ -106,10 +121,10 @@ class Resubmitter:
         self._targets = targets
         self._address = host, port
         self._concurrency = concurrency
+        self.reasons: dict[str, str] = {}
+        """Why messages were set aside, by shadow id; an agent that starts tries them again."""
 
-    async def claim(
-        self, origin: str, remaining: Mapping[str, Sequence[str] | None] | None = None
-    ) -> int:
+    async def claim(self, origin: str, remaining: Remaining | None = None) -> int:
         """Make what is held for ``origin`` ours, durably.
 
         Return how many messages had no recipient left.
@@ -118,8 +133,7 @@ class Resubmitter:
         succeed any more), and with a handover's ``remaining`` before the handover is answered: it
         is known only now.
 
-        :param remaining: by queue id of ``origin``: the recipients that had not got the message.
-            What is not named is finished; None, of one or of all: nobody knows.
+        :param remaining: what was left of ``origin``'s queue; None if nobody knows.
         """
         gone = await self._store.claim(origin, remaining, narrow)
         for meta in gone:
@@ -135,7 +149,8 @@ class Resubmitter:
     async def run(self) -> Report:
         """Resubmit until nothing is left; what fails is tried again after a pause.
 
-        Return the sum of all passes.
+        What would fail each time is set aside: nothing else is to wait for it. Return the sum of
+        all passes.
         """
         total, pause = Report(), FIRST_PAUSE
         while True:
@@ -147,6 +162,7 @@ class Resubmitter:
                 total.resubmitted += report.resubmitted
                 total.duplicates += report.duplicates
                 total.finished_before += report.finished_before
+                total.parked += report.parked
                 total.failed = report.failed
                 if not report.failed:
                     return total
@@ -214,10 +230,14 @@ class Resubmitter:
                 except (SmtpError, OSError, ContentError) as error:
                     # One message that cannot be read does not stop the others, least of all in the
                     # middle. Closing takes back what was sent of it.
-                    report.failed[meta.shadow_id] = str(error)
                     if client is not None and not getattr(error, "usable", False):
                         client.close()
                         client = None
+                    if isinstance(error, ContentError) or getattr(error, "permanent", False):
+                        await self._park(meta, str(error))
+                        report.parked += 1
+                    else:
+                        report.failed[meta.shadow_id] = str(error)
         finally:
             if client is not None:
                 client.close()
@@ -235,8 +255,21 @@ class Resubmitter:
                 left += [Recipient(address, recipient.args) for address in missing]
         return left
 
+    async def _park(self, meta: Meta, reason: str) -> None:
+        await self._store.park(meta.shadow_id)
+        self.reasons[meta.shadow_id] = reason
+        log.error(
+            "%s (message-id %s) of %s cannot be carried on and is kept here: %s",
+            meta.shadow_id, meta.envelope.message_id or "-", meta.origin, reason,
+        )  # fmt: skip
+
     async def _has(self, address: str, meta: Meta) -> bool:
-        if not await self._delivered(address, meta.shadow_id):
+        try:
+            if not await self._delivered(address, meta.shadow_id):
+                return False
+        except OSError as error:
+            # His delivery asks again (``once``), and waits for the answer; others need not.
+            log.info("whether %r has %s cannot be told now: %s", address, meta.shadow_id, error)
             return False
         metrics.DUPLICATES.inc()
         track(
@@ -249,7 +282,7 @@ class Resubmitter:
         return True
 
     async def _send(self, client: SmtpClient, meta: Meta, envelope: Envelope) -> None:
-        progress = self._resubmissions[meta.shadow_id] = Resubmission()
+        progress = self._resubmissions[meta.shadow_id] = Resubmission(held=meta.envelope.held)
         try:
             answer = await client.send(envelope, self._content(meta))
         finally:
@@ -273,7 +306,7 @@ class Resubmitter:
                 [meta.shadow_id], origin=meta.origin, state=State.RESUBMITTING
             )
         else:
-            await self._store.keep_unshadowed(meta.shadow_id, progress.queue_id, origin=self._node)
+            await self._store.keep_unshadowed(meta, progress.queue_id, origin=self._node)
             self._discarder.add(self._node, progress.queue_id, meta.shadow_id)
 
     async def _content(self, meta: Meta) -> AsyncIterator[bytes]:
@@ -282,14 +315,17 @@ class Resubmitter:
             yield piece
 
 
-def narrow(envelope: Envelope, left: Sequence[str]) -> Envelope:
-    """Return the envelope with those recipients that are ``left``, which are one or more.
+def narrow(envelope: Envelope, left: Left) -> Envelope:
+    """Return the envelope of what is ``left`` of a message, with those recipients only.
 
     The queue knows recipients after alias expansion. One that is not in the envelope came from an
     alias there and takes the alias's place; if only one alias can be meant, it keeps that one's
     arguments.
     """
-    wanted = {address.lower(): address for address in left}
+    envelope = replace(envelope, held=left.held)
+    if left.recipients is None:
+        return envelope
+    wanted = {address.lower(): address for address in left.recipients}
     kept = [item for item in envelope.recipients if item.address.lower() in wanted]
     others = [item for item in envelope.recipients if item.address.lower() not in wanted]
     for item in kept:

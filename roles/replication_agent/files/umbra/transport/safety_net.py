@@ -18,13 +18,22 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Callable, Set
 
+from umbra.node.helper import HelperError
 from umbra.transport import metrics
 from umbra.transport.store import ShadowStore, ShadowWriter, StoreError
 
 log = logging.getLogger(__name__)
 
 INTERVAL = 1.0
+
+
+async def nothing() -> Set[str]:
+    """Return what the queue has of a node that has none."""
+    return frozenset()
+
+
 MAX_PENDING = 16 * 1024 * 1024
 """Bytes of memory for copies that are not written yet; on a slow disk the next ones are left out,
 which the shadow has."""
@@ -41,10 +50,20 @@ class SafetyNet:
 
     :param hold: seconds for which a delivered message is kept; 0 keeps none.
     :param max_size: bytes of content that are kept at most; the oldest go first.
+    :param queued: returns queue ids and shadow ids of what is in the queue still, however old: a
+        shadow that comes back gets its copy from here. HelperError.
     """
 
-    def __init__(self, store: ShadowStore, *, hold: float, max_size: int) -> None:
+    def __init__(
+        self,
+        store: ShadowStore,
+        *,
+        hold: float,
+        max_size: int,
+        queued: Callable[[], Awaitable[Set[str]]] = nothing,
+    ) -> None:
         self._store = store
+        self._queued = queued
         self._hold = hold
         self._max_size = max_size
         self._pending: list[ShadowWriter] = []
@@ -112,21 +131,23 @@ class SafetyNet:
                 self._tight = await self._store.room() < ROOM
                 if self._tight:
                     # Mail goes before history: what is kept makes room, the oldest first.
-                    while await self._store.purge(time.time() + 1, 0, PURGE_BATCH):
+                    spared = await self._queued()
+                    while await self._store.purge(time.time() + 1, 0, PURGE_BATCH, spared):
                         if await self._store.room() >= ROOM:
                             break
                 if time.monotonic() >= purge_at:
                     purge_at = time.monotonic() + PURGE_INTERVAL
                     await self.purge()
-            except StoreError as error:
+            except (StoreError, HelperError) as error:
                 log.warning("the safety net cannot be purged now: %s", error)
             await asyncio.sleep(INTERVAL)
 
     async def purge(self) -> int:
         """Delete what is too old or too much, in small transactions; return how many."""
         total = 0
+        spared = await self._queued()
         while gone := await self._store.purge(
-            time.time() - self._hold, self._max_size if self._hold else 0, PURGE_BATCH
+            time.time() - self._hold, self._max_size if self._hold else 0, PURGE_BATCH, spared
         ):
             total += gone
             if gone < PURGE_BATCH:

@@ -70,7 +70,9 @@ class Settlement:
         """
         left = await self._left(peer)
         forgotten = ids.first(time.time() - self._hold)
-        names = sorted(left)
+        # What was set aside here is neither finished nor carried on: a copy elsewhere may be whole.
+        parked = {meta.shadow_id async for meta in self._store.in_order(State.PARKED)}
+        names = sorted(left.keys() - parked)
         for start in range(0, len(names), BATCH):
             batch = names[start : start + BATCH]
             finished = await self._store.carried_on({name: left[name] for name in batch})

@@ -43,9 +43,12 @@ RATE = 1024 * 1024
 """Bytes a second below which a shadow counts as stalled: so much longer than ``shadow_timeout`` a
 large message may take."""
 
-LIMIT = 240.0
-"""Seconds for any message. Postfix waits 120 for the answer to its end (``content_timeout`` in
-main.cf), then says 421. A message of the default size limit has 55."""
+LIMIT = 90.0
+"""Seconds that the shadows have for any message, however large; over MAX_SHADOW_TIMEOUT."""
+
+ANSWER_LIMIT = 110.0
+"""Seconds from a message's end to its answer, whatever fails meanwhile. Postfix gives up on us
+after 120 (the milter's content_timeout), and then its client does not hear why."""
 
 MAX_IN_FLIGHT = 250
 """Messages that may be between their end and their answer; the link has so many connections."""
@@ -55,6 +58,7 @@ ALONE = Refusal(
     451, "4.7.1", "No second server can take a copy of this message now, try again later"
 )
 DEMOTED = Refusal(451, "4.7.1", "This server has just stopped being the primary, try again")
+LATE = Refusal(451, "4.4.1", "A copy of this message took too long, try again later")
 FULL = Refusal(451, "4.3.1", "No room to keep a copy of this message, try again later")
 MALFORMED = Refusal(550, "5.1.7", "The envelope of this message cannot be copied to another server")
 
@@ -183,7 +187,8 @@ class _Message:
     def abort(self) -> None:
         if self._delivery is not None:
             self._delivery.cancel()
-        self._shadowing.discarder.refused(self._queue_id)
+        if self._resubmission is None:  # else it was acknowledged once, and is tried again
+            self._shadowing.discarder.refused(self._queue_id)
         self._drop_copy()
 
     async def finish(self) -> bytes:
@@ -201,10 +206,7 @@ class _Message:
                 if refusal is not None:
                     raise _Refused(refusal, "not accepting")
                 self._body.end()
-                if self._delivery is None:
-                    await self._deliver()
-                else:
-                    await self._delivery
+                await self._delivered()
                 # A drain waits for what has come so far, so it may be acknowledged.
                 if not self._group.may_acknowledge(self._epoch, self._holders):
                     raise _Refused(DEMOTED, "the epoch or the role changed meanwhile")
@@ -218,13 +220,21 @@ class _Message:
         metrics.SHADOW_SECONDS.observe(time.monotonic() - started)
         await self._keep()
         if self._resubmission is not None:
-            return milter.ACCEPT  # the id is in its header already
+            # The id is in its header already.
+            return (milter.HOLD if self._resubmission.held else b"") + milter.ACCEPT
         self._shadowing.accepted(self._shadow_id)
         # The first of its name, as in a resubmitted message: whatever else bears that name came
         # with the message.
         return milter.insert_header(ids.HEADER, self._shadow_id) + milter.ACCEPT
 
     # -- within
+
+    async def _delivered(self) -> None:
+        try:
+            async with asyncio.timeout(ANSWER_LIMIT):
+                await (self._delivery or self._deliver())
+        except TimeoutError:
+            raise _Refused(LATE, f"it took over {ANSWER_LIMIT:g} s") from None
 
     def _asked_of(self) -> set[str]:
         return {peer.name for peer in self._group.shadows()}
@@ -365,14 +375,13 @@ class _Message:
             # What streams past cannot be read again, so it is kept (unsynced) for the safety net,
             # and in case the shadow fails half way.
             writer = self._writer(envelope)
+        # Before it is sent: where it fails or is cancelled it may have arrived all the same, and
+        # will have to be discarded.
+        self._note([peer.name for peer in peers], sure=False)
         try:
             failed = await self._send(peers, writer, envelope)
             self._holders = {peer.name for peer in peers} - failed.keys()
-            for peer in peers:
-                # Also where it failed: it may have arrived, and will have to be discarded.
-                self._shadowing.discarder.add(
-                    peer.name, self._queue_id, self._shadow_id, sure=peer.name not in failed
-                )
+            self._note(self._holders, sure=True)
             if failed:
                 with self._storing_alone():
                     await self._failed(failed, writer, envelope)
@@ -384,6 +393,10 @@ class _Message:
         finally:
             if writer is not None:
                 writer.abort()
+
+    def _note(self, holders: Collection[str], *, sure: bool) -> None:
+        for holder in holders:
+            self._shadowing.discarder.add(holder, self._queue_id, self._shadow_id, sure=sure)
 
     def _shadowed(self, where: str) -> None:
         metrics.ACCEPTED.labels("shadow").inc()
@@ -413,13 +426,10 @@ class _Message:
         if needed and not self._shadowing.enough(self._holders):
             raise _Refused(ALONE, reason)
         try:
-            async with asyncio.timeout(LIMIT):
-                for name, error in failed.items():
-                    await self._group.shadow_failed(name, error.text)
-        except NotPrimary as error:
-            raise _Refused(DEMOTED, str(error)) from None
-        except TimeoutError:
-            raise _Refused(ALONE, "the group could not be made alone in time") from None
+            for name, error in failed.items():
+                await self._group.shadow_failed(name, error.text)
+        except NotPrimary as refusal:
+            raise _Refused(DEMOTED, str(refusal)) from None
         left = self._asked_of()
         if not left:
             await self._alone(writer, envelope, reason)
@@ -435,22 +445,20 @@ class _Message:
             return  # it is in the own store; the resubmission keeps it there
         if self._shadowing.policy is ShadowPolicy.DEFER:
             raise _Refused(ALONE, reason)
+        self._note([self._shadowing.node], sure=False)
         try:
-            async with asyncio.timeout(LIMIT):
-                if writer is None:
-                    writer = self._writer(envelope)
-                    reader = self._body.reader()
-                    self._body.flow()
-                    await self._write(writer, reader)
-                await writer.commit()
+            if writer is None:
+                writer = self._writer(envelope)
+                reader = self._body.reader()
+                self._body.flow()
+                await self._write(writer, reader)
+            await writer.commit()
         except StoreError as error:
             raise _Refused(FULL, str(error)) from None
-        except TimeoutError:
-            raise _Refused(FULL, "the own store took too long") from None
         finally:
             if writer is not None:
                 writer.abort()
-        self._shadowing.discarder.add(self._shadowing.node, self._queue_id, self._shadow_id)
+        self._note([self._shadowing.node], sure=True)
         metrics.ACCEPTED.labels("alone").inc()
         track(
             SHADOW_CREATED,
@@ -496,7 +504,7 @@ class _Message:
         self, peer: PeerLink, reader: Reader, envelope: Envelope
     ) -> PeerError | None:
         args, head = wire.arguments(self._shadow_id, self._queue_id, envelope)
-        left = max(LIMIT - self._shadowing.timeout, 0.0)
+        left = LIMIT - self._shadowing.timeout
         try:
             async with peer.exchange(
                 "shadow-store", args, timeout=self._shadowing.timeout

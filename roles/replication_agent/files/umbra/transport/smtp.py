@@ -36,12 +36,13 @@ _KEYWORDS = {
 class SmtpError(Exception):
     """The message was not accepted; it may be tried again.
 
-    ``usable``: the connection is still in step.
+    ``usable``: the connection is still in step. ``permanent``: it would be refused again (5xx).
     """
 
-    def __init__(self, text: str, *, usable: bool = False) -> None:
+    def __init__(self, text: str, *, usable: bool = False, permanent: bool = False) -> None:
         super().__init__(text)
         self.usable = usable
+        self.permanent = permanent
 
 
 class SmtpUnreachable(SmtpError):
@@ -115,15 +116,16 @@ class SmtpClient:
         commands += [
             _line("RCPT TO", item.address, self._offered(item.args)) for item in envelope.recipients
         ]
-        refused: SmtpError | None = None
+        refusals: list[SmtpError] = []
         for reply in await self._pipeline(commands):
             try:
                 self._expect(reply, 250, 251)
             except SmtpError as error:
-                refused = refused or error
-        if refused is not None:
+                refusals.append(error)
+        if refusals:
             await self._command(b"RSET")
-            raise SmtpError(str(refused), usable=True)
+            permanent = all(error.permanent for error in refusals)
+            raise SmtpError(str(refusals[0]), usable=True, permanent=permanent)
         self._expect(await self._command(b"DATA"), 354)
         stuffer = Stuffer()
         async with asyncio.timeout(END_TIMEOUT):
@@ -205,7 +207,8 @@ class SmtpClient:
     def _expect(self, reply: tuple[int, list[str]], *codes: int) -> list[str]:
         code, lines = reply
         if code not in codes:
-            raise SmtpError(f"{code} {' '.join(lines)}", usable=code != 421)
+            text = f"{code} {' '.join(lines)}"
+            raise SmtpError(text, usable=code != 421, permanent=code >= 500)
         return lines
 
 

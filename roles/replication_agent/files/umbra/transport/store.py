@@ -8,6 +8,7 @@ point leaves at most a file that no row names, and the next start removes it. St
 ``held``          a copy for another node, which has the message in its queue
 ``resubmitting``  the other node is gone and this one carries the message on
 ``unshadowed``    a copy of a message in this node's own queue that no shadow has yet
+``parked``        it could not be carried on, and would fail again: kept until somebody looks
 ``delivered``     the message has left the queue; kept for the safety net, until it is purged
 """
 
@@ -30,6 +31,7 @@ from umbra.transport import metrics, spool
 from umbra.transport.commit import Committer, ContentError, StoreError, StoreFull, translate
 from umbra.transport.envelope import Envelope
 from umbra.transport.ids import valid
+from umbra.transport.remaining import FINISHED, Left, Remaining
 
 __all__ = [
     "ContentError",
@@ -47,7 +49,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-Narrow = Callable[[Envelope, Sequence[str]], Envelope]
+Narrow = Callable[[Envelope, Left], Envelope]
 
 ROW_LIMIT = 256 * 1024
 """Contents up to this many bytes lie in the row itself."""
@@ -144,7 +146,11 @@ RETURNING shadow_id, queue_id, envelope ->> '$.message_id', ''
 """
 
 _OLDEST = """
-SELECT number, size, delivered FROM message WHERE state = 'delivered' ORDER BY delivered LIMIT ?
+SELECT number, size, delivered FROM message WHERE state = 'delivered'
+  AND queue_id NOT IN (SELECT value FROM json_each(?1))
+  AND new_queue_id NOT IN (SELECT value FROM json_each(?1))
+  AND shadow_id NOT IN (SELECT value FROM json_each(?1))
+ORDER BY delivered LIMIT ?2
 """
 
 _PURGE = """
@@ -161,6 +167,7 @@ class State(StrEnum):
     HELD = "held"
     RESUBMITTING = "resubmitting"
     UNSHADOWED = "unshadowed"
+    PARKED = "parked"
     DELIVERED = "delivered"
 
 
@@ -250,6 +257,12 @@ class ShadowStore:
         self._files.shutdown()
         self._reading.shutdown()
 
+    async def watch(self) -> None:
+        """Return never; StoreError when nothing can be written any more, for want of a writer."""
+        if self._committer is None:
+            raise StoreError("the store is not open")
+        await self._committer.watch()
+
     # -- writing
 
     def begin(
@@ -310,19 +323,23 @@ class ShadowStore:
             rows = database.execute(_DELETE, (shadow_id, origin, state))
         return [Gone(*row) for row in rows]
 
-    async def purge(self, before: float, max_bytes: int, limit: int) -> int:
+    async def purge(
+        self, before: float, max_bytes: int, limit: int, spared: Set[str] = frozenset()
+    ) -> int:
         """Delete of what is ``delivered`` the oldest; return how many, ``limit`` at most.
 
         :param before: what was delivered before this time (seconds since 1970) goes.
         :param max_bytes: so much content may stay.
+        :param spared: queue ids and shadow ids of what stays in any case.
         """
+        kept = json.dumps(list(spared))
 
         def run(database: sqlite3.Connection) -> list[Gone]:
             (held,) = database.execute(
                 "SELECT COALESCE(SUM(bytes), 0) FROM holding WHERE state = 'delivered'"
             ).fetchone()
             gone: list[Gone] = []
-            for number, size, delivered in database.execute(_OLDEST, (limit,)).fetchall():
+            for number, size, delivered in database.execute(_OLDEST, (kept, limit)).fetchall():
                 if delivered >= before and held <= max_bytes:
                     break
                 gone += [Gone(*row) for row in database.execute(_PURGE, (number,))]
@@ -337,21 +354,19 @@ class ShadowStore:
         [(pages,)] = await self._read("PRAGMA freelist_count", ())
         return await self._in(self._files, lambda: self._left(int(pages) * PAGE_SIZE))
 
-    async def claim(
-        self, origin: str, remaining: Mapping[str, Sequence[str] | None] | None, narrow: Narrow
-    ) -> list[Gone]:
+    async def claim(self, origin: str, remaining: Remaining | None, narrow: Narrow) -> list[Gone]:
         """Make what is held for ``origin`` this node's to resubmit, in one transaction.
 
         Repeating it is harmless.
 
-        :param remaining: by queue id, who had not got the message when the origin gave it up; a
-            message that is not named there is deleted. None if unknown, of one or of all.
-        :param narrow: returns the envelope with the remaining recipients only.
+        :param remaining: what was left when the origin gave it up; a message that is not named
+            there is deleted. None if unknown.
+        :param narrow: returns the envelope of what is left.
         :returns: what was discarded.
         """
         now = time.time()
 
-        def narrowed(database: sqlite3.Connection, shadow_id: str, left: Sequence[str]) -> str:
+        def narrowed(database: sqlite3.Connection, shadow_id: str, left: Left) -> str:
             [(text,)] = database.execute(
                 "SELECT envelope FROM message WHERE shadow_id = ?", (shadow_id,)
             )
@@ -366,16 +381,14 @@ class ShadowStore:
                 ).fetchall()
                 # One envelope at a time: there may be 100,000.
                 for shadow_id, queue_id in names:
-                    left = remaining.get(queue_id, ())
-                    if left is None:
-                        continue
-                    if left:
-                        database.execute(
-                            "UPDATE message SET envelope = ? WHERE shadow_id = ?",
-                            (narrowed(database, shadow_id, left), shadow_id),
-                        )
-                    else:
+                    left = remaining.get(queue_id, FINISHED)
+                    if left.recipients == ():
                         gone += self._discard(database, shadow_id, origin, State.HELD, True, now)
+                        continue
+                    database.execute(
+                        "UPDATE message SET envelope = ? WHERE shadow_id = ?",
+                        (narrowed(database, shadow_id, left), shadow_id),
+                    )
             database.execute(
                 "UPDATE message SET state = ? WHERE origin = ? AND state = ?",
                 (State.RESUBMITTING, origin, State.HELD),
@@ -394,6 +407,24 @@ class ShadowStore:
                 database.execute(
                     "UPDATE message SET state = ?, new_queue_id = '' WHERE state = ?",
                     (State.HELD, State.RESUBMITTING),
+                ).rowcount
+            )
+        )
+
+    async def park(self, shadow_id: str) -> None:
+        """Set aside a message that cannot be carried on."""
+        await self._move(State.RESUBMITTING, State.PARKED, "shadow_id = ?", shadow_id)
+
+    async def unpark(self) -> int:
+        """Have all that was set aside resubmitted; return how many."""
+        return await self._move(State.PARKED, State.RESUBMITTING, "TRUE")
+
+    async def _move(self, old: State, new: State, where: str, *values: str) -> int:
+        return await self._write(
+            lambda database: (
+                database.execute(
+                    f"UPDATE message SET state = ? WHERE state = ? AND {where}",
+                    (new, old, *values),
                 ).rowcount
             )
         )
@@ -430,14 +461,23 @@ class ShadowStore:
             )
         )
 
-    async def keep_unshadowed(self, shadow_id: str, queue_id: str, *, origin: str) -> None:
+    async def keep_unshadowed(self, meta: Meta, queue_id: str, *, origin: str) -> None:
         """Turn a resubmitted message into one of this node's own queue that no shadow has yet."""
+        # Whether it is on hold is its queue file's matter from now on.
+        envelope = replace(meta.envelope, held=False).to_json()
         await self._write(
             lambda database: (
                 database.execute(
-                    "UPDATE message SET state = ?, origin = ?, queue_id = ?, new_queue_id = ''"
-                    " WHERE shadow_id = ? AND state = ?",
-                    (State.UNSHADOWED, origin, queue_id, shadow_id, State.RESUBMITTING),
+                    "UPDATE message SET state = ?, origin = ?, queue_id = ?, envelope = ?,"
+                    " new_queue_id = '' WHERE shadow_id = ? AND state = ?",
+                    (
+                        State.UNSHADOWED,
+                        origin,
+                        queue_id,
+                        envelope,
+                        meta.shadow_id,
+                        State.RESUBMITTING,
+                    ),
                 ).rowcount
             )
         )
