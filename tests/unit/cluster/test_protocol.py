@@ -363,6 +363,30 @@ def test_a_person_s_word_does_not_outlive_what_it_was_given_on(
     assert state.forced is stands
 
 
+def test_a_person_s_word_to_one_who_had_everything_falls_when_it_is_left_behind() -> None:
+    state, _ = take(B, shadow(100.0), p.Force(), now=100.1)
+    assert state.forced
+    alone = replace(RECORD, mode=p.Mode.ALONE, protected=frozenset())
+    state, effects = take(B, state, p.Seen(101.0, 8, alone), now=101.0)
+    assert not state.forced
+    assert p.Swap not in kinds(effects)
+
+
+@pytest.mark.parametrize("word", [p.Force(), p.Pause(True)], ids=["promotion", "pause"])
+def test_a_person_s_word_that_is_not_written_down_is_withdrawn(word: p.Event) -> None:
+    alone = p.Record("a", "a.0", 1, p.Mode.ALONE)
+    state, effects = take(B, shadow(100.0, alone), word, now=100.1)
+    (asked,) = [effect.record for effect in effects if isinstance(effect, p.Swap)]
+    late = 100.1 + p.WRITE_DOWN
+    state, effects = take(B, state, p.Tick(), now=late)
+    # It may be committed still, until what is there is written once more.
+    assert p.Swap(7, alone) in effects
+    assert asked in p.possible(state)
+    state, effects = take(B, state, p.Seen(late, 8, alone), now=late + TIMING.call)
+    assert p.Swap not in kinds(effects)
+    assert p.possible(state) == {alone}
+
+
 def test_only_the_store_that_is_named_stands_in_the_way_of_a_person() -> None:
     named = replace(RECORD, protected=frozenset({p.Member("c", "c.0")}))
     for stores in ({}, {"c": "c.0"}, {"a": "a.1"}):

@@ -14,6 +14,7 @@ from tests.unit.cluster.quorum_field import TIMING, D, Field, Node, Play
 
 from umbra.api.report import Check
 from umbra.cluster import protocol as p
+from umbra.cluster.machine import NotNow
 from umbra.cluster.static import StateError
 from umbra.cluster.switchover import Refused
 from umbra.config import Profile, Stonith, StonithUse
@@ -641,6 +642,22 @@ def test_a_pause_stops_a_takeover_and_survives_restarts(group: Play) -> None:
     group(scenario)
 
 
+def test_a_pause_that_was_refused_does_not_come_later(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        field.register.frozen.set()
+        with pytest.raises(NotNow, match="within 10 s, so this is withdrawn: no answer"):
+            await field.b.group.pause(True)
+        # It may be written down still, so nobody is told that changes are on.
+        with pytest.raises(NotNow, match="so this is withdrawn"):
+            await field.b.group.pause(False)
+        field.register.frozen.clear()
+        await asyncio.sleep(4 * D)
+        assert not field.register.record.paused
+        assert not await field.b.group.pause(False)
+
+    group(scenario)
+
+
 def test_a_primary_alone_resumes_after_a_power_cut_while_automatic_failover_is_blocked(
     group: Play,
 ) -> None:
@@ -775,7 +792,7 @@ def test_a_promotion_that_was_given_up_spares_nobody_later(group: Play) -> None:
         await field.until(lambda: b.phase is p.Phase.SYNCING, D)
         register = field.register
         register.cut.add("b")
-        with pytest.raises(Refused, match="goes on trying"):
+        with pytest.raises(Refused, match="within 10 s, so this is withdrawn"):
             await b.handover.failover(accept_loss=True, stonith=False)
         # Its word comes too late: the other one has been given a new epoch meanwhile.
         register.value = json.dumps(replace(register.record, epoch=2).to_json()).encode()

@@ -43,8 +43,6 @@ from umbra.transport.store import StoreError
 
 log = logging.getLogger(__name__)
 
-# A wish that the coordinator has not written down after so long (seconds) is refused for now.
-WRITE_DOWN = 10.0
 RETRY_PAUSE = 0.5
 TEND_PAUSE, IDLE_PAUSE = 1.0, 3.0
 VOTERS_PAUSE = 1.0
@@ -322,7 +320,7 @@ class QuorumGroup(Group):
         if new.known is not None and _new_holder(old, new):
             self._former = old.known.holder if old.known else None
             self.planned = new.known.mode is p.Mode.HANDOVER
-            self.by_word = old.forced
+            self.by_word = old.known is not None and not p.by_itself(old.known, new.known)
             self._outage_from = None if self.planned else old.heard
         left = p.required(old) - p.required(new)
         opens = new.phase in OPEN_PHASES and old.phase not in OPEN_PHASES
@@ -635,7 +633,7 @@ class QuorumGroup(Group):
             try:
                 await driver.take(p.Lost(peer))
                 gone = await driver.until(
-                    lambda: peer not in driver.members() or not driver.may_act(), WRITE_DOWN
+                    lambda: peer not in driver.members() or not driver.may_act(), p.WRITE_DOWN
                 )
             finally:
                 self._kept.discard(peer)
@@ -668,7 +666,7 @@ class QuorumGroup(Group):
             raise NotNow(f"{peer} was lost while it caught up")
         await driver.take(p.Complete(peer, join.since))
         await driver.until(
-            lambda: not self._lacks(peer) or peer not in driver.state.joining, WRITE_DOWN
+            lambda: not self._lacks(peer) or peer not in driver.state.joining, p.WRITE_DOWN
         )
         if self._lacks(peer):
             raise NotNow(f"the coordinator has not written down that {peer} is protected")
@@ -693,16 +691,23 @@ class QuorumGroup(Group):
 
     async def pause(self, on: bool) -> bool:
         """Turn automatic changes off or on, by the coordinator's word; False if it was so."""
+        driver = self.driver
 
         def done() -> bool:
-            known = self.driver.state.known
-            return known is not None and known.paused is on
+            # What was asked for before and has no answer may be committed later.
+            return driver.state.known is not None and all(
+                record.paused is on for record in p.possible(driver.state)
+            )
 
         if done():
             return False
         await self._wish(p.Pause(on))
-        if not await self.driver.until(done, WRITE_DOWN):
-            raise NotNow(f"the coordinator does not write it down: {self._trouble()}")
+        await driver.until(lambda: done() or driver.state.pause is None, 2 * p.WRITE_DOWN)
+        if not done():
+            raise NotNow(
+                f"the coordinator has not written it down within {p.WRITE_DOWN:g} s, so this is"
+                f" withdrawn: {self._trouble()}"
+            )
         return True
 
     async def switch(self, to: str, *, automatic: bool = False) -> None:
@@ -723,7 +728,7 @@ class QuorumGroup(Group):
             state = self.driver.state
             return not _holds(state) or (state.switching is None and not state.pending)
 
-        known = await self.driver.until(decided, WRITE_DOWN)
+        known = await self.driver.until(decided, p.WRITE_DOWN)
         if known and not _holds(self.driver.state) and self.epoch > epoch:
             return
         raise NotNow(
@@ -735,21 +740,28 @@ class QuorumGroup(Group):
 
     async def force(self) -> None:
         """Become primary by an operator's word; returns when this node serves."""
+        known = self.driver.state.known
         await self._wish(p.Force(self.stores()))
 
         def decided() -> bool:
             state = self.driver.state
             return self.is_primary() or not (state.forced or _holds(state))
 
-        await self.driver.until(decided, WRITE_DOWN + p.LONGEST)
-        if not self.is_primary():
-            state = self.driver.state
-            if decided():
-                raise NotNow(f"another node has written the key meanwhile: {state.cause}")
+        await self.driver.until(decided, p.WRITE_DOWN + p.LONGEST)
+        state = self.driver.state
+        if self.is_primary():
+            return
+        if _holds(state):
             raise NotNow(
-                f"{state.node} is {state.phase}: {state.cause}; it goes on trying until its agent"
-                f" is restarted. The coordinator: {self._trouble()}"
+                f"the key is {state.node}'s, which opens as soon as it can:"
+                f" {'; '.join(self.reasons())}"
             )
+        if state.known != known:
+            raise NotNow(f"another node has written the key meanwhile: {state.cause}")
+        raise NotNow(
+            f"the coordinator has not written it down within {p.WRITE_DOWN:g} s, so this is"
+            f" withdrawn: {self._trouble()}"
+        )
 
     async def make_key(self) -> None:
         """Make the key that the coordinator has lost, by an operator's word, with this node first.
@@ -778,7 +790,7 @@ class QuorumGroup(Group):
         def done() -> bool:
             return self.epoch >= record.epoch and self.is_primary()
 
-        if not await self.driver.until(done, WRITE_DOWN + p.LONGEST):
+        if not await self.driver.until(done, p.WRITE_DOWN + p.LONGEST):
             raise NotNow(f"{state.node} is {self.driver.state.phase}: {self._trouble()}")
 
     async def _wish(self, event: p.Event) -> None:
