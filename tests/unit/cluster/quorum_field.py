@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import selectors
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -373,7 +374,7 @@ class Node:
         self._task: asyncio.Task[None] | None = None
         self.group: QuorumGroup
         self.parts: Parts
-        self.broken_off: list[Collection[str]] = []
+        self.broken_off: list[tuple[Collection[str], float]] = []
 
     def start(self) -> None:
         states = StateFile(self.path, "mail", self.name)
@@ -390,7 +391,7 @@ class Node:
         links = {p.name: Link(self.field, self.name, p.name) for p in self.config.peers}
         group.links = cast(dict[str, PeerLink], links)
         group.control = cast(dict[str, PeerLink], links)
-        group.break_off = self.broken_off.append
+        group.break_off = self._break_off
         self.parts = Parts()
         self.handover = Handover(self.config, group, self.host, self.parts, self.parts)
 
@@ -425,6 +426,9 @@ class Node:
         }
         self.up = True
         self._task = asyncio.create_task(self._run(status))
+
+    def _break_off(self, operations: Collection[str], below: float = math.inf) -> None:
+        self.broken_off.append((operations, below))
 
     async def _warm_up(self) -> None:
         assert self.host.postfix

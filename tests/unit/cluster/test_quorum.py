@@ -15,6 +15,7 @@ from tests.unit.cluster.quorum_field import TIMING, D, Field, Node, Play
 from umbra.api.report import Check
 from umbra.cluster import protocol as p
 from umbra.cluster.machine import NotNow
+from umbra.cluster.quorum import GUARDED
 from umbra.cluster.static import StateError
 from umbra.cluster.switchover import Refused
 from umbra.config import Profile, Stonith, StonithUse
@@ -1260,6 +1261,18 @@ def test_three_nodes_one_of_which_is_cut_off(group: Play) -> None:
         await field.until(lambda: len(field.register.record.protected) == 1, 20)
         field.a.start()
         await field.protected(field.b)
+
+    group(scenario, names="abc")
+
+
+def test_who_learns_of_a_new_primary_ends_what_the_former_one_has_begun(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        c = field.nodes["c"]
+        await whole(field)
+        assert c.broken_off == [(GUARDED, 1)]  # the first epoch of all
+        await field.a.handover.run("b", dry_run=False, timeout_s=10)
+        await field.until(lambda: c.group.epoch == 2, D)
+        assert c.broken_off[1:] == [(GUARDED, 2)]
 
     group(scenario, names="abc")
 

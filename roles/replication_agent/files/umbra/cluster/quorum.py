@@ -317,6 +317,9 @@ class QuorumGroup(Group):
         if _answers(old) and not _answers(new):
             # From now on no primary is answered, also not one whose request came before.
             self.break_off(GUARDED)
+        if new.durable.epoch > old.durable.epoch:
+            # What a superseded primary has begun here would go on beside its successor's.
+            self.break_off(GUARDED, new.durable.epoch)
         if new.known is not None and _new_holder(old, new):
             self._former = old.known.holder if old.known else None
             self.planned = new.known.mode is p.Mode.HANDOVER
