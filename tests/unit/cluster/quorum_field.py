@@ -150,6 +150,7 @@ class Host(NodeHelper):
         super().__init__(Path("/nonexistent"))
         self.until = 0.0
         self.postfix = False
+        self.refuses = ""
         self.works = asyncio.Event()
         self.works.set()
         self.queue_ids: dict[str, str] = {}
@@ -182,6 +183,8 @@ class Host(NodeHelper):
 
     async def postfix_start(self) -> None:
         await asyncio.sleep(0.1)
+        if self.refuses:
+            raise HelperError(self.refuses)
         self.postfix, self.crashed = True, False
 
     def kill_postfix(self) -> None:
@@ -244,6 +247,7 @@ class Parts:
         self.left = 0
         self.came_back: set[str] = set()
         self.resumed: list[str] = []
+        self.given_back = 0
         self.replacing = 0
 
     def covered(self, peer: str) -> Mapping[str, str]:
@@ -263,6 +267,10 @@ class Parts:
         self.taken.append((origin, remaining))
 
     def resubmit(self) -> None: ...
+
+    async def give_back(self) -> None:
+        self.taken.clear()
+        self.given_back += 1
 
     def only_asynchronous(self, to: str) -> bool:
         return False
@@ -393,6 +401,7 @@ class Node:
         group.control = cast(dict[str, PeerLink], links)
         group.break_off = self._break_off
         self.parts = Parts()
+        group.on_shadow = self.parts.give_back
         self.handover = Handover(self.config, group, self.host, self.parts, self.parts)
 
         async def catch_up(peer: str, protect: Callable[[], Awaitable[None]]) -> None:

@@ -524,10 +524,10 @@ class Group:
             await self._shut()
             if state.phase is Phase.SHADOW and not self._queue_held and not self.switching:
                 await self._hold_queue()
-                if self.state.phase is not Phase.SHADOW:
-                    return  # promoted meanwhile: what it has taken over stays its own
-                await self.on_shadow()
-                self._queue_held = True
+                # Promoted meanwhile: what it has taken over stays its own.
+                if self.state.phase is Phase.SHADOW:
+                    await self.on_shadow()
+                self._queue_held = self.state.phase is Phase.SHADOW
         # STARTING: a restart of the agent alone must not cut clients; the fence's hold bounds it.
 
     async def _keep_postfix(self) -> None:

@@ -19,6 +19,7 @@ import secrets
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +31,7 @@ from umbra.cluster.group import PRIMARY_OPERATIONS, Group, now
 from umbra.cluster.machine import Event, NotNow
 from umbra.cluster.state import Change, Durable, Mode, PeerView, Phase, Role, State
 from umbra.cluster.static import StateFile
-from umbra.cluster.work import DOVECOT, POSTFIX, Server, Work
+from umbra.cluster.work import DOVECOT, POSTFIX, Server, Trouble, Work
 from umbra.config import Config
 from umbra.node.client import NodeHelper
 from umbra.node.helper import HelperError
@@ -44,6 +45,8 @@ from umbra.transport.store import StoreError
 log = logging.getLogger(__name__)
 
 RETRY_PAUSE = 0.5
+# An opening that has failed for so long leaves the role to others.
+OPENING_FAILS = 5.0
 TEND_PAUSE, IDLE_PAUSE = 1.0, 3.0
 VOTERS_PAUSE = 1.0
 LEAST_SAMPLES = 10
@@ -93,9 +96,9 @@ class QuorumGroup(Group):
         self._handed_over = 0
         self._lease_error = ""
         self._silent_voters: list[str] = []
-        self._shut_done = False
         self._opening: asyncio.Task[None] | None = None
-        self._opening_lock = asyncio.Lock()
+        self._whole: Collection[str] = ()
+        self.opening = Trouble(OPENING_FAILS, clock)
         self._lease_due = asyncio.Event()
         self._booted = clock()
         super().__init__(config, states, helper)
@@ -151,7 +154,8 @@ class QuorumGroup(Group):
             changed=self._stepped,
             clock=self._clock,
         )
-        self._opened = durable.acted or 0
+        # Under which epoch it has taken over what was left, and has opened.
+        self._taken = self._opened = durable.acted or 0
         return self._projected({})
 
     # -- what the other parts ask
@@ -165,6 +169,15 @@ class QuorumGroup(Group):
     def lease(self) -> float:
         """For how long the ports may stay open after this node's right has ended (seconds)."""
         return self.driver.config.timing.hold
+
+    def holds(self, epoch: int) -> bool:
+        """Whether the key is this node's under ``epoch``, as far as it knows."""
+        state = self.driver.state
+        return (
+            _holds(state)
+            and state.known is not None
+            and state.known.epoch == epoch == state.durable.epoch
+        )
 
     def is_primary(self) -> bool:
         """Whether this node may acknowledge anything now."""
@@ -209,9 +222,8 @@ class QuorumGroup(Group):
                 found.append(f"{state.node} takes over what is left and opens")
             elif state.phase not in BEHIND:
                 found.append(f"{state.node} is {state.phase}: {state.cause}")
-            if self.effect_error:
-                found.append(self.effect_error)
-        if self.work.error and self._servers():
+            found += filter(None, (self.effect_error, self.opening.error))
+        if self.work.error and self.work.error not in found and self._servers():
             found.append(self.work.error)
         return found
 
@@ -231,7 +243,7 @@ class QuorumGroup(Group):
             "paused": known is not None and known.paused,
             "holder": known.holder if known else None,
             "protected_set": sorted(m.node for m in known.protected) if known else [],
-            "shut": self._shut_done,
+            "shut": self._queue_held,
             "merged_under": self._durable.merged_under,
             "entitled_s": self._entitled_age(),
             "ailments": self.fitness.doubts(),
@@ -329,7 +341,7 @@ class QuorumGroup(Group):
         opens = new.phase in OPEN_PHASES and old.phase not in OPEN_PHASES
         closes = old.phase in OPEN_PHASES and new.phase not in OPEN_PHASES
         if closes:
-            self._ready = 0
+            self._ready, self._whole = 0, ()
             self._end_catch_up(self._catching_up)
             self._waited.clear()
             self._kept.clear()
@@ -345,7 +357,7 @@ class QuorumGroup(Group):
             self._tell(new)
             self._changed.set()
             self._lease_due.set()
-        if opens:
+        if opens and (self._opening is None or self._opening.done()):
             self._opening = asyncio.create_task(self._open(), name="opening")
         if closes:
             self.on_demotion()
@@ -376,7 +388,7 @@ class QuorumGroup(Group):
         """Return the protocol's state in the words that the other parts know."""
         state = self.driver.state
         known = state.known
-        mine = known is not None and _holds(state) and known.epoch == state.durable.epoch
+        mine = self.holds(self.epoch)
         role = Role.PRIMARY if mine else Role.SHADOW
         members = {member.node for member in known.protected} if known else set()
         copies = self._config.mailbox.mirror_copies
@@ -895,7 +907,7 @@ class QuorumGroup(Group):
         while True:
             state = self.driver.state
             # One that has just handed over has not held its queue yet: nothing of it may go out.
-            held = self._shut_done
+            held = self._queue_held
             if held and p.expects_the_role(self.driver.config, state, self._clock(), time.time()):
                 try:
                     await self.prepare(timing.silence)
@@ -907,6 +919,8 @@ class QuorumGroup(Group):
     async def _prove(self) -> None:
         if self._lease_error:
             raise HelperError(self._lease_error)
+        if self.opening.hopeless:
+            raise HelperError(self.opening.error)
         await self._helper.prove()
 
     async def prepare(self, seconds: float) -> None:
@@ -915,50 +929,62 @@ class QuorumGroup(Group):
         self.work.at_once()
 
     async def _open(self) -> None:
-        """Begin to act: take over, leave behind whom that needs, open."""
-        async with self._opening_lock:
-            epoch = self.epoch
-            while epoch == self.epoch and _holds(self.driver.state):
-                try:
-                    await self._open_under(epoch)
-                    return
-                except NotPrimary as error:
-                    log.warning("this node does not open yet: %s", error)
-                except (StoreError, PeerError, OSError) as error:
-                    log.error("this node does not open yet: %s", error)
-                    self.effect_error = str(error)
-                except Exception as error:
-                    # It goes on renewing its right, so nobody would come in its place.
-                    log.exception("this node does not open yet")
-                    self.effect_error = repr(error)
-                await asyncio.sleep(RETRY_PAUSE)
+        """Begin to act: take over, leave behind whom that needs, open.
+
+        Try again until this node has opened, or the key is another's.
+        """
+        while self.holds(self.epoch) and self._ready != self.epoch:
+            try:
+                await self._open_under(self.epoch)
+                continue
+            except NotPrimary as error:
+                log.warning("this node does not open yet: %s", error)
+            except (StoreError, PeerError, OSError) as error:
+                log.error("this node does not open yet: %s", error)
+                self.opening.failed(f"{self.state.node} does not open: {error}")
+            except Exception as error:
+                log.exception("this node does not open yet")
+                self.opening.failed(f"{self.state.node} does not open: {error!r}")
+            await asyncio.sleep(RETRY_PAUSE)
+        self.opening.over()
+        if self._ready != self.epoch:
+            # What it has taken over is another's to carry on, see ``on_shadow``.
+            self._queue_held = False
+            self._changed.set()
 
     async def _open_under(self, epoch: int) -> None:
-        whole: Collection[str] = ()
-        first = self._opened != epoch
+        self._queue_held = False
         started = asyncio.create_task(self._helper.postfix_start())
         try:
-            if first:
+            if self._taken != epoch:
                 self.switching = False  # whatever this node was giving away is over
-                whole = await self.on_promotion(epoch, self._former)
-                self._opened = epoch
-            self._waited |= set(whole)
-            for peer in sorted(self.driver.members() - set(whole)):
-                # It may lack what this node did while its agent was dead or its right had ended.
-                await self._leave(peer, "the agent has just started and compares the copies")
+                self._whole = await self.on_promotion(epoch, self._former)
+                self._taken = epoch
         finally:
             await started
+        if not self.holds(epoch):
+            raise NotPrimary("the key is another's by now")
+        if self.opening.error:
+            self.opening.over()
+            self.work.at_once()  # nobody is left behind without a proof of work
+        self._waited |= set(self._whole)
+        for peer in sorted(self.driver.members() - set(self._whole)):
+            # It may lack what this node did while its agent was dead or its right had ended.
+            await self._leave(peer, "the agent has just started and compares the copies")
         # A key that has just become protected needs the shadow's next answer, and clients wait.
-        await self.driver.until(lambda: epoch != self.epoch or self.driver.may_act(), RETRY_PAUSE)
-        if epoch != self.epoch or not self.driver.may_act():
+        await self.driver.until(lambda: not self.holds(epoch) or self.driver.may_act(), RETRY_PAUSE)
+        if not self.holds(epoch) or not self.driver.may_act():
             raise NotPrimary("the right to act has ended meanwhile")
-        self._ready, self._ever_open, self._was_serving = epoch, True, True
+        first, self._opened = self._opened != epoch, epoch
+        self._ready, self._ever_open, self._was_serving, self._whole = epoch, True, True, ()
         self._prepared_until = 0.0
-        self._queue_held = self._shut_done = False
         self._show()
         self._changed.set()
-        await self._renew_lease()
+        with suppress(HelperError):  # ``_lease`` tries again, and sees to it if that fails too
+            await self._renew_lease()
         self.work.at_once()
+        self.driver.note(p.Tick())
+        self.on_opening()
         if first and self._former not in (None, self.state.node):
             outage = None
             if self._outage_from is not None:
@@ -966,8 +992,6 @@ class QuorumGroup(Group):
             await self.changed(
                 Change(self._former, self.state.node, now(), planned=self.planned, outage_s=outage)
             )
-        self.driver.note(p.Tick())
-        self.on_opening()
 
     async def changed(self, change: Change) -> None:
         """Note the last change of primary, durably."""
@@ -1019,8 +1043,6 @@ class QuorumGroup(Group):
                 await self._keep_postfix()
             return
         await super()._enforce()
-        if phase is Phase.SHADOW and self.state.phase is Phase.SHADOW and self._queue_held:
-            self._shut_done = True
 
 
 async def _nobody(epoch: int, former: str | None) -> Collection[str]:
