@@ -214,6 +214,12 @@ def test_what_keeps_a_shadow_from_taking_over_is_said(config: p.Config, record: 
     assert "a is silent, but" in state.cause
 
 
+@pytest.mark.parametrize(("ahead", "counts"), [(0.0, True), (100.0, True), (p.HOUR, False)])
+def test_a_change_in_the_future_does_not_count_for_ever(ahead: float, counts: bool) -> None:
+    record = replace(RECORD, automatic=(5000.0 + ahead,) * B.max_changes)
+    assert (p.restraint(B, record, 5000.0) is not None) is counts
+
+
 def test_no_renewal_without_work() -> None:
     state = primary(100.0)
     _, effects = take(A, state, p.Tick(), now=100.0 + TIMING.work)

@@ -1351,6 +1351,9 @@ def test_the_limit_of_automatic_changes_is_the_inventory_s(group: Play) -> None:
         await field.b.power_cut()
         await field.until(lambda: field.a.phase is p.Phase.HELD, 2 * D)
         assert "has changed 1 times within an hour" in field.a.group.driver.state.cause
+        (check,) = [c for c in field.a.group.checks() if c.name == "automatic failover"]
+        assert (check.passed, check.value) == (False, "off")
+        assert "has changed 1 times within an hour" in check.message
         await asyncio.sleep(4 * D)
         assert not field.a.serves
         field.b.start()

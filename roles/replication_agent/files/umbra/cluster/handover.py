@@ -118,11 +118,9 @@ class Handover(Switchover):
 
     def _hinders(self, to: ailing.Candidate | None) -> str:
         """Return why this ailing primary stays what it is, or nothing."""
-        quorum = self._quorum
         if self._config.handover.policy is HandoverPolicy.ALARM:
             return "replication_agent_handover_policy is alarm"
-        known = quorum.driver.state.known
-        restraint = p.restraint(quorum.driver.config, known, time.time()) if known else None
+        restraint = self._quorum.restraint()
         if restraint is not None:
             return restraint
         return "" if to else "no shadow is protected, well and allowed to take over by itself"

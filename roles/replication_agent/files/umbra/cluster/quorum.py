@@ -255,13 +255,11 @@ class QuorumGroup(Group):
         answered = driver.coordinator_answered
         age = None if answered is None else round(self._clock() - answered, 3)
         bound = driver.config.timing.silence
-        known = driver.state.known
         text = "The coordinator has not answered yet"
         if age is not None:
             text = f"The coordinator answered {age:.1f} s ago"
         if driver.coordinator_error:
             text += f": {driver.coordinator_error}"
-        paused = known is not None and known.paused
         silent = self._silent_voters
         return [
             self._round_trip(),
@@ -271,13 +269,23 @@ class QuorumGroup(Group):
                 f"Not healthy: {', '.join(silent)}." if silent else "All voters are healthy.",
             ),
             Check("coordinator", age is not None and age <= bound, age, bound, f"{text}."),
-            Check(
-                "automatic failover", not paused, "paused" if paused else "on", "on",
-                "Automatic failover is paused; umbractl unpause ends that."
-                if paused else "Automatic failover is on.",
-            ),
+            self._automatic(),
             *self._takeover(),
         ]  # fmt: skip
+
+    def restraint(self) -> str | None:
+        """Return why nothing may be changed without a person, on any node, or None."""
+        known = self.driver.state.known
+        return p.restraint(self.driver.config, known, time.time()) if known else None
+
+    def _automatic(self) -> Check:
+        known, restraint = self.driver.state.known, self.restraint()
+        value, text = "on", "Automatic failover is on."
+        if known is not None and known.paused:
+            value, text = "paused", "Automatic failover is paused; umbractl unpause ends that."
+        elif restraint is not None:
+            value, text = "off", f"Nothing is changed without a person now: {restraint}."
+        return Check("automatic failover", restraint is None, value, "on", text)
 
     def _takeover(self) -> Sequence[Check]:
         """On the primary, whether one of those who have everything may take over by itself.
@@ -285,7 +293,7 @@ class QuorumGroup(Group):
         Where nobody may, that is the inventory's word.
         """
         known = self.driver.state.known
-        if known is None or known.paused or not known.protected or not self.state.serving:
+        if known is None or self.restraint() or not known.protected or not self.state.serving:
             return ()
         whole = {member.node for member in known.protected}
         able = {peer for peer in self.driver.config.peers if not self.rank(peer)[0]}
