@@ -426,6 +426,10 @@ class Group:
             tasks.create_task(self.tend())
             tasks.create_task(self.fitness.run(self.on_ailing), name="fitness")
 
+    def drain_left(self) -> float:
+        """Return for how many seconds a drain that has begun may go on."""
+        return math.inf
+
     async def leaves(self, phase: Phase, seconds: float) -> bool:
         """Wait until this node is no longer in ``phase``; False if it still is after so long."""
         try:

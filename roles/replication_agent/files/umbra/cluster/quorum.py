@@ -702,6 +702,10 @@ class QuorumGroup(Group):
         self._waited.discard(peer)
         self._show()
 
+    def drain_left(self) -> float:
+        """See ``Group``; after that this node serves again."""
+        return max(0.0, self.driver.state.switch_until - self._clock())
+
     async def leaves(self, phase: Phase, seconds: float) -> bool:
         """Wait until this node is no longer in ``phase``; False if it still is after so long."""
         return await self.driver.until(lambda: self.state.phase is not phase, seconds)
@@ -1013,8 +1017,7 @@ class QuorumGroup(Group):
         while True:
             self._lease_due.clear()
             try:
-                # In a drain the ports stay open, and run out if it does not end: who is being
-                # answered has to hear it. The switchover closes them.
+                # Also in a drain: who is being answered has to hear it. The switchover closes them.
                 is_open = self.is_primary() and self.state.phase in (Phase.PRIMARY, Phase.DRAINING)
                 if is_open and not self.switching:
                     await self._renew_lease()
