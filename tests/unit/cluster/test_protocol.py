@@ -10,6 +10,7 @@ from tests.sim import scenarios
 from tests.sim.faults import episode
 
 from umbra.cluster import protocol as p
+from umbra.cluster.etcd import LATE
 
 TIMING = p.PROFILES["default"]
 A = p.Config("a", "one", {"b": "two"}, TIMING, initial=True)
@@ -281,6 +282,14 @@ def test_a_forced_node_opens_only_when_the_other_must_have_stopped() -> None:
 @pytest.mark.parametrize("name", sorted(p.PROFILES))
 def test_the_profiles_are_sound_for_a_usual_round_trip(name: str) -> None:
     assert not p.PROFILES[name].findings({"lan-fast": 0.005, "default": 0.04, "wan": 0.1}[name])
+
+
+@pytest.mark.parametrize("name", sorted(p.PROFILES))
+def test_who_goes_alone_through_the_third_member_does_so_in_time(name: str) -> None:
+    timing = p.PROFILES[name]
+    asked = timing.miss + timing.beat / 4 + (LATE + LATE / 2) * timing.call
+    assert asked + 2 * timing.round_trip < timing.hold
+    assert LATE * timing.call >= 2 * timing.round_trip, "nobody is late who is as far as he may be"
 
 
 @pytest.mark.parametrize(
