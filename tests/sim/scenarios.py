@@ -266,6 +266,65 @@ def forced_while_cut_off() -> None:
         acting(world, "b")
 
 
+def forced_in_vain() -> None:
+    """A person's word does not reach the coordinator; long after that the line is whole again."""
+    for alone in (True, False):
+        world = pair()
+        world.blocked |= {("a", "b"), ("b", "a")}
+        if alone:  # else the shadow still takes itself for protected
+            world.run(2 * D)
+            expect(world, holder="a", epoch=1, mode=p.Mode.ALONE)
+        _cut_off(world, "b")
+        world.run(0.1)
+        world.nodes["b"].take(p.Force())
+        world.run(60)
+        expect(world, holder="a", epoch=1, mode=p.Mode.ALONE)
+        acting(world, "a")
+        world.heal()
+        world.settle(6 * D)
+        expect(world, holder="a", epoch=1)
+
+
+def forced_before_a_return() -> None:
+    """The same, and the lost primary comes back later, with the record as it was."""
+    world = pair()
+    world.nodes["b"].crash()
+    world.run(2 * D)
+    world.nodes["a"].crash()
+    world.nodes["b"].start()
+    world.run(2 * D)
+    world.register.frozen |= {"a", "b", "w"}
+    world.nodes["b"].take(p.Force())
+    world.run(60)
+    world.nodes["a"].start()
+    world.heal()
+    world.settle(6 * D)
+    expect(world, holder="a", epoch=1)
+
+
+def forced_late() -> None:
+    """A person's word is committed long after it was withdrawn: it still waits for the longest D.
+
+    The primary has a longer one than the new holder has ever heard of.
+    """
+    for seed in range(5):
+        world = pair(seed, profile="lan-fast")
+        world.blocked |= {("a", "b"), ("b", "a")}
+        world.run(2 * D)
+        world.nodes["a"].become("wan")
+        world.run(2 * D)
+        world.register.late = p.WRITE_DOWN + 1
+        world.forced.add(2)
+        world.nodes["b"].take(p.Force())
+        world.run(0.1)
+        world.register.late = p.WRITE_DOWN + 2
+        world.run(p.WRITE_DOWN + 0.7)
+        _cut_off(world, "a")
+        world.run(4 * D)
+        expect(world, holder="b", epoch=2, mode=p.Mode.ALONE)
+        acting(world, "b")
+
+
 def _cut_off(world: World, name: str) -> None:
     for other in {"a", "b", "w"} - {name}:
         world.blocked |= {(name, other), (other, name)}

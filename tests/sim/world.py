@@ -246,7 +246,8 @@ class Node:
         count = len(register.members)
         for late in range(count):
             member = (self.endpoint + late) % count
-            self.world.after(late * LATE * call, self.guard(functools.partial(ask, member)))
+            since = sum(LATE / asked for asked in range(1, late + 1)) * call
+            self.world.after(since, self.guard(functools.partial(ask, member)))
 
     def _tick(self) -> None:
         if not self.stalled:

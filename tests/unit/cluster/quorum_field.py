@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import selectors
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -150,6 +151,7 @@ class Host(NodeHelper):
         super().__init__(Path("/nonexistent"))
         self.until = 0.0
         self.postfix = False
+        self.refuses = ""
         self.works = asyncio.Event()
         self.works.set()
         self.queue_ids: dict[str, str] = {}
@@ -182,6 +184,8 @@ class Host(NodeHelper):
 
     async def postfix_start(self) -> None:
         await asyncio.sleep(0.1)
+        if self.refuses:
+            raise HelperError(self.refuses)
         self.postfix, self.crashed = True, False
 
     def kill_postfix(self) -> None:
@@ -246,6 +250,7 @@ class Parts:
         self.parked: list[str] = []
         self.came_back: set[str] = set()
         self.resumed: list[str] = []
+        self.given_back = 0
         self.replacing = 0
 
     def covered(self, peer: str) -> Mapping[str, str]:
@@ -266,6 +271,10 @@ class Parts:
         self.taken.append((origin, remaining))
 
     def resubmit(self) -> None: ...
+
+    async def give_back(self) -> None:
+        self.taken.clear()
+        self.given_back += 1
 
     def only_asynchronous(self, to: str) -> bool:
         return False
@@ -377,7 +386,7 @@ class Node:
         self._task: asyncio.Task[None] | None = None
         self.group: QuorumGroup
         self.parts: Parts
-        self.broken_off: list[Collection[str]] = []
+        self.broken_off: list[tuple[Collection[str], float]] = []
 
     def start(self) -> None:
         states = StateFile(self.path, "mail", self.name)
@@ -394,8 +403,9 @@ class Node:
         links = {p.name: Link(self.field, self.name, p.name) for p in self.config.peers}
         group.links = cast(dict[str, PeerLink], links)
         group.control = cast(dict[str, PeerLink], links)
-        group.break_off = self.broken_off.append
+        group.break_off = self._break_off
         self.parts = Parts(self.host)
+        group.on_shadow = self.parts.give_back
         self.handover = Handover(self.config, group, self.host, self.parts, self.parts)
 
         async def catch_up(peer: str, protect: Callable[[], Awaitable[None]]) -> None:
@@ -429,6 +439,9 @@ class Node:
         }
         self.up = True
         self._task = asyncio.create_task(self._run(status))
+
+    def _break_off(self, operations: Collection[str], below: float = math.inf) -> None:
+        self.broken_off.append((operations, below))
 
     async def _warm_up(self) -> None:
         assert self.host.postfix

@@ -173,6 +173,17 @@ async def test_a_swap_gets_through_the_one_member_that_can(calls: int) -> None:
         assert members[0].asked == before
 
 
+async def test_who_is_as_far_as_the_profile_allows_is_not_late() -> None:
+    async def far() -> web.StreamResponse | None:
+        await asyncio.sleep(0.5)
+        return None
+
+    async with cluster(timeout=1.5) as (client, members):
+        members[0].trouble = far
+        await client.read(KEY)
+        assert [m.asked for m in members] == [1, 0, 0]
+
+
 async def test_a_swap_that_reaches_the_leader_twice_is_made_once() -> None:
     async with cluster() as (client, members):
         members[0].silent.set()

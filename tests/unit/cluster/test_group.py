@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -320,13 +321,31 @@ async def test_a_promotion_by_force_ends_what_the_lost_primary_has_begun_here(di
     disk.save(replace(static.first("shadow", AT), epoch=1))
     group = make(disk)
     broken: list[tuple[bool, Any]] = []
-    group.break_off = lambda operations: broken.append(("dsync" in operations, disk.load()))
+    group.break_off = lambda operations, below=math.inf: broken.append(
+        ("dsync" in operations and below > 1, disk.load())
+    )
     change = Change("b", "a", AT, planned=False)
     await group.apply(machine.Promote(2, change, protected=False))
     [(dsync, stored)] = broken
     assert dsync
     assert stored is not None
     assert stored.epoch == 1  # before this node is primary for anybody
+
+
+async def test_who_learns_of_a_higher_epoch_ends_what_the_superseded_primary_has_begun(
+    disk: Disk,
+) -> None:
+    """It may be a third node, which does not become primary itself."""
+    disk.save(replace(static.first("shadow", AT), epoch=1))
+    group = make(disk)
+    broken: list[tuple[bool, float]] = []
+    group.break_off = lambda operations, below=math.inf: broken.append(
+        ("dsync" in operations, below)
+    )
+    await group.heard_from("b", status(role="primary", state="primary"), answered=True)
+    assert not broken
+    await group.check_epoch("b", "shadow-store", 3)
+    assert (broken, group.epoch) == ([(True, 3)], 3)
 
 
 class MailDisk(NodeHelper):

@@ -377,6 +377,39 @@ def test_a_drain_leaves_the_ports_open_for_who_is_being_answered(group: Play) ->
     group(scenario)
 
 
+@pytest.mark.parametrize("seconds", [TIMING.hold + 0.3, 60], ids=["long", "too long"])
+def test_who_is_answered_late_in_a_drain_hears_it(group: Play, seconds: float) -> None:
+    """Its sender would repeat what was acknowledged."""
+
+    async def scenario(field: Field) -> None:
+        began = clock()
+        with field.a.group.messages.begin():
+            moving = asyncio.create_task(field.a.handover.run("b", dry_run=False, timeout_s=20))
+            while clock() - began < min(seconds, D + 1):
+                assert field.a.host.open
+                await asyncio.sleep(0.05)
+        if seconds < D:
+            await moving
+            assert field.b.serves
+        else:
+            with pytest.raises(Refused, match=r"a message was still coming in after 2\.5 s"):
+                await moving
+            assert field.a.serves
+
+    group(scenario)
+
+
+def test_a_change_that_does_not_end_costs_no_more_than_the_drain(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        with field.a.group.changes.begin():
+            with pytest.raises(Refused, match="a mailbox change was still under way after 2"):
+                await field.a.handover.run("b", dry_run=False, timeout_s=20)
+            await field.until(lambda: field.a.serves, 0.5)
+        assert field.longest_gap < D + 0.5
+
+    group(scenario)
+
+
 def test_a_former_primary_starts_no_postfix_before_its_queue_is_on_hold(group: Play) -> None:
     async def scenario(field: Field) -> None:
         field.a.host.queue_ids = {"Q1": "deferred"}

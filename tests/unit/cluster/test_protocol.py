@@ -10,6 +10,7 @@ from tests.sim import scenarios
 from tests.sim.faults import episode
 
 from umbra.cluster import protocol as p
+from umbra.cluster.etcd import LATE
 
 TIMING = p.PROFILES["default"]
 A = p.Config("a", "one", {"b": "two"}, TIMING, initial=True)
@@ -214,6 +215,12 @@ def test_what_keeps_a_shadow_from_taking_over_is_said(config: p.Config, record: 
     assert "a is silent, but" in state.cause
 
 
+@pytest.mark.parametrize(("ahead", "counts"), [(0.0, True), (100.0, True), (p.HOUR, False)])
+def test_a_change_in_the_future_does_not_count_for_ever(ahead: float, counts: bool) -> None:
+    record = replace(RECORD, automatic=(5000.0 + ahead,) * B.max_changes)
+    assert (p.restraint(B, record, 5000.0) is not None) is counts
+
+
 def test_no_renewal_without_work() -> None:
     state = primary(100.0)
     _, effects = take(A, state, p.Tick(), now=100.0 + TIMING.work)
@@ -275,6 +282,14 @@ def test_a_forced_node_opens_only_when_the_other_must_have_stopped() -> None:
 @pytest.mark.parametrize("name", sorted(p.PROFILES))
 def test_the_profiles_are_sound_for_a_usual_round_trip(name: str) -> None:
     assert not p.PROFILES[name].findings({"lan-fast": 0.005, "default": 0.04, "wan": 0.1}[name])
+
+
+@pytest.mark.parametrize("name", sorted(p.PROFILES))
+def test_who_goes_alone_through_the_third_member_does_so_in_time(name: str) -> None:
+    timing = p.PROFILES[name]
+    asked = timing.miss + timing.beat / 4 + (LATE + LATE / 2) * timing.call
+    assert asked + 2 * timing.round_trip < timing.hold
+    assert LATE * timing.call >= 2 * timing.round_trip, "nobody is late who is as far as he may be"
 
 
 @pytest.mark.parametrize(
@@ -361,6 +376,30 @@ def test_a_person_s_word_does_not_outlive_what_it_was_given_on(
     asked = [e.record.holder for e in effects if isinstance(e, p.Swap)]
     assert asked == (["b"] if stands else [])
     assert state.forced is stands
+
+
+def test_a_person_s_word_to_one_who_had_everything_falls_when_it_is_left_behind() -> None:
+    state, _ = take(B, shadow(100.0), p.Force(), now=100.1)
+    assert state.forced
+    alone = replace(RECORD, mode=p.Mode.ALONE, protected=frozenset())
+    state, effects = take(B, state, p.Seen(101.0, 8, alone), now=101.0)
+    assert not state.forced
+    assert p.Swap not in kinds(effects)
+
+
+@pytest.mark.parametrize("word", [p.Force(), p.Pause(True)], ids=["promotion", "pause"])
+def test_a_person_s_word_that_is_not_written_down_is_withdrawn(word: p.Event) -> None:
+    alone = p.Record("a", "a.0", 1, p.Mode.ALONE)
+    state, effects = take(B, shadow(100.0, alone), word, now=100.1)
+    (asked,) = [effect.record for effect in effects if isinstance(effect, p.Swap)]
+    late = 100.1 + p.WRITE_DOWN
+    state, effects = take(B, state, p.Tick(), now=late)
+    # It may be committed still, until what is there is written once more.
+    assert p.Swap(7, alone) in effects
+    assert asked in p.possible(state)
+    state, effects = take(B, state, p.Seen(late, 8, alone), now=late + TIMING.call)
+    assert p.Swap not in kinds(effects)
+    assert p.possible(state) == {alone}
 
 
 def test_only_the_store_that_is_named_stands_in_the_way_of_a_person() -> None:

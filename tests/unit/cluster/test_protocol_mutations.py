@@ -186,6 +186,15 @@ MUTATIONS = (
         patches("boot", _forgetful),
         scenarios.join_forgotten,
     ),
+    Mutation("a person's word has an end", patches("WRITE_DOWN", 1e9), scenarios.forced_in_vain),
+    Mutation(
+        "an end, whoever comes back", patches("WRITE_DOWN", 1e9), scenarios.forced_before_a_return
+    ),
+    Mutation(
+        "a person's word waits for the longest D, however late",
+        patches("by_itself", lambda was, record: True),
+        scenarios.forced_late,
+    ),
     Mutation(
         "a pause holds", patches("hindrance", lambda config, record, wall: None), scenarios.paused
     ),

@@ -5,22 +5,25 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
 import pytest
-from tests.unit.cluster.quorum_field import TIMING, D, Field, Node, Play
+from tests.unit.cluster.quorum_field import TIMING, D, Field, Node, Play, clock
 
 from umbra.api.report import Check
 from umbra.cluster import protocol as p
+from umbra.cluster.machine import NotNow
+from umbra.cluster.quorum import GUARDED, OPENING_FAILS
 from umbra.cluster.static import StateError
 from umbra.cluster.switchover import Refused
 from umbra.config import Profile, Stonith, StonithUse
 from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import PeerIdentity
 from umbra.transport.ports import NotPrimary
-from umbra.transport.remaining import Left
+from umbra.transport.remaining import Left, Remaining
+from umbra.transport.store import StoreError
 
 
 def test_a_new_group_opens_and_becomes_protected(group: Play) -> None:
@@ -470,6 +473,144 @@ def test_an_opening_that_fails_is_tried_again_with_what_was_handed_over(group: P
     group(scenario)
 
 
+def refuses_to_start(node: Node) -> None:
+    """From the handover on: it has started well behind closed ports."""
+    real = node.handlers["handover"]
+
+    async def then_refuses(
+        peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+    ) -> dict[str, Any]:
+        node.host.refuses = "Postfix does not start"
+        return await real(peer, args, exchange)
+
+    node.handlers["handover"] = then_refuses
+
+
+def cannot_take_over(node: Node) -> None:
+    async def fails(*_: object) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    node.parts.take_over = fails  # type: ignore[assignment,method-assign]
+
+
+@pytest.mark.parametrize("hindrance", [refuses_to_start, cannot_take_over])
+def test_who_cannot_open_gives_the_role_back(
+    group: Play, hindrance: Callable[[Node], None]
+) -> None:
+    async def scenario(field: Field) -> None:
+        field.a.host.queue_ids = {"Q1": "deferred"}
+        await field.until(lambda: field.b.parts.given_back == 1, D)
+        hindrance(field.b)
+        moving = asyncio.create_task(field.a.handover.run("b", dry_run=False, timeout_s=10))
+        await field.until(lambda: bool(field.b.group.opening.error), D)
+        assert any("b does not open: " in reason for reason in field.b.group.reasons())
+        with pytest.raises(Refused, match=r"b does not open: .*; a is primary again"):
+            await moving
+        assert field.a.serves
+        assert field.longest_gap < 15
+        # What it had claimed is the other's again, and nobody sends it a second time later.
+        await field.protected(field.a)
+        assert field.b.parts.given_back > 1
+        assert not field.b.parts.taken
+        await field.until(lambda: not field.b.group.reasons(), D)
+
+    group(scenario)
+
+
+def test_who_cannot_open_and_has_no_successor_tries_on_and_says_so(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        await field.a.group.pause(True)
+        refuses_to_start(field.b)
+        with pytest.raises(Refused, match=r"b does not open: .*; it has the role all the same"):
+            await field.a.handover.run("b", dry_run=False, timeout_s=10)
+        assert field.register.record.holder == "b"
+        assert "b does not open: Postfix does not start" in field.b.group.reasons()
+        field.b.host.refuses = ""
+        await field.protected(field.b)
+
+    group(scenario)
+
+
+@pytest.mark.parametrize(
+    ("fails", "works"), [(0, 20), (3, 1), (1, 20)], ids=["long", "failing", "both"]
+)
+def test_an_opening_that_takes_its_time_is_none_that_fails(
+    group: Play, fails: float, works: float
+) -> None:
+    async def scenario(field: Field) -> None:
+        take_over, began = field.b.parts.take_over, 0.0
+
+        async def slow(origin: str, remaining: Remaining | None) -> None:
+            nonlocal began
+            began = began or clock()
+            if clock() - began < fails:
+                raise StoreError("locked")
+            await asyncio.sleep(works)
+            await take_over(origin, remaining)
+
+        field.b.parts.take_over = slow  # type: ignore[method-assign]
+        await field.a.handover.run("b", dry_run=False, timeout_s=10)
+        await field.until(lambda: field.b.serves, fails + works + 1)
+        assert field.register.record.epoch == 2
+        await field.protected(field.b)
+
+    group(scenario)
+
+
+def test_an_agent_that_starts_and_cannot_open_leaves_the_role_to_its_shadow(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        await field.a.crash()
+        field.a.host.refuses = "Postfix does not start"
+        field.a.start()
+        took = await field.until(lambda: field.b.serves, 30)
+        assert took < OPENING_FAILS + TIMING.work + 2 * D + 1
+        assert field.register.record.epoch == 2
+
+    group(scenario)
+
+
+def test_an_opening_that_needs_a_second_try_leaves_nobody_behind_and_is_noted(
+    group: Play,
+) -> None:
+    async def scenario(field: Field) -> None:
+        refuses_to_start(field.b)
+        moving = asyncio.create_task(field.a.handover.run("b", dry_run=False, timeout_s=10))
+        await field.until(lambda: bool(field.b.group.opening.error), D)
+        field.b.host.refuses = ""
+        await moving
+        assert field.b.serves
+        assert {member.node for member in field.register.record.protected} == {"a"}
+        change = field.b.group.state.durable.last_change
+        assert change is not None
+        assert (change.old, change.new, change.planned) == ("a", "b", True)
+
+    group(scenario)
+
+
+def test_who_loses_the_key_before_it_has_claimed_anything_claims_nothing(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        quiet = asyncio.Event()
+
+        async def waits() -> None:
+            await quiet.wait()
+
+        field.b.parts.quiet = waits  # type: ignore[method-assign]
+        moving = asyncio.create_task(field.a.handover.run("b", dry_run=False, timeout_s=10))
+        await field.until(lambda: field.b.phase is p.Phase.PRIMARY, D)
+        field.separate("a", "b")
+        field.register.cut.add("b")
+        await field.until(lambda: field.a.serves, 4 * D)
+        field.cut.clear()
+        field.register.cut.clear()
+        await field.until(lambda: field.b.group.epoch == 3, D)
+        quiet.set()
+        await field.protected(field.a)
+        assert not field.b.parts.taken
+        await asyncio.gather(moving, return_exceptions=True)
+
+    group(scenario)
+
+
 @pytest.mark.parametrize("came_back", [False, True])
 def test_what_was_handed_over_is_not_lost_with_the_new_primary(
     group: Play, came_back: bool
@@ -680,6 +821,22 @@ def test_a_pause_stops_a_takeover_and_survives_restarts(group: Play) -> None:
     group(scenario)
 
 
+def test_a_pause_that_was_refused_does_not_come_later(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        field.register.frozen.set()
+        with pytest.raises(NotNow, match="within 10 s, so this is withdrawn: no answer"):
+            await field.b.group.pause(True)
+        # It may be written down still, so nobody is told that changes are on.
+        with pytest.raises(NotNow, match="so this is withdrawn"):
+            await field.b.group.pause(False)
+        field.register.frozen.clear()
+        await asyncio.sleep(4 * D)
+        assert not field.register.record.paused
+        assert not await field.b.group.pause(False)
+
+    group(scenario)
+
+
 def test_a_primary_alone_resumes_after_a_power_cut_while_automatic_failover_is_blocked(
     group: Play,
 ) -> None:
@@ -814,7 +971,7 @@ def test_a_promotion_that_was_given_up_spares_nobody_later(group: Play) -> None:
         await field.until(lambda: b.phase is p.Phase.SYNCING, D)
         register = field.register
         register.cut.add("b")
-        with pytest.raises(Refused, match="goes on trying"):
+        with pytest.raises(Refused, match="within 10 s, so this is withdrawn"):
             await b.handover.failover(accept_loss=True, stonith=False)
         # Its word comes too late: the other one has been given a new epoch meanwhile.
         register.value = json.dumps(replace(register.record, epoch=2).to_json()).encode()
@@ -1233,6 +1390,9 @@ def test_the_limit_of_automatic_changes_is_the_inventory_s(group: Play) -> None:
         await field.b.power_cut()
         await field.until(lambda: field.a.phase is p.Phase.HELD, 2 * D)
         assert "has changed 1 times within an hour" in field.a.group.driver.state.cause
+        (check,) = [c for c in field.a.group.checks() if c.name == "automatic failover"]
+        assert (check.passed, check.value) == (False, "off")
+        assert "has changed 1 times within an hour" in check.message
         await asyncio.sleep(4 * D)
         assert not field.a.serves
         field.b.start()
@@ -1282,6 +1442,18 @@ def test_three_nodes_one_of_which_is_cut_off(group: Play) -> None:
         await field.until(lambda: len(field.register.record.protected) == 1, 20)
         field.a.start()
         await field.protected(field.b)
+
+    group(scenario, names="abc")
+
+
+def test_who_learns_of_a_new_primary_ends_what_the_former_one_has_begun(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        c = field.nodes["c"]
+        await whole(field)
+        assert c.broken_off == [(GUARDED, 1)]  # the first epoch of all
+        await field.a.handover.run("b", dry_run=False, timeout_s=10)
+        await field.until(lambda: c.group.epoch == 2, D)
+        assert c.broken_off[1:] == [(GUARDED, 2)]
 
     group(scenario, names="abc")
 

@@ -42,7 +42,9 @@ async def test_what_waits_for_a_dead_peer_fails_when_that_is_known(identities: P
         assert await link.request("fine", {}, timeout=5) == {}
 
 
-async def test_only_the_named_operations_end_and_none_of_them_is_answered(identities: Path) -> None:
+async def test_only_the_named_operations_of_lower_epochs_end_and_none_of_them_is_answered(
+    identities: Path,
+) -> None:
     begun, go_on = asyncio.Event(), asyncio.Event()
     ended: list[str] = []
 
@@ -72,7 +74,10 @@ async def test_only_the_named_operations_end_and_none_of_them_is_answered(identi
         begun.clear()
         status = asyncio.create_task(link.request("status", {"as": "status"}, timeout=5))
         await begun.wait()
-        server.break_off({"store", "dsync"})
+        server.break_off({"store", "dsync"}, 5)
+        await asyncio.sleep(0)
+        assert ended == []
+        server.break_off({"store", "dsync"}, 6)
         with pytest.raises(PeerError) as caught:
             await store
         assert caught.value.code == "unreachable"

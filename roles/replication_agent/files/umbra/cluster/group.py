@@ -12,13 +12,14 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
 from umbra.api.report import Check
 from umbra.cluster import machine
@@ -55,6 +56,13 @@ PRIMARY_OPERATIONS = frozenset(
         "handover",
     }
 )
+
+
+class BreakOff(Protocol):
+    """Ends what peers have asked for of these operations, under an epoch ``below`` that one."""
+
+    def __call__(self, operations: Collection[str], below: float = math.inf) -> None: ...  # noqa: D102
+
 
 Protect = Callable[[], Awaitable[None]]
 CatchUp = Callable[[str, Protect], Awaitable[None]]
@@ -124,7 +132,7 @@ class Group:
     ``on_opening``, called when this node serves again after a start or a handover that came to
     nothing (a promotion has its own order of steps); ``before_disconnect``, called with the
     next primary's name when this one has closed for a planned change and its clients still are
-    connected; ``break_off``, which ends what peers have asked for as primary; ``on_ailing``, called
+    connected; ``break_off``, see ``BreakOff``; ``on_ailing``, called
     again and again while another node should be primary rather than this one, with the reasons;
     ``limits``, which says why the mirror may not become protected, by the operator's wish.
     """
@@ -142,7 +150,7 @@ class Group:
         self.limits: Callable[[], Sequence[str]] = lambda: ()
         self.on_opening: Callable[[], None] = lambda: None
         self.on_shadow: Callable[[], Awaitable[None]] = _nothing
-        self.break_off: Callable[[Collection[str]], None] = lambda operations: None
+        self.break_off: BreakOff = lambda operations, below=math.inf: None
         self.before_disconnect: Callable[[str], Awaitable[None]] = _nothing
         self._lock = asyncio.Lock()
         self._changed = asyncio.Event()
@@ -347,6 +355,10 @@ class Group:
             if new.durable != old.durable:
                 await asyncio.to_thread(self._states.save, new.durable)
             self.state = new
+            if isinstance(event, machine.PeerSeen) and new.durable.epoch > old.durable.epoch:
+                # What a superseded primary has begun here would go on beside its successor's. Who
+                # hands over is refused by the epoch itself, or has been taken over from already.
+                self.break_off(PRIMARY_OPERATIONS - {"handover"}, new.durable.epoch)
             if (old.phase, old.durable.mode) != (new.phase, new.durable.mode):
                 log.warning(
                     "state: %s %s -> %s %s, epoch %d%s",
@@ -413,6 +425,10 @@ class Group:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.tend())
             tasks.create_task(self.fitness.run(self.on_ailing), name="fitness")
+
+    def drain_left(self) -> float:
+        """Return for how many seconds a drain that has begun may go on."""
+        return math.inf
 
     async def leaves(self, phase: Phase, seconds: float) -> bool:
         """Wait until this node is no longer in ``phase``; False if it still is after so long."""
@@ -512,10 +528,10 @@ class Group:
             await self._shut()
             if state.phase is Phase.SHADOW and not self._queue_held and not self.switching:
                 await self._hold_queue()
-                if self.state.phase is not Phase.SHADOW:
-                    return  # promoted meanwhile: what it has taken over stays its own
-                await self.on_shadow()
-                self._queue_held = True
+                # Promoted meanwhile: what it has taken over stays its own.
+                if self.state.phase is Phase.SHADOW:
+                    await self.on_shadow()
+                self._queue_held = self.state.phase is Phase.SHADOW
         # STARTING: a restart of the agent alone must not cut clients; the fence's hold bounds it.
 
     async def _keep_postfix(self) -> None:

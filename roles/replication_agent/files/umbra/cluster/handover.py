@@ -39,6 +39,7 @@ from umbra.node.helper import HelperError
 from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import PeerIdentity
 from umbra.peer.server import Handler
+from umbra.transport.ports import NotPrimary
 from umbra.transport.remaining import Remaining, rows_of
 
 log = logging.getLogger(__name__)
@@ -116,11 +117,9 @@ class Handover(Switchover):
 
     def _hinders(self, to: ailing.Candidate | None) -> str:
         """Return why this ailing primary stays what it is, or nothing."""
-        quorum = self._quorum
         if self._config.handover.policy is HandoverPolicy.ALARM:
             return "replication_agent_handover_policy is alarm"
-        known = quorum.driver.state.known
-        restraint = p.restraint(quorum.driver.config, known, time.time()) if known else None
+        restraint = self._quorum.restraint()
         if restraint is not None:
             return restraint
         return "" if to else "no shadow is protected, well and allowed to take over by itself"
@@ -162,7 +161,7 @@ class Handover(Switchover):
             await self._take_back()
             raise
         self._messages.gave_up()
-        epoch = group.epoch
+        epoch, failure = group.epoch, ""
         try:
             link = group.links[to]
             answer = await link.request(
@@ -171,13 +170,21 @@ class Handover(Switchover):
             log.info("%s opened within %.3f s of its word", to, float(answer["seconds"]))
         except (PeerError, KeyError, TypeError, ValueError) as error:
             log.warning("%s has the key, but has not said that it is open: %s", to, error)
+            if isinstance(error, PeerError) and error.code == "failed":
+                # It gives no proof of work any more, so this node takes the role back.
+                failure = error.text
+                timing = quorum.driver.config.timing
+                await quorum.driver.until(group.is_primary, timing.work + 2 * timing.silence)
         if group.is_primary():  # under another epoch; the queue is this node's again, too
-            raise Refused(f"{to} was lost before it served; {group.state.node} is primary again.")
+            failure = failure or f"{to} was lost before it served"
+            raise Refused(f"{failure}; {group.state.node} is primary again.")
         change = replace(change, outage_s=round(time.monotonic() - began, 4))
         await quorum.changed(change)
         steps.done("hand over")
         await self._tidy(covered, remaining, epoch)
         steps.done("tidy")
+        if failure:
+            raise Refused(f"{failure}; it has the role all the same, and tries again.")
         return change
 
     async def _take_back(self) -> None:
@@ -209,17 +216,22 @@ class Handover(Switchover):
         """Handler of ``handover-finish``: the key has changed; answer when this node is open."""
         began = time.monotonic()
         self._quorum.driver.note(p.Nudged())
-        epoch = args.get("epoch")
-        done = await self._quorum.driver.until(
-            lambda: self._group.is_primary() and self._group.epoch == epoch, HANDOVER_TIMEOUT
-        )
-        if not done:
+        epoch, opening = args.get("epoch"), self._quorum.opening
+
+        def done() -> bool:
+            return self._group.is_primary() and self._group.epoch == epoch
+
+        await self._quorum.driver.until(lambda: done() or opening.hopeless, HANDOVER_TIMEOUT)
+        if opening.hopeless:
+            raise PeerError("failed", opening.error)
+        if not done():
             raise PeerError("timeout", f"{self._group.state.node} is not open yet")
         return {"seconds": time.monotonic() - began}
 
     async def _promoted(self, epoch: int, former: str | None) -> Collection[str]:
         """Take over what the former primary left, before this node serves."""
         await self._mailboxes.quiet()
+        self._still(epoch)
         whole = await self._take_over(epoch, former)
         # Not before: what fails is tried again with it.
         self._given = None
@@ -233,6 +245,7 @@ class Handover(Switchover):
             and (given.by, given.epoch) == (former, epoch)
         ):
             await self._mailboxes.resume(given.by, epoch)
+            self._still(epoch)
             await self._messages.take_over(given.by, given.remaining)
             return (given.by,)
         # If the right has ended already, nothing would end this: a shadow must have no gap.
@@ -241,8 +254,14 @@ class Handover(Switchover):
         if former is not None and not self._quorum.planned and not self._quorum.by_word:
             await self._shoot_lost(former)
         for origin in self._group.links:
+            self._still(epoch)
             await self._messages.take_over(origin, None)
         return ()
+
+    def _still(self, epoch: int) -> None:
+        """NotPrimary if the key is another's by now: what came under that is not to be claimed."""
+        if not self._quorum.holds(epoch):
+            raise NotPrimary("the key is another's by now")
 
     async def _shoot_lost(self, former: str) -> None:
         """Switch off whom this node has replaced by itself, if that is wished.

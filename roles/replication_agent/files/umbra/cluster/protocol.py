@@ -35,6 +35,8 @@ from typing import Any, NamedTuple
 
 NEVER = float("-inf")
 HOUR = 3600.0
+WRITE_DOWN = 10.0
+"""What a person wants, and the coordinator has not written down after so long, is withdrawn."""
 
 
 class Mode(StrEnum):
@@ -329,7 +331,9 @@ class State:
     drained: bool = False
     switch_until: float = NEVER
     forced: bool = False
+    forced_until: float = NEVER
     pause: bool | None = None
+    pause_until: float = NEVER
     phase: Phase = Phase.STARTING
     cause: str = "the node has started"
 
@@ -664,9 +668,15 @@ def restraint(config: Config, record: Record, wall: float) -> str | None:
     """Return why nothing may be changed without a person, on any node, or None."""
     if record.paused:
         return "automatic failover is paused"
-    if sum(wall - at < HOUR for at in record.automatic) >= config.max_changes:
+    # A stamp of the future, by a clock that was set back since, must not count for ever.
+    if sum(abs(wall - at) < HOUR for at in record.automatic) >= config.max_changes:
         return f"the primary has changed {config.max_changes} times within an hour"
     return None
+
+
+def by_itself(was: Record, record: Record) -> bool:
+    """Whether ``record``, written over ``was``, is a change that no person asked for: it counts."""
+    return record.automatic != was.automatic
 
 
 def proven(config: Config, state: State, now: float) -> bool:
@@ -754,9 +764,9 @@ def _take(
         case Drained():
             return replace(state, drained=state.switching is not None)
         case Pause(on):
-            return replace(state, pause=on)
+            return replace(state, pause=on, pause_until=now + WRITE_DOWN)
         case Force(stores):
-            return _force(state, stores)
+            return _force(state, stores, now)
 
 
 def _holds(state: State) -> bool:
@@ -813,8 +823,8 @@ def _seen(config: Config, state: State, seen: Seen, now: float, effects: list[Ef
     read_sent = max(state.read_sent, seen.sent)
     if seen.revision == state.revision:
         return replace(state, read_sent=read_sent)
-    mine = record in state.pending and not state.forced
     was = state.known
+    mine = record in state.pending and (was is None or by_itself(was, record))
     # Whatever was pending was asked over an older revision: it is this record, or void.
     state = replace(
         state, known=record, revision=seen.revision, read_sent=read_sent, pending=frozenset(),
@@ -829,8 +839,9 @@ def _seen(config: Config, state: State, seen: Seen, now: float, effects: list[Ef
     if not _holds(state):
         if was is not None and was.holder == state.node:
             effects.append(Nudge(record.holder))
-        # A person's word was given on who was primary, and had everything, at that time.
-        stands = was is not None and not is_new and record.protected <= was.protected
+        # A person's word was given on who was primary, and had everything, at that time. Whoever
+        # changes that since is there, and acts.
+        stands = was is not None and not is_new and record.protected == was.protected
         state = replace(
             state, joining={}, lost=frozenset(), holding_since=NEVER,
             forced=state.forced and stands,
@@ -909,11 +920,11 @@ def unforceable(state: State, stores: Mapping[str, str]) -> str | None:
     return None
 
 
-def _force(state: State, stores: Mapping[str, str]) -> State:
+def _force(state: State, stores: Mapping[str, str], now: float) -> State:
     reason = unforceable(state, stores)
     if reason is not None:
         raise NotNow(reason)
-    return replace(state, forced=True)
+    return replace(state, forced=True, forced_until=now + WRITE_DOWN)
 
 
 def _settle(config: Config, state: State, now: float, wall: float, effects: list[Effect]) -> State:
@@ -923,6 +934,10 @@ def _settle(config: Config, state: State, now: float, wall: float, effects: list
     state = _drop_joiners(config, state, now)
     if state.switching and now >= state.switch_until:
         state = replace(state, switching=None, drained=False)
+    if state.forced and now >= state.forced_until:
+        state = replace(state, forced=False)
+    if state.pause is not None and now >= state.pause_until:
+        state = replace(state, pause=None)
     if (
         known is not None
         and _holds(state)

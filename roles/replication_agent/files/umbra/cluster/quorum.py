@@ -19,6 +19,7 @@ import secrets
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +31,7 @@ from umbra.cluster.group import PRIMARY_OPERATIONS, Group, now
 from umbra.cluster.machine import Event, NotNow
 from umbra.cluster.state import Change, Durable, Mode, PeerView, Phase, Role, State
 from umbra.cluster.static import StateFile
-from umbra.cluster.work import DOVECOT, POSTFIX, Server, Work
+from umbra.cluster.work import DOVECOT, POSTFIX, Server, Trouble, Work
 from umbra.config import Config
 from umbra.node.client import NodeHelper
 from umbra.node.helper import HelperError
@@ -43,9 +44,9 @@ from umbra.transport.store import StoreError
 
 log = logging.getLogger(__name__)
 
-# A wish that the coordinator has not written down after so long (seconds) is refused for now.
-WRITE_DOWN = 10.0
 RETRY_PAUSE = 0.5
+# An opening that has failed for so long leaves the role to others.
+OPENING_FAILS = 5.0
 TEND_PAUSE, IDLE_PAUSE = 1.0, 3.0
 VOTERS_PAUSE = 1.0
 LEAST_SAMPLES = 10
@@ -95,9 +96,9 @@ class QuorumGroup(Group):
         self._handed_over = 0
         self._lease_error = ""
         self._silent_voters: list[str] = []
-        self._shut_done = False
         self._opening: asyncio.Task[None] | None = None
-        self._opening_lock = asyncio.Lock()
+        self._whole: Collection[str] = ()
+        self.opening = Trouble(OPENING_FAILS, clock)
         self._lease_due = asyncio.Event()
         self._booted = clock()
         super().__init__(config, states, helper)
@@ -153,7 +154,8 @@ class QuorumGroup(Group):
             changed=self._stepped,
             clock=self._clock,
         )
-        self._opened = durable.acted or 0
+        # Under which epoch it has taken over what was left, and has opened.
+        self._taken = self._opened = durable.acted or 0
         return self._projected({})
 
     # -- what the other parts ask
@@ -167,6 +169,15 @@ class QuorumGroup(Group):
     def lease(self) -> float:
         """For how long the ports may stay open after this node's right has ended (seconds)."""
         return self.driver.config.timing.hold
+
+    def holds(self, epoch: int) -> bool:
+        """Whether the key is this node's under ``epoch``, as far as it knows."""
+        state = self.driver.state
+        return (
+            _holds(state)
+            and state.known is not None
+            and state.known.epoch == epoch == state.durable.epoch
+        )
 
     def is_primary(self) -> bool:
         """Whether this node may acknowledge anything now."""
@@ -211,9 +222,8 @@ class QuorumGroup(Group):
                 found.append(f"{state.node} takes over what is left and opens")
             elif state.phase not in BEHIND:
                 found.append(f"{state.node} is {state.phase}: {state.cause}")
-            if self.effect_error:
-                found.append(self.effect_error)
-        if self.work.error and self._servers():
+            found += filter(None, (self.effect_error, self.opening.error))
+        if self.work.error and self.work.error not in found and self._servers():
             found.append(self.work.error)
         return found
 
@@ -233,7 +243,7 @@ class QuorumGroup(Group):
             "paused": known is not None and known.paused,
             "holder": known.holder if known else None,
             "protected_set": sorted(m.node for m in known.protected) if known else [],
-            "shut": self._shut_done,
+            "shut": self._queue_held,
             "merged_under": self._durable.merged_under,
             "entitled_s": self._entitled_age(),
             "ailments": self.fitness.doubts(),
@@ -245,13 +255,11 @@ class QuorumGroup(Group):
         answered = driver.coordinator_answered
         age = None if answered is None else round(self._clock() - answered, 3)
         bound = driver.config.timing.silence
-        known = driver.state.known
         text = "The coordinator has not answered yet"
         if age is not None:
             text = f"The coordinator answered {age:.1f} s ago"
         if driver.coordinator_error:
             text += f": {driver.coordinator_error}"
-        paused = known is not None and known.paused
         silent = self._silent_voters
         return [
             self._round_trip(),
@@ -261,13 +269,23 @@ class QuorumGroup(Group):
                 f"Not healthy: {', '.join(silent)}." if silent else "All voters are healthy.",
             ),
             Check("coordinator", age is not None and age <= bound, age, bound, f"{text}."),
-            Check(
-                "automatic failover", not paused, "paused" if paused else "on", "on",
-                "Automatic failover is paused; umbractl unpause ends that."
-                if paused else "Automatic failover is on.",
-            ),
+            self._automatic(),
             *self._takeover(),
         ]  # fmt: skip
+
+    def restraint(self) -> str | None:
+        """Return why nothing may be changed without a person, on any node, or None."""
+        known = self.driver.state.known
+        return p.restraint(self.driver.config, known, time.time()) if known else None
+
+    def _automatic(self) -> Check:
+        known, restraint = self.driver.state.known, self.restraint()
+        value, text = "on", "Automatic failover is on."
+        if known is not None and known.paused:
+            value, text = "paused", "Automatic failover is paused; umbractl unpause ends that."
+        elif restraint is not None:
+            value, text = "off", f"Nothing is changed without a person now: {restraint}."
+        return Check("automatic failover", restraint is None, value, "on", text)
 
     def _takeover(self) -> Sequence[Check]:
         """On the primary, whether one of those who have everything may take over by itself.
@@ -275,7 +293,7 @@ class QuorumGroup(Group):
         Where nobody may, that is the inventory's word.
         """
         known = self.driver.state.known
-        if known is None or known.paused or not known.protected or not self.state.serving:
+        if known is None or self.restraint() or not known.protected or not self.state.serving:
             return ()
         whole = {member.node for member in known.protected}
         able = {peer for peer in self.driver.config.peers if not self.rank(peer)[0]}
@@ -319,16 +337,19 @@ class QuorumGroup(Group):
         if _answers(old) and not _answers(new):
             # From now on no primary is answered, also not one whose request came before.
             self.break_off(GUARDED)
+        if new.durable.epoch > old.durable.epoch:
+            # What a superseded primary has begun here would go on beside its successor's.
+            self.break_off(GUARDED, new.durable.epoch)
         if new.known is not None and _new_holder(old, new):
             self._former = old.known.holder if old.known else None
             self.planned = new.known.mode is p.Mode.HANDOVER
-            self.by_word = old.forced
+            self.by_word = old.known is not None and not p.by_itself(old.known, new.known)
             self._outage_from = None if self.planned else old.heard
         left = p.required(old) - p.required(new)
         opens = new.phase in OPEN_PHASES and old.phase not in OPEN_PHASES
         closes = old.phase in OPEN_PHASES and new.phase not in OPEN_PHASES
         if closes:
-            self._ready = 0
+            self._ready, self._whole = 0, ()
             self._end_catch_up(self._catching_up)
             self._waited.clear()
             self._kept.clear()
@@ -344,7 +365,7 @@ class QuorumGroup(Group):
             self._tell(new)
             self._changed.set()
             self._lease_due.set()
-        if opens:
+        if opens and (self._opening is None or self._opening.done()):
             self._opening = asyncio.create_task(self._open(), name="opening")
         if closes:
             self.on_demotion()
@@ -375,7 +396,7 @@ class QuorumGroup(Group):
         """Return the protocol's state in the words that the other parts know."""
         state = self.driver.state
         known = state.known
-        mine = known is not None and _holds(state) and known.epoch == state.durable.epoch
+        mine = self.holds(self.epoch)
         role = Role.PRIMARY if mine else Role.SHADOW
         members = {member.node for member in known.protected} if known else set()
         copies = self._config.mailbox.mirror_copies
@@ -635,7 +656,7 @@ class QuorumGroup(Group):
             try:
                 await driver.take(p.Lost(peer))
                 gone = await driver.until(
-                    lambda: peer not in driver.members() or not driver.may_act(), WRITE_DOWN
+                    lambda: peer not in driver.members() or not driver.may_act(), p.WRITE_DOWN
                 )
             finally:
                 self._kept.discard(peer)
@@ -668,7 +689,7 @@ class QuorumGroup(Group):
             raise NotNow(f"{peer} was lost while it caught up")
         await driver.take(p.Complete(peer, join.since))
         await driver.until(
-            lambda: not self._lacks(peer) or peer not in driver.state.joining, WRITE_DOWN
+            lambda: not self._lacks(peer) or peer not in driver.state.joining, p.WRITE_DOWN
         )
         if self._lacks(peer):
             raise NotNow(f"the coordinator has not written down that {peer} is protected")
@@ -680,6 +701,10 @@ class QuorumGroup(Group):
         await self.driver.take(p.Lost(peer))
         self._waited.discard(peer)
         self._show()
+
+    def drain_left(self) -> float:
+        """See ``Group``; after that this node serves again."""
+        return max(0.0, self.driver.state.switch_until - self._clock())
 
     async def leaves(self, phase: Phase, seconds: float) -> bool:
         """Wait until this node is no longer in ``phase``; False if it still is after so long."""
@@ -693,16 +718,23 @@ class QuorumGroup(Group):
 
     async def pause(self, on: bool) -> bool:
         """Turn automatic changes off or on, by the coordinator's word; False if it was so."""
+        driver = self.driver
 
         def done() -> bool:
-            known = self.driver.state.known
-            return known is not None and known.paused is on
+            # What was asked for before and has no answer may be committed later.
+            return driver.state.known is not None and all(
+                record.paused is on for record in p.possible(driver.state)
+            )
 
         if done():
             return False
         await self._wish(p.Pause(on))
-        if not await self.driver.until(done, WRITE_DOWN):
-            raise NotNow(f"the coordinator does not write it down: {self._trouble()}")
+        await driver.until(lambda: done() or driver.state.pause is None, 2 * p.WRITE_DOWN)
+        if not done():
+            raise NotNow(
+                f"the coordinator has not written it down within {p.WRITE_DOWN:g} s, so this is"
+                f" withdrawn: {self._trouble()}"
+            )
         return True
 
     async def switch(self, to: str, *, automatic: bool = False) -> None:
@@ -723,7 +755,7 @@ class QuorumGroup(Group):
             state = self.driver.state
             return not _holds(state) or (state.switching is None and not state.pending)
 
-        known = await self.driver.until(decided, WRITE_DOWN)
+        known = await self.driver.until(decided, p.WRITE_DOWN)
         if known and not _holds(self.driver.state) and self.epoch > epoch:
             return
         raise NotNow(
@@ -735,21 +767,28 @@ class QuorumGroup(Group):
 
     async def force(self) -> None:
         """Become primary by an operator's word; returns when this node serves."""
+        known = self.driver.state.known
         await self._wish(p.Force(self.stores()))
 
         def decided() -> bool:
             state = self.driver.state
             return self.is_primary() or not (state.forced or _holds(state))
 
-        await self.driver.until(decided, WRITE_DOWN + p.LONGEST)
-        if not self.is_primary():
-            state = self.driver.state
-            if decided():
-                raise NotNow(f"another node has written the key meanwhile: {state.cause}")
+        await self.driver.until(decided, p.WRITE_DOWN + p.LONGEST)
+        state = self.driver.state
+        if self.is_primary():
+            return
+        if _holds(state):
             raise NotNow(
-                f"{state.node} is {state.phase}: {state.cause}; it goes on trying until its agent"
-                f" is restarted. The coordinator: {self._trouble()}"
+                f"the key is {state.node}'s, which opens as soon as it can:"
+                f" {'; '.join(self.reasons())}"
             )
+        if state.known != known:
+            raise NotNow(f"another node has written the key meanwhile: {state.cause}")
+        raise NotNow(
+            f"the coordinator has not written it down within {p.WRITE_DOWN:g} s, so this is"
+            f" withdrawn: {self._trouble()}"
+        )
 
     async def make_key(self) -> None:
         """Make the key that the coordinator has lost, by an operator's word, with this node first.
@@ -778,7 +817,7 @@ class QuorumGroup(Group):
         def done() -> bool:
             return self.epoch >= record.epoch and self.is_primary()
 
-        if not await self.driver.until(done, WRITE_DOWN + p.LONGEST):
+        if not await self.driver.until(done, p.WRITE_DOWN + p.LONGEST):
             raise NotNow(f"{state.node} is {self.driver.state.phase}: {self._trouble()}")
 
     async def _wish(self, event: p.Event) -> None:
@@ -880,7 +919,7 @@ class QuorumGroup(Group):
         while True:
             state = self.driver.state
             # One that has just handed over has not held its queue yet: nothing of it may go out.
-            held = self._shut_done
+            held = self._queue_held
             if held and p.expects_the_role(self.driver.config, state, self._clock(), time.time()):
                 try:
                     await self.prepare(timing.silence)
@@ -892,6 +931,8 @@ class QuorumGroup(Group):
     async def _prove(self) -> None:
         if self._lease_error:
             raise HelperError(self._lease_error)
+        if self.opening.hopeless:
+            raise HelperError(self.opening.error)
         await self._helper.prove()
 
     async def prepare(self, seconds: float) -> None:
@@ -900,50 +941,62 @@ class QuorumGroup(Group):
         self.work.at_once()
 
     async def _open(self) -> None:
-        """Begin to act: take over, leave behind whom that needs, open."""
-        async with self._opening_lock:
-            epoch = self.epoch
-            while epoch == self.epoch and _holds(self.driver.state):
-                try:
-                    await self._open_under(epoch)
-                    return
-                except NotPrimary as error:
-                    log.warning("this node does not open yet: %s", error)
-                except (StoreError, PeerError, OSError) as error:
-                    log.error("this node does not open yet: %s", error)
-                    self.effect_error = str(error)
-                except Exception as error:
-                    # It goes on renewing its right, so nobody would come in its place.
-                    log.exception("this node does not open yet")
-                    self.effect_error = repr(error)
-                await asyncio.sleep(RETRY_PAUSE)
+        """Begin to act: take over, leave behind whom that needs, open.
+
+        Try again until this node has opened, or the key is another's.
+        """
+        while self.holds(self.epoch) and self._ready != self.epoch:
+            try:
+                await self._open_under(self.epoch)
+                continue
+            except NotPrimary as error:
+                log.warning("this node does not open yet: %s", error)
+            except (StoreError, PeerError, OSError) as error:
+                log.error("this node does not open yet: %s", error)
+                self.opening.failed(f"{self.state.node} does not open: {error}")
+            except Exception as error:
+                log.exception("this node does not open yet")
+                self.opening.failed(f"{self.state.node} does not open: {error!r}")
+            await asyncio.sleep(RETRY_PAUSE)
+        self.opening.over()
+        if self._ready != self.epoch:
+            # What it has taken over is another's to carry on, see ``on_shadow``.
+            self._queue_held = False
+            self._changed.set()
 
     async def _open_under(self, epoch: int) -> None:
-        whole: Collection[str] = ()
-        first = self._opened != epoch
+        self._queue_held = False
         started = asyncio.create_task(self._helper.postfix_start())
         try:
-            if first:
+            if self._taken != epoch:
                 self.switching = False  # whatever this node was giving away is over
-                whole = await self.on_promotion(epoch, self._former)
-                self._opened = epoch
-            self._waited |= set(whole)
-            for peer in sorted(self.driver.members() - set(whole)):
-                # It may lack what this node did while its agent was dead or its right had ended.
-                await self._leave(peer, "the agent has just started and compares the copies")
+                self._whole = await self.on_promotion(epoch, self._former)
+                self._taken = epoch
         finally:
             await started
+        if not self.holds(epoch):
+            raise NotPrimary("the key is another's by now")
+        if self.opening.error:
+            self.opening.over()
+            self.work.at_once()  # nobody is left behind without a proof of work
+        self._waited |= set(self._whole)
+        for peer in sorted(self.driver.members() - set(self._whole)):
+            # It may lack what this node did while its agent was dead or its right had ended.
+            await self._leave(peer, "the agent has just started and compares the copies")
         # A key that has just become protected needs the shadow's next answer, and clients wait.
-        await self.driver.until(lambda: epoch != self.epoch or self.driver.may_act(), RETRY_PAUSE)
-        if epoch != self.epoch or not self.driver.may_act():
+        await self.driver.until(lambda: not self.holds(epoch) or self.driver.may_act(), RETRY_PAUSE)
+        if not self.holds(epoch) or not self.driver.may_act():
             raise NotPrimary("the right to act has ended meanwhile")
-        self._ready, self._ever_open, self._was_serving = epoch, True, True
+        first, self._opened = self._opened != epoch, epoch
+        self._ready, self._ever_open, self._was_serving, self._whole = epoch, True, True, ()
         self._prepared_until = 0.0
-        self._queue_held = self._shut_done = False
         self._show()
         self._changed.set()
-        await self._renew_lease()
+        with suppress(HelperError):  # ``_lease`` tries again, and sees to it if that fails too
+            await self._renew_lease()
         self.work.at_once()
+        self.driver.note(p.Tick())
+        self.on_opening()
         if first and self._former not in (None, self.state.node):
             outage = None
             if self._outage_from is not None:
@@ -951,8 +1004,6 @@ class QuorumGroup(Group):
             await self.changed(
                 Change(self._former, self.state.node, now(), planned=self.planned, outage_s=outage)
             )
-        self.driver.note(p.Tick())
-        self.on_opening()
 
     async def changed(self, change: Change) -> None:
         """Note the last change of primary, durably."""
@@ -966,8 +1017,7 @@ class QuorumGroup(Group):
         while True:
             self._lease_due.clear()
             try:
-                # In a drain the ports stay open, and run out if it does not end: who is being
-                # answered has to hear it. The switchover closes them.
+                # Also in a drain: who is being answered has to hear it. The switchover closes them.
                 is_open = self.is_primary() and self.state.phase in (Phase.PRIMARY, Phase.DRAINING)
                 if is_open and not self.switching:
                     await self._renew_lease()
@@ -1004,8 +1054,6 @@ class QuorumGroup(Group):
                 await self._keep_postfix()
             return
         await super()._enforce()
-        if phase is Phase.SHADOW and self.state.phase is Phase.SHADOW and self._queue_held:
-            self._shut_done = True
 
 
 async def _nobody(epoch: int, former: str | None) -> Collection[str]:

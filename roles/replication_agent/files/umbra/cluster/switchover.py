@@ -242,7 +242,6 @@ class Switchover:
         steps = Steps()
         try:
             await self._prepare(to, steps, timeout_s)
-            self._group.switching = True
             change = await self._change(to, steps)
         except (NotNow, PeerError, StoreError, HelperError, OSError) as error:
             raise Refused(f"{error}.") from None
@@ -333,23 +332,25 @@ class Switchover:
     async def _emptied(self, to: str, steps: Steps) -> Remaining:
         """Bring what is in flight to its end; return what is left of the queue."""
         group = self._group
-        if not await group.messages.idle(MESSAGES_TIMEOUT):
-            raise Refused(f"a message was still coming in after {MESSAGES_TIMEOUT:g} s; try again.")
+        seconds = min(MESSAGES_TIMEOUT, group.drain_left())
+        if not await group.messages.idle(seconds):
+            raise Refused(f"a message was still coming in after {seconds:.1f} s; try again.")
         # The milter has answered for all of them; Postfix says 250 when its disk has the file.
         await asyncio.sleep(LAST_WORDS)
         steps.done("drain")
         # Closed first: then nobody can come whom the other node does not know as a client, and no
-        # client sees its connection end before there is a node to come back to.
+        # client sees its connection end before there is a node to come back to. Until then they are
+        # kept open: who is being answered has to hear it.
+        group.switching = True
         await self._helper.ports_close()
         await group.before_disconnect(to)
         await asyncio.gather(
             self._helper.kick(self._config.fence.ports), self._helper.postfix_stop()
         )
         steps.done("close")
-        if not await group.changes.idle(CHANGES_TIMEOUT):
-            raise Refused(
-                f"a mailbox change was still under way after {CHANGES_TIMEOUT:g} s; try again."
-            )
+        seconds = min(CHANGES_TIMEOUT, group.drain_left())
+        if not await group.changes.idle(seconds):
+            raise Refused(f"a mailbox change was still under way after {seconds:.1f} s; try again.")
         await self._mailboxes.confirm(to)
         if not group.is_whole(to):
             raise Refused(f"{to} was lost on the way: {'; '.join(group.reasons())}.")

@@ -68,6 +68,31 @@ async def warm_up(port: int = 25) -> None:
             writer.close()
 
 
+class Trouble:
+    """What fails with each try. Tries that take their time are none.
+
+    :param patience: seconds from the first failure to one that makes it hopeless.
+    """
+
+    def __init__(self, patience: float, clock: Callable[[], float]) -> None:
+        self._patience = patience
+        self._clock = clock
+        self._since: float | None = None
+        self.error = ""
+        self.hopeless = False
+
+    def failed(self, error: str) -> None:
+        """Note that a try has failed."""
+        now = self._clock()
+        self._since = now if self._since is None else self._since
+        self.error = error
+        self.hopeless = now - self._since >= self._patience
+
+    def over(self) -> None:
+        """Note that it works."""
+        self._since, self.error, self.hopeless = None, "", False
+
+
 class Work:
     """Proves it again and again.
 

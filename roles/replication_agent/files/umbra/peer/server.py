@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import ssl
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any
@@ -73,7 +74,7 @@ class PeerServer:
         self._check_epoch = check_epoch
         self._handlers = handlers
         self._tasks: set[asyncio.Task[None]] = set()
-        self._running: dict[asyncio.Task[Any], str] = {}
+        self._running: dict[asyncio.Task[Any], tuple[str, int]] = {}
         self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
@@ -87,10 +88,13 @@ class PeerServer:
             ssl_handshake_timeout=HELLO_TIMEOUT,
         )
 
-    def break_off(self, operations: Collection[str]) -> None:
-        """End what runs of these operations; the other side sees them as failed."""
-        for task, op in self._running.items():
-            if op in operations:
+    def break_off(self, operations: Collection[str], below: float = math.inf) -> None:
+        """End what runs of these operations under an epoch ``below`` that one.
+
+        The other side sees them as failed.
+        """
+        for task, (op, epoch) in self._running.items():
+            if op in operations and epoch < below:
                 task.cancel()
 
     async def stop(self) -> None:
@@ -175,7 +179,7 @@ class PeerServer:
             task = asyncio.current_task()
             assert task is not None
             # Before the check, so that no change of role can come between.
-            self._running[task] = op
+            self._running[task] = op, epoch
             try:
                 await self._check_epoch(peer.node, op, epoch)
                 answer = await handler(peer, args, exchange)
