@@ -524,7 +524,7 @@ class QuorumGroup(Group):
             self._handed_over = 0
 
     async def _write(self, durable: Durable) -> None:
-        await asyncio.to_thread(self._states.save, durable)
+        await self._states.write(durable)
         self._durable = durable
 
     async def _marked(self) -> None:
