@@ -28,6 +28,7 @@ from umbra.cluster import protocol as p
 from umbra.cluster.driver import OPEN_PHASES, Coordinator, Driver
 from umbra.cluster.etcd import boottime
 from umbra.cluster.group import PRIMARY_OPERATIONS, Group, now
+from umbra.cluster.lease import Lease
 from umbra.cluster.machine import Event, NotNow
 from umbra.cluster.state import Change, Durable, Mode, PeerView, Phase, Role, State
 from umbra.cluster.static import StateFile
@@ -94,15 +95,20 @@ class QuorumGroup(Group):
         self._ready = 0
         self._ever_open = False
         self._handed_over = 0
-        self._lease_error = ""
         self._silent_voters: list[str] = []
         self._opening: asyncio.Task[None] | None = None
         self._whole: Collection[str] = ()
         self.opening = Trouble(OPENING_FAILS, clock)
-        self._lease_due = asyncio.Event()
         self._booted = clock()
         super().__init__(config, states, helper)
         self._tend_pause = TEND_PAUSE
+        self._ports = Lease(
+            self.driver,
+            helper,
+            config.fence.ports,
+            lambda: self.is_primary() and self.state.serving,
+            lambda: self.switching,
+        )
         timing = self.driver.config.timing
         self.work = Work(
             self._prove,
@@ -372,8 +378,7 @@ class QuorumGroup(Group):
         self.state = self._projected(peers)
         if (old.phase, old.cause) != (new.phase, new.cause) or old.known != new.known:
             self._tell(new)
-            self._changed.set()
-            self._lease_due.set()
+            self.reopen()
         if opens and (self._opening is None or self._opening.done()):
             self._opening = asyncio.create_task(self._open(), name="opening")
         if closes:
@@ -726,7 +731,7 @@ class QuorumGroup(Group):
     def reopen(self) -> None:
         """Look at ports and Postfix at once."""
         self._changed.set()
-        self._lease_due.set()
+        self._ports.look()
 
     # -- keeping the host in step
 
@@ -736,7 +741,7 @@ class QuorumGroup(Group):
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self.driver.run(), name="protocol")
                 tasks.create_task(self.tend())
-                tasks.create_task(self._lease(), name="lease of the ports")
+                tasks.create_task(self._ports.run(), name="lease of the ports")
                 tasks.create_task(self.work.run(), name="proof of work")
                 tasks.create_task(self._watch_voters(), name="voters")
                 tasks.create_task(self._watch_primary(), name="silence of the primary")
@@ -782,10 +787,8 @@ class QuorumGroup(Group):
             await asyncio.sleep(timing.beat / 2)
 
     async def _prove(self) -> None:
-        if self._lease_error:
-            raise HelperError(self._lease_error)
-        if self.opening.hopeless:
-            raise HelperError(self.opening.error)
+        if reason := self._ports.error or (self.opening.hopeless and self.opening.error):
+            raise HelperError(reason)
         await self._helper.prove()
 
     async def prepare(self, seconds: float) -> None:
@@ -845,8 +848,8 @@ class QuorumGroup(Group):
         self._prepared_until = 0.0
         self._show()
         self._changed.set()
-        with suppress(HelperError):  # ``_lease`` tries again, and sees to it if that fails too
-            await self._renew_lease()
+        with suppress(HelperError):  # ``Lease.run`` tries again, and sees to it if that fails too
+            await self._ports.renew()
         self.work.at_once()
         self.driver.note(p.Tick())
         self.on_opening()
@@ -863,41 +866,6 @@ class QuorumGroup(Group):
         async with self._disk:
             await self._write(replace(self._durable, last_change=change))
         self._show()
-
-    async def _lease(self) -> None:
-        """Hold the ports open for as long as the right to act runs, and no longer."""
-        was_open = False
-        while True:
-            self._lease_due.clear()
-            try:
-                # Also in a drain: who is being answered has to hear it. The switchover closes them.
-                is_open = self.is_primary() and self.state.phase in (Phase.PRIMARY, Phase.DRAINING)
-                if is_open and not self.switching:
-                    await self._renew_lease()
-                elif was_open and not is_open:
-                    await self._helper.ports_close()
-                was_open = is_open
-                self._lease_error = ""
-            except HelperError as error:
-                # A node that cannot open its ports does not serve: without a proof another will.
-                if self.is_primary():
-                    log.error("%s", error)
-                    self._lease_error = str(error)
-            try:
-                async with asyncio.timeout(self.driver.config.timing.beat):
-                    await self._lease_due.wait()
-            except TimeoutError:
-                pass
-
-    async def _renew_lease(self) -> None:
-        until = self.driver.right_until()
-        if until <= self._clock():
-            return
-        timing = self.driver.config.timing
-        taken_over = until - timing.hold + timing.silence  # another node may act from then on
-        await self._helper.ports_open_until(self._config.fence.ports, until, taken_over)
-        if not self.is_primary() or self.state.phase not in (Phase.PRIMARY, Phase.DRAINING):
-            await self._helper.ports_close()
 
     async def _enforce(self) -> None:
         phase = self.state.phase
