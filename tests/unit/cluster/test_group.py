@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -346,6 +347,43 @@ async def test_who_learns_of_a_higher_epoch_ends_what_the_superseded_primary_has
     assert not broken
     await group.check_epoch("b", "shadow-store", 3)
     assert (broken, group.epoch) == ([(True, 3)], 3)
+
+
+class SlowDisk(Disk):
+    """One that takes its time for the first state of all."""
+
+    slow = True
+    writing = 0
+
+    def save(self, durable: Durable) -> None:
+        self.writing += 1
+        assert self.writing == 1, "two states are written at the same time"
+        if self.slow:
+            self.slow = False
+            time.sleep(0.3)
+        super().save(durable)
+        self.writing -= 1
+
+
+async def test_a_state_that_nobody_waits_for_any_more_is_not_written_beside_the_next(
+    tmp_path: Path,
+) -> None:
+    """Nor after it: that would take back the epoch."""
+    disk = SlowDisk(tmp_path / "state.json", "mail", "a")
+    static.StateFile(tmp_path / "state.json", "mail", "a").save(
+        replace(static.first("shadow", AT), epoch=1)
+    )
+    group = make(disk)
+    merging = asyncio.create_task(group.merged())
+    await asyncio.sleep(0.1)
+    for _ in range(2):  # what the primary has asked for is broken off, and once more
+        merging.cancel()
+        await asyncio.sleep(0.01)
+    await group.heard_from("b", status(epoch=7), answered=True)
+    assert merging.cancelled()
+    stored = disk.load()
+    assert stored is not None
+    assert stored.epoch == 7
 
 
 class MailDisk(NodeHelper):

@@ -12,7 +12,7 @@ import pytest
 from tests.unit.cluster.quorum_field import TIMING, D, Field, Host, Node, Play, clock
 
 from umbra.api.report import Check
-from umbra.cluster import handover
+from umbra.cluster import handover, words
 from umbra.cluster import protocol as p
 from umbra.cluster.ailing import Rules
 from umbra.cluster.fitness import PAUSE
@@ -211,13 +211,13 @@ def test_nothing_is_done_while_no_shadow_is_protected(group: Play) -> None:
 
 def test_while_paused_nothing_is_done_and_after_that_it_is(group: Play) -> None:
     async def scenario(field: Field) -> None:
-        await field.a.group.pause(True)
+        await words.pause(field.a.group.driver, True)
         fill(field.a)
         await stays(field, 30)
         assert not field.b.host.postfix  # it was not even asked to prepare
         with pytest.raises(p.NotNow, match="paused"):  # also if it were asked for all the same
             await field.a.group.driver.take(p.Switch("b", automatic=True))
-        await field.a.group.pause(False)
+        await words.pause(field.a.group.driver, False)
         await field.until(lambda: field.b.serves, SOON)
 
     group(scenario)

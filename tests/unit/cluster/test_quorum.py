@@ -14,6 +14,7 @@ from tests.unit.cluster.quorum_field import TIMING, D, Field, Node, Play, clock
 
 from umbra.api.report import Check
 from umbra.cluster import protocol as p
+from umbra.cluster import words
 from umbra.cluster.machine import NotNow
 from umbra.cluster.quorum import GUARDED, OPENING_FAILS
 from umbra.cluster.static import StateError
@@ -104,7 +105,7 @@ def test_postfix_stays_stopped_on_a_shadow_that_is_left_behind_or_may_not_take_o
         assert not field.b.host.postfix
         field.cut.clear()
         await field.protected(field.a)
-        await field.b.group.pause(True)
+        await words.pause(field.b.group.driver, True)
         await field.a.power_cut()
         await asyncio.sleep(2 * D)
         assert not field.b.host.postfix
@@ -116,12 +117,12 @@ def test_a_pause_that_ends_while_the_primary_s_agent_restarts_costs_it_no_role(
     group: Play,
 ) -> None:
     async def scenario(field: Field) -> None:
-        await field.a.group.pause(True)
+        await words.pause(field.a.group.driver, True)
         await field.a.crash()
         await asyncio.sleep(2 * D)
         field.a.start()
         field.a.host.works.clear()  # its first proof of work takes a moment
-        await field.b.group.pause(False)
+        await words.pause(field.b.group.driver, False)
         await asyncio.sleep(D / 2)
         field.a.host.works.set()
         await field.protected(field.a)
@@ -132,11 +133,11 @@ def test_a_pause_that_ends_while_the_primary_s_agent_restarts_costs_it_no_role(
 
 def test_who_is_lost_under_a_pause_is_replaced_after_it(group: Play) -> None:
     async def scenario(field: Field) -> None:
-        await field.b.group.pause(True)
+        await words.pause(field.b.group.driver, True)
         await field.a.power_cut()
         await asyncio.sleep(2 * D)
         assert not field.b.serves
-        await field.b.group.pause(False)
+        await words.pause(field.b.group.driver, False)
         took = await field.until(lambda: field.b.serves, 2 * D)
         assert D <= took <= D + 0.7
 
@@ -519,7 +520,7 @@ def test_who_cannot_open_gives_the_role_back(
 
 def test_who_cannot_open_and_has_no_successor_tries_on_and_says_so(group: Play) -> None:
     async def scenario(field: Field) -> None:
-        await field.a.group.pause(True)
+        await words.pause(field.a.group.driver, True)
         refuses_to_start(field.b)
         with pytest.raises(Refused, match=r"b does not open: .*; it has the role all the same"):
             await field.a.handover.run("b", dry_run=False, timeout_s=10)
@@ -805,8 +806,8 @@ def test_a_switchover_without_the_coordinator_ends_with_one_primary(group: Play)
 
 def test_a_pause_stops_a_takeover_and_survives_restarts(group: Play) -> None:
     async def scenario(field: Field) -> None:
-        assert await field.b.group.pause(True)
-        assert not await field.b.group.pause(True)
+        assert await words.pause(field.b.group.driver, True)
+        assert not await words.pause(field.b.group.driver, True)
         await field.a.power_cut()
         await asyncio.sleep(4 * D)
         assert field.b.phase is p.Phase.HELD
@@ -815,7 +816,7 @@ def test_a_pause_stops_a_takeover_and_survives_restarts(group: Play) -> None:
         field.b.start()
         await asyncio.sleep(2 * D)
         assert field.b.group.describe()["paused"]
-        assert await field.b.group.pause(False)
+        assert await words.pause(field.b.group.driver, False)
         await field.until(lambda: field.b.serves, 2 * D)
 
     group(scenario)
@@ -825,14 +826,14 @@ def test_a_pause_that_was_refused_does_not_come_later(group: Play) -> None:
     async def scenario(field: Field) -> None:
         field.register.frozen.set()
         with pytest.raises(NotNow, match="within 10 s, so this is withdrawn: no answer"):
-            await field.b.group.pause(True)
+            await words.pause(field.b.group.driver, True)
         # It may be written down still, so nobody is told that changes are on.
         with pytest.raises(NotNow, match="so this is withdrawn"):
-            await field.b.group.pause(False)
+            await words.pause(field.b.group.driver, False)
         field.register.frozen.clear()
         await asyncio.sleep(4 * D)
         assert not field.register.record.paused
-        assert not await field.b.group.pause(False)
+        assert not await words.pause(field.b.group.driver, False)
 
     group(scenario)
 
@@ -1079,7 +1080,7 @@ def test_a_group_that_runs_goes_on_over_restored_voters_until_a_person_speaks(gr
         await field.until(lambda: field.register.record.mode is p.Mode.ALONE, D)
         field.b.start()
         await field.protected(field.a)
-        await field.a.group.pause(True)
+        await words.pause(field.a.group.driver, True)
         epoch = field.a.group.epoch
         # The key in the snapshot has the same revision by chance.
         restored(field, snapshot, field.register.revision)
@@ -1359,9 +1360,9 @@ def test_a_protected_group_that_nobody_would_take_over_says_so(group: Play) -> N
         assert (found := check()) is not None
         assert not found.passed
         assert "c has everything and may not take over by itself; b may" in found.message
-        await a.pause(True)
+        await words.pause(a.driver, True)
         assert check() is None
-        await a.pause(False)
+        await words.pause(a.driver, False)
         # Also when this agent has never heard of the one that is away.
         del a.statuses["b"]
         assert (found := check()) is not None

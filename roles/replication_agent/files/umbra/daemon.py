@@ -29,7 +29,7 @@ from prometheus_client import REGISTRY
 from umbra.api.compose import Composer
 from umbra.api.http import MAX_SWITCHOVER_S, Api
 from umbra.api.metrics import ReportCollector
-from umbra.cluster import heartbeat
+from umbra.cluster import heartbeat, words
 from umbra.cluster.etcd import Etcd, client_tls
 from umbra.cluster.group import Group, Protect
 from umbra.cluster.handover import Handover
@@ -334,7 +334,7 @@ class Agent:
         if not isinstance(self._group, QuorumGroup):
             raise Refused("this group has no coordinator, so there is no automatic failover.")
         try:
-            return {"paused": on, "changed": await self._group.pause(on)}
+            return {"paused": on, "changed": await words.pause(self._group.driver, on)}
         except (NotNow, OSError) as error:
             raise Refused(f"{error}.") from None
 

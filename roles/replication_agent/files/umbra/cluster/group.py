@@ -353,7 +353,7 @@ class Group:
                 # What the lost primary has begun here would end as if it still were one.
                 self.break_off(PRIMARY_OPERATIONS)
             if new.durable != old.durable:
-                await asyncio.to_thread(self._states.save, new.durable)
+                await self._states.write(new.durable)
             self.state = new
             if isinstance(event, machine.PeerSeen) and new.durable.epoch > old.durable.epoch:
                 # What a superseded primary has begun here would go on beside its successor's. Who
@@ -401,7 +401,7 @@ class Group:
     async def _marked(self) -> None:
         async with self._lock:
             durable = replace(self.state.durable, marked=True)
-            await asyncio.to_thread(self._states.save, durable)
+            await self._states.write(durable)
             self.state = replace(self.state, durable=durable)
 
     async def peer_silent(self, peer: str, reason: str) -> None:

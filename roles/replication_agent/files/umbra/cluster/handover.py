@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from umbra.cluster import ailing
+from umbra.cluster import ailing, words
 from umbra.cluster import protocol as p
 from umbra.cluster.driver import OPEN_PHASES
 from umbra.cluster.group import now
@@ -145,7 +145,7 @@ class Handover(Switchover):
 
     async def _change(self, to: str, steps: Steps) -> Change:
         group, quorum = self._group, self._quorum
-        await quorum.switch(to, automatic=self._automatic)
+        await words.switch(quorum.driver, to, automatic=self._automatic)
         began = time.monotonic()
         try:
             remaining = await self._emptied(to, steps)
@@ -156,7 +156,7 @@ class Handover(Switchover):
                 await exchange.send_lines(list(rows_of(remaining)))
                 await exchange.result()
             covered = self._messages.covered(to)
-            await quorum.give_up(to)
+            await words.give_up(quorum.driver, to)
         except BaseException:
             await self._take_back()
             raise
@@ -299,7 +299,7 @@ class Handover(Switchover):
             raise Refused(f"{reason}.")
         said = await self._shoot(old, stonith) if old is not None else ""
         try:
-            await self._quorum.force()
+            await words.force(self._quorum)
         except (NotNow, OSError) as error:
             raise Refused(f"{error}.") from None
         return {
@@ -309,7 +309,7 @@ class Handover(Switchover):
 
     def loss(self) -> dict[str, Any]:
         """Return what an operator's promotion of this node may lose, as far as it knows."""
-        return self._quorum.loss()
+        return words.loss(self._quorum)
 
     async def open_by_force(self) -> dict[str, Any]:
         """Make the key that the coordinator has lost, with this node as primary."""
@@ -318,7 +318,7 @@ class Handover(Switchover):
             if group.answers(peer) and group.statuses.get(peer, {}).get("state") in OPEN_PHASES:
                 raise Refused(f"{peer} answers and is primary; say it there.")
         try:
-            await self._quorum.make_key()
+            await words.make_key(self._quorum)
         except (NotNow, OSError) as error:
             raise Refused(f"{error}.") from None
         return {"changed": True, "epoch": self._group.epoch}

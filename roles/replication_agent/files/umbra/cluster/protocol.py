@@ -542,6 +542,15 @@ class NotNow(Exception):
 # -- the rules
 
 
+def holds(state: State) -> bool:
+    """Whether the key names this node, with this store, as far as it knows."""
+    known = state.known
+    return known is not None and (known.holder, known.storage) == (
+        state.node,
+        state.durable.storage,
+    )
+
+
 def possible(state: State) -> frozenset[Record]:
     """Return every record that may be the committed one, as far as this node knows."""
     return state.pending | {state.known} if state.known else state.pending
@@ -744,7 +753,7 @@ def _take(
             return replace(state, worked=max(state.worked, at))
         case Join(peer, storage):
             joining = {**state.joining, peer: Joining(storage, now)}
-            if not _holds(state):
+            if not holds(state):
                 return state
             return replace(state, joining=joining, lost=state.lost - {peer})
         case Complete(peer, since):
@@ -756,7 +765,7 @@ def _take(
             joining = {name: join for name, join in state.joining.items() if name != peer}
             return replace(state, joining=joining, lost=state.lost | {peer})
         case Reconciled():
-            if state.durable.acted and not _holds(state):
+            if state.durable.acted and not holds(state):
                 return _persist(state, replace(state.durable, acted=0), effects)
             return state
         case Switch():
@@ -767,14 +776,6 @@ def _take(
             return replace(state, pause=on, pause_until=now + WRITE_DOWN)
         case Force(stores):
             return _force(state, stores, now)
-
-
-def _holds(state: State) -> bool:
-    known = state.known
-    return known is not None and (known.holder, known.storage) == (
-        state.node,
-        state.durable.storage,
-    )
 
 
 def _persist(state: State, durable: Durable, effects: list[Effect]) -> State:
@@ -831,12 +832,12 @@ def _seen(config: Config, state: State, seen: Seen, now: float, effects: list[Ef
         cluster=seen.cluster, vacancy=None, asked_at=NEVER, beat_at=NEVER,
         settled=state.settled or was is not None,
     )  # fmt: skip
-    if state.switching and not (_holds(state) and _names(record) & {state.switching}):
+    if state.switching and not (holds(state) and _names(record) & {state.switching}):
         state = replace(state, switching=None, drained=False)
     if state.pause is record.paused:
         state = replace(state, pause=None)
     is_new = was is None or record.epoch > was.epoch
-    if not _holds(state):
+    if not holds(state):
         if was is not None and was.holder == state.node:
             effects.append(Nudge(record.holder))
         # A person's word was given on who was primary, and had everything, at that time. Whoever
@@ -907,7 +908,7 @@ def unforceable(state: State, stores: Mapping[str, str]) -> str | None:
     known = state.known
     if known is None:
         return "the coordinator does not answer; a forced failover needs it too"
-    if _holds(state):
+    if holds(state):
         return f"{state.node} holds the key already"
     others = sorted(
         name
@@ -940,7 +941,7 @@ def _settle(config: Config, state: State, now: float, wall: float, effects: list
         state = replace(state, pause=None)
     if (
         known is not None
-        and _holds(state)
+        and holds(state)
         and known.mode is not Mode.HANDOVER
         and known.epoch == state.durable.epoch > state.durable.acted
         and now >= state.not_before
@@ -961,7 +962,7 @@ def _settle(config: Config, state: State, now: float, wall: float, effects: list
         state = replace(state, beat_at=now)
         # What it could not do for clients it does not claim to its shadows either.
         if (
-            _holds(state)
+            holds(state)
             and known is not None
             and known.epoch == state.durable.epoch
             and proven(config, state, now)
@@ -986,7 +987,7 @@ def _ask_for(config: Config, state: State, now: float, wall: float, effects: lis
     if now - state.asked_at < config.timing.call:
         return state
     wish = _wish(config, state, now, wall)
-    if wish is None and (state.pending or (_holds(state) and not state.settled)):
+    if wish is None and (state.pending or (holds(state) and not state.settled)):
         wish = state.known  # writing what is there resolves what is pending
     if wish is None:
         return state
@@ -1003,7 +1004,7 @@ def _wish(config: Config, state: State, now: float, wall: float) -> Record | Non
             return Record(config.node, state.durable.storage, 1, Mode.ALONE)
         return None
     wish = None
-    if _holds(state):
+    if holds(state):
         if known.epoch == state.durable.epoch:
             wish = _wish_of_holder(config, state, known, now, wall)
     elif state.forced:

@@ -28,6 +28,7 @@ from umbra.cluster import protocol as p
 from umbra.cluster.driver import OPEN_PHASES, Coordinator, Driver
 from umbra.cluster.etcd import boottime
 from umbra.cluster.group import PRIMARY_OPERATIONS, Group, now
+from umbra.cluster.lease import Lease
 from umbra.cluster.machine import Event, NotNow
 from umbra.cluster.state import Change, Durable, Mode, PeerView, Phase, Role, State
 from umbra.cluster.static import StateFile
@@ -94,15 +95,20 @@ class QuorumGroup(Group):
         self._ready = 0
         self._ever_open = False
         self._handed_over = 0
-        self._lease_error = ""
         self._silent_voters: list[str] = []
         self._opening: asyncio.Task[None] | None = None
         self._whole: Collection[str] = ()
         self.opening = Trouble(OPENING_FAILS, clock)
-        self._lease_due = asyncio.Event()
         self._booted = clock()
         super().__init__(config, states, helper)
         self._tend_pause = TEND_PAUSE
+        self._ports = Lease(
+            self.driver,
+            helper,
+            config.fence.ports,
+            lambda: self.is_primary() and self.state.serving,
+            lambda: self.switching,
+        )
         timing = self.driver.config.timing
         self.work = Work(
             self._prove,
@@ -174,7 +180,7 @@ class QuorumGroup(Group):
         """Whether the key is this node's under ``epoch``, as far as it knows."""
         state = self.driver.state
         return (
-            _holds(state)
+            p.holds(state)
             and state.known is not None
             and state.known.epoch == epoch == state.durable.epoch
         )
@@ -245,9 +251,18 @@ class QuorumGroup(Group):
             "protected_set": sorted(m.node for m in known.protected) if known else [],
             "shut": self._queue_held,
             "merged_under": self._durable.merged_under,
-            "entitled_s": self._entitled_age(),
+            "entitled_s": self.entitled_age(),
             "ailments": self.fitness.doubts(),
         }
+
+    def stores(self) -> dict[str, str]:
+        """Return the store of each peer that was heard of, by its name."""
+        return {name: view.storage_id for name, view in self.state.peers.items() if view.storage_id}
+
+    def entitled_age(self) -> float | None:
+        """Return how long ago this node had everything, in seconds; None is not known."""
+        at = self._entitled_at
+        return None if at is None else round(self._clock() - at, 1)
 
     def checks(self) -> Sequence[Check]:
         """Return the findings of the coordinator."""
@@ -363,8 +378,7 @@ class QuorumGroup(Group):
         self.state = self._projected(peers)
         if (old.phase, old.cause) != (new.phase, new.cause) or old.known != new.known:
             self._tell(new)
-            self._changed.set()
-            self._lease_due.set()
+            self.reopen()
         if opens and (self._opening is None or self._opening.done()):
             self._opening = asyncio.create_task(self._open(), name="opening")
         if closes:
@@ -376,7 +390,7 @@ class QuorumGroup(Group):
         entitled = new.known is not None and p.entitled(new, new.known)
         if entitled:
             self._entitled_at = new.read_sent
-        if new.known is not None and new.durable.acted and not _holds(new) and entitled:
+        if new.known is not None and new.durable.acted and not p.holds(new) and entitled:
             # It gave its role away and has all that the new primary has.
             self._handed_over = new.known.epoch
             self.driver.note(p.Reconciled())
@@ -459,7 +473,7 @@ class QuorumGroup(Group):
 
     def _is_merged(self) -> bool:
         state, known = self.driver.state, self.driver.state.known
-        if known is None or _holds(state):
+        if known is None or p.holds(state):
             return self._durable.merged
         if state.durable.acted:
             return p.entitled(state, known)
@@ -505,7 +519,7 @@ class QuorumGroup(Group):
 
     async def _save(self, durable: p.Durable) -> None:
         state = self.driver.state
-        mine = state.known is not None and _holds(state) and state.known.epoch == durable.epoch
+        mine = state.known is not None and p.holds(state) and state.known.epoch == durable.epoch
         role = Role.PRIMARY if mine else Role.SHADOW
         if durable.epoch == 0:
             role = self._durable.role
@@ -524,7 +538,7 @@ class QuorumGroup(Group):
             self._handed_over = 0
 
     async def _write(self, durable: Durable) -> None:
-        await asyncio.to_thread(self._states.save, durable)
+        await self._states.write(durable)
         self._durable = durable
 
     async def _marked(self) -> None:
@@ -714,166 +728,10 @@ class QuorumGroup(Group):
         """Wait until ``peer`` is whole; False if that takes longer."""
         return await self.driver.until(lambda: self.is_whole(peer), seconds)
 
-    # -- an operator's word
-
-    async def pause(self, on: bool) -> bool:
-        """Turn automatic changes off or on, by the coordinator's word; False if it was so."""
-        driver = self.driver
-
-        def done() -> bool:
-            # What was asked for before and has no answer may be committed later.
-            return driver.state.known is not None and all(
-                record.paused is on for record in p.possible(driver.state)
-            )
-
-        if done():
-            return False
-        await self._wish(p.Pause(on))
-        await driver.until(lambda: done() or driver.state.pause is None, 2 * p.WRITE_DOWN)
-        if not done():
-            raise NotNow(
-                f"the coordinator has not written it down within {p.WRITE_DOWN:g} s, so this is"
-                f" withdrawn: {self._trouble()}"
-            )
-        return True
-
-    async def switch(self, to: str, *, automatic: bool = False) -> None:
-        """Take no new work, for a planned change."""
-        await self._wish(p.Switch(to, automatic))
-        self._show()
-
-    async def give_up(self, to: str) -> None:
-        """Give the key to ``to``: nothing is in flight any more. NotNow if it is still here."""
-        state = self.driver.state
-        if state.switching != to:
-            seconds = self.driver.config.timing.silence
-            raise NotNow(f"the drain took over {seconds:g} s and was given up")
-        epoch = self.epoch
-        await self.driver.take(p.Drained())
-
-        def decided() -> bool:
-            state = self.driver.state
-            return not _holds(state) or (state.switching is None and not state.pending)
-
-        known = await self.driver.until(decided, p.WRITE_DOWN)
-        if known and not _holds(self.driver.state) and self.epoch > epoch:
-            return
-        raise NotNow(
-            f"{state.node} keeps the role: the coordinator has not written the change down"
-            if known
-            else f"it is not known whether {to} has the key now, since the coordinator does not"
-            " answer; the one that has it opens by itself"
-        )
-
-    async def force(self) -> None:
-        """Become primary by an operator's word; returns when this node serves."""
-        known = self.driver.state.known
-        await self._wish(p.Force(self.stores()))
-
-        def decided() -> bool:
-            state = self.driver.state
-            return self.is_primary() or not (state.forced or _holds(state))
-
-        await self.driver.until(decided, p.WRITE_DOWN + p.LONGEST)
-        state = self.driver.state
-        if self.is_primary():
-            return
-        if _holds(state):
-            raise NotNow(
-                f"the key is {state.node}'s, which opens as soon as it can:"
-                f" {'; '.join(self.reasons())}"
-            )
-        if state.known != known:
-            raise NotNow(f"another node has written the key meanwhile: {state.cause}")
-        raise NotNow(
-            f"the coordinator has not written it down within {p.WRITE_DOWN:g} s, so this is"
-            f" withdrawn: {self._trouble()}"
-        )
-
-    async def make_key(self) -> None:
-        """Make the key that the coordinator has lost, by an operator's word, with this node first.
-
-        Also one that runs on what it has known: it is closed until nobody can have a right under
-        that any more. NotNow if there is a key.
-        """
-        state = self.driver.state
-        vacancy = state.vacancy
-        if vacancy is None:
-            raise NotNow(f"{state.node} is {state.phase}: {state.cause}")
-        # A pause outlives this, and so does the count of changes.
-        last = state.known or vacancy.restored
-        epoch = max(state.durable.epoch, last.epoch if last else 0) + 1
-        record = p.Record(
-            state.node,
-            state.durable.storage,
-            epoch,
-            p.Mode.ALONE,
-            paused=last is not None and last.paused,
-            automatic=last.automatic if last else (),
-            forced=epoch,
-        )
-        await self.driver.write(vacancy, record)
-
-        def done() -> bool:
-            return self.epoch >= record.epoch and self.is_primary()
-
-        if not await self.driver.until(done, p.WRITE_DOWN + p.LONGEST):
-            raise NotNow(f"{state.node} is {self.driver.state.phase}: {self._trouble()}")
-
-    async def _wish(self, event: p.Event) -> None:
-        try:
-            await self.driver.take(event)
-        except p.NotNow as error:
-            raise NotNow(str(error)) from None
-
-    def _trouble(self) -> str:
-        return self.driver.coordinator_error or "it answers"
-
-    def stores(self) -> dict[str, str]:
-        """Return the store of each peer that was heard of, by its name."""
-        return {name: view.storage_id for name, view in self.state.peers.items() if view.storage_id}
-
-    def _entitled_age(self) -> float | None:
-        """Return how long ago this node had everything, in seconds; None is not known."""
-        at = self._entitled_at
-        return None if at is None else round(self._clock() - at, 1)
-
-    def loss(self) -> dict[str, Any]:
-        """Return what a promotion of this node by an operator may lose.
-
-        ``messages``, ``changes`` and ``seconds`` as this node last heard them; None is not known.
-        ``others``: how many seconds ago other shadows that answer had everything. ``renewed``: this
-        node had everything, and has another store since.
-        """
-        state = self.driver.state
-        known = state.known
-        if known is None:
-            return {"certain": False, "messages": None, "changes": None, "seconds": None}
-        if p.entitled(state, known):
-            return {"certain": True, "messages": 0, "changes": 0, "seconds": 0.0}
-        said = self.statuses.get(known.holder, {})
-        lag = said.get("lag", {}).get(state.node)
-        ages = {name: status.get("entitled_s") for name, status in self.statuses.items()}
-        return {
-            "certain": False,
-            "messages": said.get("alone_messages"),
-            "changes": None if lag is None else int(lag[0]),
-            "seconds": self._entitled_age(),
-            "others": {
-                name: float(age)
-                for name, age in sorted(ages.items())
-                if age is not None and name != known.holder and self.answers(name)
-            },
-            "renewed": any(
-                name == state.node and storage != state.durable.storage
-                for name, storage in known.protected
-            ),
-        }
-
     def reopen(self) -> None:
         """Look at ports and Postfix at once."""
         self._changed.set()
-        self._lease_due.set()
+        self._ports.look()
 
     # -- keeping the host in step
 
@@ -883,7 +741,7 @@ class QuorumGroup(Group):
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self.driver.run(), name="protocol")
                 tasks.create_task(self.tend())
-                tasks.create_task(self._lease(), name="lease of the ports")
+                tasks.create_task(self._ports.run(), name="lease of the ports")
                 tasks.create_task(self.work.run(), name="proof of work")
                 tasks.create_task(self._watch_voters(), name="voters")
                 tasks.create_task(self._watch_primary(), name="silence of the primary")
@@ -897,7 +755,7 @@ class QuorumGroup(Group):
         """Return who has to greet. Postfix is stopped by ourselves while this node is closed."""
         if self.state.phase is Phase.PRIMARY and not self.switching:
             return (POSTFIX, DOVECOT)
-        if _holds(self.driver.state) or self._prepared():
+        if p.holds(self.driver.state) or self._prepared():
             return (DOVECOT,)
         return ()
 
@@ -929,10 +787,8 @@ class QuorumGroup(Group):
             await asyncio.sleep(timing.beat / 2)
 
     async def _prove(self) -> None:
-        if self._lease_error:
-            raise HelperError(self._lease_error)
-        if self.opening.hopeless:
-            raise HelperError(self.opening.error)
+        if reason := self._ports.error or (self.opening.hopeless and self.opening.error):
+            raise HelperError(reason)
         await self._helper.prove()
 
     async def prepare(self, seconds: float) -> None:
@@ -992,8 +848,8 @@ class QuorumGroup(Group):
         self._prepared_until = 0.0
         self._show()
         self._changed.set()
-        with suppress(HelperError):  # ``_lease`` tries again, and sees to it if that fails too
-            await self._renew_lease()
+        with suppress(HelperError):  # ``Lease.run`` tries again, and sees to it if that fails too
+            await self._ports.renew()
         self.work.at_once()
         self.driver.note(p.Tick())
         self.on_opening()
@@ -1011,41 +867,6 @@ class QuorumGroup(Group):
             await self._write(replace(self._durable, last_change=change))
         self._show()
 
-    async def _lease(self) -> None:
-        """Hold the ports open for as long as the right to act runs, and no longer."""
-        was_open = False
-        while True:
-            self._lease_due.clear()
-            try:
-                # Also in a drain: who is being answered has to hear it. The switchover closes them.
-                is_open = self.is_primary() and self.state.phase in (Phase.PRIMARY, Phase.DRAINING)
-                if is_open and not self.switching:
-                    await self._renew_lease()
-                elif was_open and not is_open:
-                    await self._helper.ports_close()
-                was_open = is_open
-                self._lease_error = ""
-            except HelperError as error:
-                # A node that cannot open its ports does not serve: without a proof another will.
-                if self.is_primary():
-                    log.error("%s", error)
-                    self._lease_error = str(error)
-            try:
-                async with asyncio.timeout(self.driver.config.timing.beat):
-                    await self._lease_due.wait()
-            except TimeoutError:
-                pass
-
-    async def _renew_lease(self) -> None:
-        until = self.driver.right_until()
-        if until <= self._clock():
-            return
-        timing = self.driver.config.timing
-        taken_over = until - timing.hold + timing.silence  # another node may act from then on
-        await self._helper.ports_open_until(self._config.fence.ports, until, taken_over)
-        if not self.is_primary() or self.state.phase not in (Phase.PRIMARY, Phase.DRAINING):
-            await self._helper.ports_close()
-
     async def _enforce(self) -> None:
         phase = self.state.phase
         self._tend_pause = TEND_PAUSE if phase is Phase.PRIMARY else IDLE_PAUSE
@@ -1060,14 +881,6 @@ async def _nobody(epoch: int, former: str | None) -> Collection[str]:
     return ()
 
 
-def _holds(state: p.State) -> bool:
-    known = state.known
-    return known is not None and (known.holder, known.storage) == (
-        state.node,
-        state.durable.storage,
-    )
-
-
 def _answers(state: p.State) -> bool:
     """Whether this node answers a primary: not one that holds the key, or has asked for it."""
     return not any(record.holder == state.node for record in p.possible(state))
@@ -1077,7 +890,7 @@ def _new_holder(old: p.State, new: p.State) -> bool:
     """Whether this node has just become the holder, under another epoch than before."""
     was = old.known
     return (
-        _holds(new)
+        p.holds(new)
         and new.known is not None
         and (was is None or was.holder != new.node or was.epoch < new.known.epoch)
     )

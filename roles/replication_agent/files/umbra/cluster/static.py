@@ -6,6 +6,7 @@ crash leaves the old or the new one, whole.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import secrets
@@ -49,6 +50,25 @@ class StateFile:
                 f" not of {self._owner['node']}"
             )
         return durable
+
+    async def write(self, durable: Durable) -> None:
+        """Make ``durable`` durable, in a thread. OSError if it is not.
+
+        Who is cancelled meanwhile waits for the end: a thread cannot be stopped, and the next one
+        must neither write beside it nor be overtaken by it.
+        """
+        saving = asyncio.create_task(asyncio.to_thread(self.save, durable))
+        cancelled: asyncio.CancelledError | None = None
+        while not saving.done():
+            try:
+                await asyncio.wait([saving])
+            except asyncio.CancelledError as error:
+                cancelled = error
+        failed = saving.exception()
+        if cancelled is not None:
+            raise cancelled
+        if failed is not None:
+            raise failed
 
     def save(self, durable: Durable) -> None:
         """Make ``durable`` durable. OSError if it is not."""
