@@ -32,6 +32,7 @@ STORE = "/var/vmail/bench.example.org"
 COPIED_SIZE = 50_000
 SMALL_SIZE = 400
 IDLE = 61.0  # seconds; the agent looks for what was missed once a minute
+SLOWEST = 10.0  # users a second; an agent that compares fewer is not waited for
 CHANGED = 1_000  # users who change while the shadow is away, at most
 LMTP = "/var/spool/postfix/private/dovecot-lmtp"
 ALONE_LMTP = "/run/dovecot-alone/lmtp"
@@ -299,10 +300,10 @@ class Scene(Place):
                  limit=limit + 30)  # fmt: skip
         return time.monotonic() - started
 
-    def restart_agent(self) -> float:
+    def restart_agent(self, limit: float = 300) -> float:
         """Restart the primary's agent, which compares all users; return the seconds."""
         self.run("mail-a", "systemctl", "restart", "umbra-agent")
-        return self.settle()
+        return self.settle(limit)
 
     # -- measuring
 
@@ -390,7 +391,8 @@ class Scene(Place):
     def many(self, users: Sequence[str]) -> Many:
         """What these users cost both agents, and how soon the shadow has what it missed."""
         self.run("mail-b", "systemctl", "restart", "umbra-agent")
-        compared = self.restart_agent()
+        limit = 300 + len(users) / SLOWEST
+        compared = self.restart_agent(limit)
         before = {host: self._agent_seconds(host) for host in MAIL}
         time.sleep(IDLE)
         idle = {host: (self._agent_seconds(host) - before[host]) / IDLE * 100 for host in MAIL}
@@ -400,7 +402,7 @@ class Scene(Place):
         self.load("mail-a", lmtp=LMTP, users=changed, clients=16, operations=["lmtp"], tour=True,
                   seconds=200.0)  # fmt: skip
         self.run("mail-b", "systemctl", "start", "umbra-agent")
-        self.settle()
+        self.settle(limit)
         journal = self.run("mail-a", "journalctl", "-q", "-u", "umbra-agent", "-n", "50")
         told = re.findall(r"has all changes; (\d+) users in ([\d.]+) s", journal)[-1]
         return Many(len(users), resident, idle, compared, int(told[0]), float(told[1]))
