@@ -23,6 +23,8 @@ from umbra.mailbox.doveadm import Outcome, SyncResult
 from umbra.mailbox.mirror import Phase
 from umbra.mailbox.part import Mailboxes
 from umbra.node.client import NodeHelper
+from umbra.peer.exchange import Exchange
+from umbra.peer.identity import PeerIdentity
 
 USER = "a@example.org"
 LINE = b'{"fields":{"user":"%s"}}\n' % USER.encode()
@@ -46,12 +48,16 @@ class PlayedGroup:
         self.state = SimpleNamespace(phase=GroupPhase.DRAINING)
         self.primary = True
         self.degraded = False
+        self.was_merged = False
 
     def is_primary(self) -> bool:
         return self.primary
 
     async def mirror_failed(self, peer: str, reason: str, *, lost: bool = True) -> None:
         self.degraded = True
+
+    async def merged(self) -> None:
+        self.was_merged = True
 
 
 class Carrier:
@@ -193,6 +199,21 @@ async def test_a_change_that_was_not_told_refuses_the_switchover(tmp_path: Path)
         with pytest.raises(NotNow, match=r"b was lost on the way: changes of a@example.org"):
             await world.mailboxes.confirm("b")
         assert world.group.degraded
+
+
+async def test_what_was_merged_was_told(tmp_path: Path) -> None:
+    """Else its next time as primary would begin with a change that was not told."""
+    async with protected(tmp_path) as world:
+        world.group.primary = False
+        note = tmp_path / "missed" / "a%40example.org"
+        note.touch()
+        handler = world.mailboxes.handlers()["merged"]
+        await handler(PeerIdentity("b", "x"), {}, cast(Exchange, None))
+        assert world.group.was_merged
+        assert not note.exists()
+        world.group.primary = True
+        await world.mailboxes.confirm("b")
+        assert not world.group.degraded
 
 
 async def test_a_shadow_that_is_away_is_no_reason_against_another_one(tmp_path: Path) -> None:

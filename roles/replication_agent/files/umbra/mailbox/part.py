@@ -285,6 +285,12 @@ class Mailboxes:
     async def _handle_merged(
         self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
     ) -> dict[str, Any]:
+        # Whose change was not told while this node was primary has been merged like all others; as
+        # primary again it would leave its peer behind for it. Dying here, all is merged again.
+        try:
+            await asyncio.to_thread(self._notes.take)
+        except OSError as error:
+            log.warning("names of merged users stay for later: %s", error)
         await self._group.merged()
         return {}
 
