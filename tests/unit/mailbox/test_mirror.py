@@ -376,19 +376,48 @@ async def test_a_caller_that_goes_away_leaves_its_change(tmp_path: Path) -> None
         assert peer.waiting == 0
 
 
-async def test_a_user_that_the_peer_lacks_is_a_finding(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("outcome", "reason"),
+    [(Outcome.NO_USER, "mail-b does not know the user u3"), (Outcome.FAILED, "failed")],
+)
+async def test_a_user_who_cannot_be_mirrored_is_a_finding_and_the_others_are_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcome: Outcome, reason: str
+) -> None:
+    monkeypatch.setattr(module, "RETRY_DELAY", (0.001, 0.001))
+    monkeypatch.setattr(module, "HELD_PAUSE", 0.2)
     world = World()
-    world.outcome = lambda user: Outcome.NO_USER if user == "u3" else Outcome.SYNCED
+    world.outcome = lambda user: outcome if user == "u3" else Outcome.SYNCED
     async with mirror(world, tmp_path, protected=False) as peer:
-        with pytest.raises(CatchUpFailed) as caught:
-            await peer.catch_up(world.protect, everyone=True, binding="one")
-        assert caught.value.findings == {"u3": "mail-b does not know the user u3"}
-        assert world.mode == "alone"
+        catch_up = asyncio.create_task(peer.catch_up(world.protect, everyone=True, binding="one"))
+        await until(lambda: peer.findings == {"u3": reason})
         assert {user for user, _ in world.syncs} == world.known, "the others are in order"
+        # Nobody waits, and what the others change is copied all the same.
+        assert await change(world, peer, "u1") is Verdict.RECORDED
+        await until(lambda: world.remote["u1"] == 1)
+        assert (peer.phase, world.mode) == (Phase.CATCHING_UP, "alone")
+        assert world.lost is not True, "the peer takes messages as before"
         world.outcome = lambda user: Outcome.SYNCED
-        await peer.catch_up(world.protect, everyone=False, binding="one")
+        await asyncio.wait_for(catch_up, 5)
         assert world.mode == "protected"
         assert not peer.findings
+
+
+async def test_whoever_waits_is_released_when_another_user_cannot_be_mirrored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RETRY_DELAY", (0.02, 0.02))
+    world = World()
+    async with mirror(world, tmp_path) as peer:
+        await peer.lose("gone")
+        world.outcome = lambda user: Outcome.FAILED if user == "u3" else Outcome.SYNCED
+        world.delay = lambda user: 3.0 if user == "u1" else 0.0
+        peer.follow(["u3"])
+        catch_up = asyncio.create_task(peer.catch_up(world.protect, everyone=False, binding="one"))
+        await until(lambda: peer.phase is Phase.JOINING)
+        assert await asyncio.wait_for(change(world, peer, "u1"), 2) is Verdict.RECORDED
+        assert peer.phase is Phase.CATCHING_UP
+        assert world.lost is False
+        catch_up.cancel()
 
 
 async def test_a_user_that_is_gone_on_both_sides_is_no_finding(tmp_path: Path) -> None:
@@ -399,18 +428,6 @@ async def test_a_user_that_is_gone_on_both_sides_is_no_finding(tmp_path: Path) -
         await peer.catch_up(world.protect, everyone=True, binding="one")
         assert world.mode == "protected"
         assert peer._ledger.changed("mail-b") == []
-
-
-async def test_a_user_whose_sync_keeps_failing_is_a_finding(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "RETRY_DELAY", (0.001, 0.001))
-    world = World()
-    world.outcome = lambda user: Outcome.FAILED if user == "u3" else Outcome.SYNCED
-    async with mirror(world, tmp_path, protected=False) as peer:
-        with pytest.raises(CatchUpFailed) as caught:
-            await asyncio.wait_for(peer.catch_up(world.protect, everyone=True, binding="one"), 10)
-        assert list(caught.value.findings) == ["u3"]
 
 
 async def test_flags_of_an_earlier_run_are_synced(tmp_path: Path) -> None:
@@ -515,19 +532,23 @@ async def test_who_goes_away_takes_nobodys_answer(
         assert changes[1].cancelled()
 
 
-async def test_nobody_is_protected_by_a_copy_that_cannot_be_mended(tmp_path: Path) -> None:
+async def test_nobody_is_protected_by_a_copy_that_cannot_be_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A sync that fails may have taken something from the copy that was acknowledged long ago."""
+    monkeypatch.setattr(module, "HELD_PAUSE", 0.2)
     world = World()
     async with mirror(world, tmp_path) as peer:
         await world.protect()
         world.outcome = lambda user: Outcome.FAILED if user == "u1" else Outcome.SYNCED
         peer.recheck(["u1"], deep=True)
         await until(lambda: peer.phase is not Phase.PROTECTED)
+        assert (world.mode, world.lost) == ("alone", False)
+        catch_up = asyncio.create_task(peer.catch_up(world.protect, everyone=False, binding="one"))
+        await until(lambda: peer.phase is Phase.CATCHING_UP and bool(peer.findings))
         assert world.mode == "alone"
-        with pytest.raises(CatchUpFailed, match="1 users cannot be mirrored"):
-            await peer.catch_up(world.protect, everyone=False, binding="one")
         world.outcome = lambda user: Outcome.SYNCED
-        await peer.catch_up(world.protect, everyone=False, binding="one")
+        await asyncio.wait_for(catch_up, 5)
         assert world.mode == "protected"
 
 

@@ -29,7 +29,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from enum import Enum
 from time import monotonic
 from typing import Protocol
@@ -50,6 +50,8 @@ RETRY_DELAY = (0.05, 1.0)
 ATTEMPTS = 5
 # or after so many syncs in a row that were overtaken by further changes.
 CHANGED_ATTEMPTS = 50
+# So often (seconds) those who were put aside are tried again.
+HELD_PAUSE = 10.0
 # How often it is looked whether a sync that a person asked for is done (seconds).
 RESYNC_LOOK = 0.05
 # Each user's mailboxes are compared without a state once in this time (seconds), spread evenly.
@@ -526,8 +528,10 @@ class PeerMirror:
         :param merge: the peer may have mail that this node lacks (it was a primary that was lost,
             or is new in the group): bring both together before it is made a copy of this node.
         :param copied: called once when all users of the first round are done, suspended ones too.
-        :raises CatchUpFailed: the peer was lost meanwhile, or some users cannot be mirrored. Asking
-            again later is up to the caller.
+        While users cannot be mirrored (``findings``), it goes on without an end: all others are
+        copied, and these tried again.
+
+        :raises CatchUpFailed: the peer was lost meanwhile. Asking again later is up to the caller.
         """
         if self.phase is not Phase.RECORDING:
             raise CatchUpFailed(f"{self.peer} is {self.phase.value} already", {})
@@ -548,6 +552,8 @@ class PeerMirror:
         scratch = everyone or merge or not bound
         self._started = monotonic()
         self.phase = Phase.CATCHING_UP
+        self._lost = False
+        retry_at = 0.0
         log.info("catch-up of %s: %d users", self.peer, self.total)
         self._pump()
         while True:
@@ -560,19 +566,26 @@ class PeerMirror:
             # Who is compared from scratch may take hours: nobody shall wait behind that.
             few = 0 if scratch or self._scratch & self._first_round else self._few
             phase = next_phase(self.phase, noted, few, bool(self._first_round))
-            if phase.rank > self.limit.rank:
-                phase = self.limit
+            # Users who cannot be mirrored keep the others from being waited for, not from being
+            # copied, and mail from nothing.
+            limit = Phase.CATCHING_UP if self._queue.held else Phase.PROTECTED
+            phase = min(phase, limit, self.limit, key=lambda one: one.rank)
             if phase is Phase.PROTECTED:
                 await self._protect(protect)
                 return
-            self.phase = phase
-            asynchronous = self.limit is Phase.CATCHING_UP
-            if self._queue.held and len(self._queue.held) == noted and not asynchronous:
-                await self.lose(
-                    f"{len(self.findings)} users cannot be mirrored: "
-                    + "; ".join(list(self.findings.values())[:3])
-                )
-            await self._progress.wait()
+            if self.phase.waits and not phase.waits:
+                await self.lose("; ".join(list(self.findings.values())[:3]), lost=False)
+            if not self._lost:
+                self.phase = phase
+                self._pump()
+            if not self._queue.held:
+                retry_at = monotonic() + HELD_PAUSE
+            elif monotonic() >= retry_at:
+                retry_at = monotonic() + HELD_PAUSE
+                self.retry_held()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(HELD_PAUSE if self._queue.held else None):
+                    await self._progress.wait()
             if self.phase is Phase.RECORDING:
                 if self._lost or self.limit is Phase.RECORDING:
                     raise CatchUpFailed(self._reason, self.findings)
@@ -625,6 +638,7 @@ class PeerMirror:
         self._unmerged.clear()
         self._alone = None
         self.phase = Phase.PROTECTED
+        self.retry_held()  # what a former term has left
 
     async def missed(self, users: Iterable[str]) -> None:
         """Changes of ``users`` were acknowledged without us: that is not protected, so say so."""
