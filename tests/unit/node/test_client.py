@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from umbra.node.client import BATCH, NodeHelper
-from umbra.node.helper import MAX_REQUEST, UNKNOWN, HelperError
+from umbra.node.helper import MAX_REQUEST, HelperError
 
 
 class Helper:
@@ -39,22 +39,6 @@ async def helper(path: Path) -> AsyncIterator[tuple[Helper, NodeHelper]]:
     fake = Helper()
     async with await asyncio.start_unix_server(fake.answer, path / "socket", limit=MAX_REQUEST):
         yield fake, NodeHelper(path / "socket")
-
-
-async def test_an_older_helper_looks_into_no_queue_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    client = NodeHelper(tmp_path / "socket")
-    said = UNKNOWN
-
-    async def ask(do: str, **_: object) -> dict[str, object]:
-        raise HelperError(said)
-
-    monkeypatch.setattr(client, "_ask", ask)
-    assert await client.shadow_ids(["4abcde"]) == {}
-    said = "postcat did not finish"
-    with pytest.raises(HelperError):
-        await client.shadow_ids(["4abcde"])
 
 
 async def test_a_closing_waits_for_the_opening_before_it(tmp_path: Path) -> None:

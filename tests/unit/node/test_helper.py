@@ -671,7 +671,7 @@ async def test_of_a_message_only_its_shadow_id_is_told(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(helper, "run", run)
     answer = await ask({"do": "queue-shadow-ids", "ids": [*headers, "4gone0"]})
-    assert answer == {"ok": True, "shadow_ids": {"4abcde": ours}}
+    assert answer == {"ok": True, "shadow_ids": {"4abcde": ours, "4forged": "", "4plain": ""}}
     for wrong in (["-q"], ["../x"], ["4abcde"] * (helper.MAX_NAMES + 1)):
         assert not (await ask({"do": "queue-shadow-ids", "ids": wrong}))["ok"]
 

@@ -177,6 +177,21 @@ async def test_a_copy_made_while_a_listing_runs_is_not_judged_by_it(
     assert await left(shadow) == []
 
 
+async def test_a_message_that_is_on_its_way_while_a_holder_is_asked_is_not_lost(
+    discarder: Discarder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = ids.new()
+    discarder.add("b", "q1", name, sure=False)
+
+    async def listing() -> dict[str, str]:
+        discarder.add("b", "q1", name, sure=True)  # the answer to the message overtakes this one
+        return {}
+
+    monkeypatch.setattr(discarder._holders["b"], "listing", listing)
+    assert await discarder.reconcile("b") == Reconciled(0, [])
+    assert discarder.covered("b") == {"q1": name}
+
+
 async def test_a_listing_that_fails_judges_nothing(
     shadow: ShadowStore, queue: Queue, discarder: Discarder
 ) -> None:

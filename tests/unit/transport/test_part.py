@@ -90,7 +90,10 @@ class Helper:
         return {}
 
     async def shadow_ids(self, ids: list[str]) -> dict[str, str]:
-        return {}
+        return dict.fromkeys(ids, "")
+
+    async def committed(self) -> set[str]:
+        return set()
 
 
 def messages(
@@ -437,7 +440,7 @@ async def test_what_has_no_copy_is_shown_and_copied_if_it_can_be(
     names = {"q1": known, "q4": former}
 
     async def shadow_ids(wanted: list[str]) -> dict[str, str]:
-        return {key: names[key] for key in wanted if key in names}
+        return {key: names.get(key, "") for key in wanted}
 
     queue = {
         "q1": "deferred",  # requeued: the net has it by a former name

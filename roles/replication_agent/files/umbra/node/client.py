@@ -210,16 +210,8 @@ class NodeHelper:
         return dict((await self._ask("queue-remaining"))["remaining"])
 
     async def shadow_ids(self, ids: Sequence[str]) -> Mapping[str, str]:
-        """Return the shadow ids that queue files bear, {queue id: shadow id}.
-
-        None at all if the helper is an older one.
-        """
-        try:
-            return dict((await self._ask("queue-shadow-ids", ids=list(ids)))["shadow_ids"])
-        except HelperError as error:
-            if str(error) == UNKNOWN:
-                return {}
-            raise
+        """Return the shadow ids that queue files bear, "" for none, {queue id: shadow id}."""
+        return dict((await self._ask("queue-shadow-ids", ids=list(ids)))["shadow_ids"])
 
     async def queue_delete(self, ids: Sequence[str]) -> None:
         """Delete queue files."""

@@ -334,8 +334,8 @@ class Helper:
     async def do_queue_shadow_ids(self, request: dict[str, Any]) -> dict[str, Any]:
         """Return the shadow ids that the queue files ``ids`` bear, by queue id.
 
-        That is what our milter has put into the header; nothing else of a message leaves here. One
-        that is gone, or bears none, is left out.
+        That is what our milter has put into the header, "" for none; nothing else of a message
+        leaves here. One that cannot be read is left out.
         """
         ids, found = _queue_ids(request), {}
         if len(ids) > MAX_NAMES:
@@ -344,8 +344,8 @@ class Helper:
             with contextlib.suppress(HelperError):
                 # The first of its name is ours: others came with the message.
                 headers = await run("postcat", "-h", "-q", queue_id)
-                if (line := ID_HEADER.search(headers)) and SHADOW_ID.match(line[1]):
-                    found[queue_id] = line[1]
+                line = ID_HEADER.search(headers)
+                found[queue_id] = line[1] if line and SHADOW_ID.match(line[1]) else ""
         return {"shadow_ids": found}
 
     async def do_queue_delete(self, request: dict[str, Any]) -> dict[str, Any]:

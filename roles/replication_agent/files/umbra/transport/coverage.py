@@ -34,7 +34,8 @@ def uncovered(queue: Mapping[str, str], covered: Collection[str]) -> dict[str, s
 class Names:
     """The shadow ids that queue files bear, which are read once.
 
-    :param read: returns those of some queue files; OSError if they cannot be read now.
+    :param read: returns those of some queue files, "" for one that has none; one that could not be
+        read is missing. OSError if none can be read now.
     """
 
     def __init__(self, read: Read) -> None:
@@ -42,14 +43,13 @@ class Names:
         self._known: dict[str, str] = {}
 
     async def of(self, queue_ids: Set[str]) -> dict[str, str]:
-        """Return the shadow id of each, "" for one without; of many the rest only later.
+        """Return the shadow id of each, "" for one without; of many, and of some, only later.
 
         The newest first: who has been requeued is among them (long queue ids are ordered by time).
         """
         unread = sorted(queue_ids - self._known.keys(), reverse=True)[:PORTION]
         if unread:
-            found = await self._read(unread)
-            self._known.update({queue_id: found.get(queue_id, "") for queue_id in unread})
+            self._known |= await self._read(unread)
             while len(self._known) > MAX_KNOWN:
                 del self._known[next(iter(self._known))]
         return {key: self._known[key] for key in queue_ids & self._known.keys()}

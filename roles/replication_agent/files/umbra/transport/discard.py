@@ -241,8 +241,8 @@ class Copies:
     def compare(self, before: dict[str, str], held: dict[str, str]) -> list[str]:
         """Take over what the holder says it has; return the queue ids it should have and has not.
 
-        :param before: what was known before the holder was asked; later ones may be missing in its
-            answer.
+        :param before: what was surely there before the holder was asked; others may be missing in
+            its answer.
         """
         known = self.known()
         for queue_id, shadow_id in held.items():
@@ -438,7 +438,7 @@ class Discarder:
         it cannot be asked.
         """
         copies = self._copies[holder]
-        before = copies.known()
+        before = copies.sure()  # what is on its way may come after the answer
         held = await self._holders[holder].listing()
         missing = copies.compare(before, held)
         return Reconciled(len(held), missing)

@@ -143,7 +143,7 @@ class Messages:
             *map(PeerHolder, group.links.values()),
         ]
         self._discarder = Discarder(
-            holders, self._queue_ids, names=self._names.of, acts=group.is_primary
+            holders, self._queue_ids, names=self._names_of, acts=group.is_primary
         )
         resubmissions: dict[str, Resubmission] = {}
         self._once = Once(mailboxes.delivered)
@@ -602,6 +602,11 @@ class Messages:
     async def _queued(self) -> Set[str]:
         """Return queue ids and shadow ids of what is in the queue still."""
         return await self._queue_ids() | set(self._discarder.known().values())
+
+    async def _names_of(self, queue_ids: Set[str]) -> Mapping[str, str]:
+        """Return the shadow ids that queue files bear; what is still being written bears none."""
+        written = queue_ids & await self._helper.committed() if queue_ids else queue_ids
+        return dict.fromkeys(queue_ids - written, "") | await self._names.of(written)
 
     async def _queue_ids(self) -> set[str]:
         return set(await self._helper.queue())

@@ -24,6 +24,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -146,11 +147,8 @@ RETURNING shadow_id, queue_id, envelope ->> '$.message_id', ''
 """
 
 _OLDEST = """
-SELECT number, size, delivered FROM message WHERE state = 'delivered'
-  AND queue_id NOT IN (SELECT value FROM json_each(?1))
-  AND new_queue_id NOT IN (SELECT value FROM json_each(?1))
-  AND shadow_id NOT IN (SELECT value FROM json_each(?1))
-ORDER BY delivered LIMIT ?2
+SELECT number, size, delivered, queue_id, new_queue_id, shadow_id FROM message
+WHERE state = 'delivered' ORDER BY delivered
 """
 
 _PURGE = """
@@ -332,14 +330,16 @@ class ShadowStore:
         :param max_bytes: so much content may stay.
         :param spared: queue ids and shadow ids of what stays in any case.
         """
-        kept = json.dumps(list(spared))
 
         def run(database: sqlite3.Connection) -> list[Gone]:
             (held,) = database.execute(
                 "SELECT COALESCE(SUM(bytes), 0) FROM holding WHERE state = 'delivered'"
             ).fetchone()
+            rows = database.execute(_OLDEST)
+            oldest = [row[:3] for row in islice((r for r in rows if not spared & {*r[3:]}), limit)]
+            rows.close()
             gone: list[Gone] = []
-            for number, size, delivered in database.execute(_OLDEST, (kept, limit)).fetchall():
+            for number, size, delivered in oldest:
                 if delivered >= before and held <= max_bytes:
                     break
                 gone += [Gone(*row) for row in database.execute(_PURGE, (number,))]
