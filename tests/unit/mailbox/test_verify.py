@@ -51,7 +51,7 @@ class Mirror:
     async def resync(self, user: str, prepare: Preparation) -> None:
         self.asked += 1
         if not self.works:
-            raise CatchUpFailed("nothing is copied to mail-b now", {})
+            raise CatchUpFailed("nothing is copied to mail-b now")
         await prepare()
         assert self.settled, "dsync may pass over what differs"
         self.there.flags[user] = self.here.flags[user]

@@ -401,13 +401,19 @@ async def test_only_the_primary_settles(made: Messages, group: PlayedGroup, op: 
         await link.request(op, args, timeout=5)
 
 
-async def test_what_is_on_hold_gets_no_new_copy(tmp_path: Path, group: PlayedGroup) -> None:
+async def with_a_shadow(tmp_path: Path, group: PlayedGroup) -> tuple[Messages, ShadowStore]:
+    """Return this node's messages and the store of the shadow ``b``, both open."""
     shadow = ShadowStore(tmp_path / "there")
     await shadow.open()
     service = ShadowService(shadow, lambda: 1, lambda node: True)
     group.links["b"] = FakeLink("b", service.handlers())
     made = messages(tmp_path, group)
     await made.open()
+    return made, shadow
+
+
+async def test_what_is_on_hold_gets_no_new_copy(tmp_path: Path, group: PlayedGroup) -> None:
+    made, shadow = await with_a_shadow(tmp_path, group)
     for queue_id in ("q1", "q2"):
         writer = made._store.begin(
             ids.new(), origin="a", queue_id=queue_id, envelope=ENVELOPE, epoch=1
@@ -428,12 +434,7 @@ async def test_what_has_no_copy_is_shown_and_copied_if_it_can_be(
     tmp_path: Path, group: PlayedGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(part, "COVER_INTERVAL", 0.02)
-    shadow = ShadowStore(tmp_path / "there")
-    await shadow.open()
-    service = ShadowService(shadow, lambda: 1, lambda node: True)
-    group.links["b"] = FakeLink("b", service.handlers())
-    made = messages(tmp_path, group)
-    await made.open()
+    made, shadow = await with_a_shadow(tmp_path, group)
     known, former = ids.new(), ids.new()
     writer = made._store.begin(known, origin="a", queue_id="q0", envelope=ENVELOPE, epoch=1)
     await writer.commit(delivered=True)

@@ -69,11 +69,7 @@ LONGEST = 29.0
 
 
 class CatchUpFailed(Exception):
-    """The peer could not catch up. ``findings`` names users that cannot be mirrored, and why."""
-
-    def __init__(self, reason: str, findings: Mapping[str, str]) -> None:
-        super().__init__(reason)
-        self.findings = dict(findings)
+    """The peer could not catch up, or a user not be copied; the text says why."""
 
 
 class Group(Protocol):
@@ -534,7 +530,7 @@ class PeerMirror:
         :raises CatchUpFailed: the peer was lost meanwhile. Asking again later is up to the caller.
         """
         if self.phase is not Phase.RECORDING:
-            raise CatchUpFailed(f"{self.peer} is {self.phase.value} already", {})
+            raise CatchUpFailed(f"{self.peer} is {self.phase.value} already")
         self.findings.clear()
         self._attempts.clear()
         self._inherited = None
@@ -545,7 +541,7 @@ class PeerMirror:
                 self._unmerged = set(users) if merge else set()
                 self._note(users)
         except DoveadmError as error:
-            raise CatchUpFailed(str(error), {}) from None
+            raise CatchUpFailed(str(error)) from None
         self._note(list(self._queue.held))
         self._first_round = self._queue.wanting()
         self.done, self.total = 0, len(self._first_round)
@@ -578,9 +574,7 @@ class PeerMirror:
             if not self._lost:
                 self.phase = phase
                 self._pump()
-            if not self._queue.held:
-                retry_at = monotonic() + HELD_PAUSE
-            elif monotonic() >= retry_at:
+            if not self._queue.held or monotonic() >= retry_at:
                 retry_at = monotonic() + HELD_PAUSE
                 self.retry_held()
             with suppress(TimeoutError):
@@ -588,7 +582,7 @@ class PeerMirror:
                     await self._progress.wait()
             if self.phase is Phase.RECORDING:
                 if self._lost or self.limit is Phase.RECORDING:
-                    raise CatchUpFailed(self._reason, self.findings)
+                    raise CatchUpFailed(self._reason)
                 # Only the limit came down: go on as far as it is now.
                 self.phase = Phase.CATCHING_UP
                 self._pump()
@@ -615,7 +609,7 @@ class PeerMirror:
         if self.phase is not Phase.JOINING:
             # Lost while it was written: the lock makes "alone" the later of the two.
             await self._be_alone(lost=self._lost)
-            raise CatchUpFailed(self._reason, self.findings)
+            raise CatchUpFailed(self._reason)
         self.phase = Phase.PROTECTED
         log.info(
             "%s has all changes; %d users in %.1f s",
@@ -693,11 +687,11 @@ class PeerMirror:
     async def _resynced(self, user: str) -> None:
         while True:
             if self.phase is Phase.RECORDING:
-                raise CatchUpFailed(f"nothing is copied to {self.peer} now: {self._reason}", {})
+                raise CatchUpFailed(f"nothing is copied to {self.peer} now: {self._reason}")
             if user in self.findings:
-                raise CatchUpFailed(self.findings[user], {})
+                raise CatchUpFailed(self.findings[user])
             if user in self._queue.suspended:
-                raise CatchUpFailed(f"the mirror of {user} is suspended", {})
+                raise CatchUpFailed(f"the mirror of {user} is suspended")
             if not self._queue.lacks(user):
                 return
             await asyncio.sleep(RESYNC_LOOK)
