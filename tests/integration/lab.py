@@ -323,6 +323,12 @@ def copies(node: str, user: str, message_id: str, mailbox: str = "*") -> list[st
     return [line.replace("\t", " ") for line in out.splitlines()[1:]]
 
 
+def queue(node: str) -> dict[str, tuple[str, str]]:
+    """By recipient, the queue id of a message and the queue of Postfix's that it is in."""
+    rows = map(json.loads, run(node, "postqueue -j").splitlines())
+    return {row["recipients"][0]["address"]: (row["queue_id"], row["queue_name"]) for row in rows}
+
+
 def contents(node: str) -> dict[str, list[str]]:
     """All that a node's mailboxes hold: for each user each message's place, GUID and flags."""
     found = {}

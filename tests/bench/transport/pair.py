@@ -273,8 +273,8 @@ async def _primary(directory: Path) -> None:
         def begin_work(self) -> Any:
             yield
 
-    async def queue() -> set[str]:
-        return set()  # every message has left the queue by the next look
+    async def queue() -> dict[str, str]:
+        return {}  # every message has left the queue by the next look
 
     store = ShadowStore(directory / "own", keep=True)
     await store.open()

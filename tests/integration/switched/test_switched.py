@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import imaplib
-import json
 from functools import partial
 
 from tests.integration import lab
@@ -66,12 +65,6 @@ def test_a_flag_that_was_removed_in_the_other_nodes_term_stays_removed(
         assert "Flagged" not in flags(node)
 
 
-def queue(node: str) -> dict[str, tuple[str, str]]:
-    """By recipient, the queue id of a message and the queue that it is in."""
-    rows = map(json.loads, lab.run(node, "postqueue -j").splitlines())
-    return {row["recipients"][0]["address"]: (row["queue_id"], row["queue_name"]) for row in rows}
-
-
 def test_what_somebody_held_stays_held_and_what_was_requeued_is_taken_along(
     protected: None, primary: str, shadow: str
 ) -> None:
@@ -81,31 +74,31 @@ def test_what_somebody_held_stays_held_and_what_was_requeued_is_taken_along(
         lab.run(primary, command, name)
 
     def deferred() -> bool:
-        return all(queue(primary).get(name, ("", ""))[1] == "deferred" for name in names)
+        return all(lab.queue(primary).get(name, ("", ""))[1] == "deferred" for name in names)
 
     lab.wait("both are deferred", deferred)
-    before = queue(primary)
+    before = lab.queue(primary)
     lab.run(primary, "postsuper -h %s", before[held][0])
     # Told nothing, Postfix looks for it once a minute.
     lab.run(primary, "postsuper -r %s && postkick public pickup W", before[requeued][0])
 
     def followed() -> bool:
-        renamed = queue(primary).get(requeued, before[requeued])[0] != before[requeued][0]
+        renamed = lab.queue(primary).get(requeued, before[requeued])[0] != before[requeued][0]
         said = lab.run(primary, "umbractl switchover %s --dry-run", shadow)
         return renamed and "no copy" not in said
 
     def both(node: str) -> bool:
-        return queue(node).keys() >= set(names)
+        return lab.queue(node).keys() >= set(names)
 
     def neither(node: str) -> bool:
-        return queue(node).keys().isdisjoint(names)
+        return lab.queue(node).keys().isdisjoint(names)
 
     lab.wait("the copy is the new file's", followed)
     for former, new in ((primary, shadow), (shadow, primary)):
         lab.run(former, "umbractl switchover %s", new)
         lab.wait("both have been carried on", partial(both, new))
-        assert queue(new)[held][1] == "hold"
-        assert queue(new)[requeued][1] != "hold"
+        assert lab.queue(new)[held][1] == "hold"
+        assert lab.queue(new)[requeued][1] != "hold"
         lab.wait("nothing is left behind", partial(neither, former))
     for name in names:
-        lab.run(primary, "postsuper -d %s", queue(primary)[name][0])
+        lab.run(primary, "postsuper -d %s", lab.queue(primary)[name][0])

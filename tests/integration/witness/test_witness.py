@@ -15,6 +15,7 @@ from tests.integration import lab
 
 USER = "user08@example.org"
 FLAGGED = "user07@example.org"
+HELD = "held@deferred.example.net"
 VOTERS = (*lab.NODES, "witness")
 # Of the LAN in which mail hosts and client are; tests/lab/README.md.
 ADDRESSES = ("203.0.113.80", "2001:db8:e::80")
@@ -226,6 +227,7 @@ def lost(group: str, other: str) -> Iterator[Lost]:
     assert lab.send(group, [FLAGGED], flagged.content)[0] == 250
     lab.wait("it is stored", lambda: lab.copies(other, FLAGGED, flagged.id))
     store(group, flagged.id, "+FLAGS", "Later")
+    put_on_hold(group, other)
     # So that what nobody was told of can be made on the host before it comes back.
     lab.run(group, "systemctl disable umbra-agent.service")
     with idle_clients(other) as clients:
@@ -236,6 +238,16 @@ def lost(group: str, other: str) -> Iterator[Lost]:
     if not lab.answers(group):
         lab.power(group, on=True)
     lab.run(group, "systemctl enable --now umbra-agent.service")
+
+
+def put_on_hold(node: str, shadow: str) -> None:
+    lab.run(node, "printf 'Subject: x\\n\\nx\\n' | sendmail -f %s %s", FLAGGED, HELD)
+    lab.wait("it is deferred", lambda: lab.queue(node).get(HELD, ("", ""))[1] == "deferred")
+    lab.run(node, "postsuper -h %s", lab.queue(node)[HELD][0])
+    query = "SELECT count(*) FROM message WHERE state = 'held' AND envelope ->> '$.held'"
+    script = "import sqlite3, sys; print(*sqlite3.connect(sys.argv[1]).execute(sys.argv[2]))"
+    look = "runuser -u umbra -- python3 -c %s /var/lib/umbra/shadow/shadow.db %s"
+    lab.wait("the shadow knows it", lambda: "(1,)" in lab.run(shadow, look, script, query), 10)
 
 
 def store(node: str, message: str, item: str, flag: str) -> None:
@@ -300,6 +312,11 @@ def test_the_shadow_takes_over_by_itself(lost: Lost, other: str) -> None:
     lab.wait("what was acknowledged is there", lambda: lab.copies(other, USER, lost.message))
     change = lab.status(other)["last_switchover"]
     assert (change["to"], change["planned"]) == (other, False)
+
+
+def test_what_was_on_hold_at_the_lost_primary_is_on_hold(lost: Lost, other: str) -> None:
+    lab.wait("it has been carried on", lambda: HELD in lab.queue(other))
+    assert lab.queue(other)[HELD][1] == "hold"
 
 
 def test_the_former_primary_comes_back_harmless(

@@ -6,7 +6,15 @@ import asyncio
 import contextlib
 import json
 import struct
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -113,6 +121,15 @@ def shadow_id_of(answers: list[tuple[bytes, bytes]]) -> str:
     assert (place, name) == (b"\0\0\0\1", b"X-Umbra-Id")
     assert value.startswith(b" ")
     return value[1:].decode()
+
+
+def active(queue_ids: Callable[[], Awaitable[set[str]]]) -> Callable[[], Awaitable[dict[str, str]]]:
+    """Return what lists these queue files with their queue, which is the active one for all."""
+
+    async def queue() -> dict[str, str]:
+        return dict.fromkeys(await queue_ids(), "active")
+
+    return queue
 
 
 class FakeExchange:

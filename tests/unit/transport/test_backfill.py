@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.transport.support import ENVELOPE, LONG, FakeLink, content
+from tests.unit.transport.support import ENVELOPE, LONG, FakeLink, active, content
 
 from umbra.peer.exchange import PeerError
 from umbra.transport import ids
@@ -57,7 +57,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     async def queue_ids() -> set[str]:
         return set()
 
-    discarder = Discarder([LocalHolder(own, "a"), PeerHolder(link)], queue_ids)  # type: ignore[arg-type]
+    discarder = Discarder([LocalHolder(own, "a"), PeerHolder(link)], active(queue_ids))  # type: ignore[arg-type]
     bench: Bench
     back_fill = BackFill("a", own, discarder, lambda: bench.storing)
     bench = Bench(own, shadow, link, discarder, back_fill)
@@ -203,11 +203,14 @@ async def other(tmp_path: Path, bench: Bench) -> AsyncIterator[FakeLink]:
 async def test_what_another_shadow_alone_has_is_copied_from_there(
     bench: Bench, other: FakeLink
 ) -> None:
+    # Whether it is still on hold is told by the next listing of the queue.
+    args = {"shadow_ids": list(bench.discarder.covered("c").values()), "held": True}
+    await other.request("shadow-hold", args, timeout=1)
     await bench.back_fill.run_queue(bench.link, {"q1", "q2"})  # type: ignore[arg-type]
     found = {meta.queue_id: meta async for meta in bench.shadow.in_order(State.HELD)}
     assert bench.discarder.covered("b") == bench.discarder.covered("c")
     assert {key: meta.shadow_id for key, meta in found.items()} == bench.discarder.covered("c")
-    assert found["q2"].envelope == LONG
+    assert [meta.envelope for meta in found.values()] == [ENVELOPE, LONG]
     for meta in found.values():
         assert await content(bench.shadow.content(meta)) == CONTENT
 

@@ -17,7 +17,7 @@ from umbra.node.helper import HelperError
 from umbra.peer.exchange import PeerError
 from umbra.transport import discard as module
 from umbra.transport import ids
-from umbra.transport.discard import Copies, Discarder, LocalHolder, PeerHolder, Reconciled
+from umbra.transport.discard import Copies, Discarder, Listing, LocalHolder, PeerHolder, Reconciled
 from umbra.transport.service import ShadowService
 from umbra.transport.store import ShadowStore, State, StoreFull
 
@@ -27,15 +27,16 @@ class Queue:
 
     def __init__(self) -> None:
         self.files: set[str] = set()
+        self.on_hold: set[str] = set()
         self.during: Any = None
         self.error = False
         self.listings = 0
 
-    async def __call__(self) -> set[str]:
+    async def __call__(self) -> dict[str, str]:
         self.listings += 1
         if self.error:
             raise HelperError("cannot read the queue")
-        seen = set(self.files)
+        seen = {key: "hold" if key in self.on_hold else "active" for key in self.files}
         if self.during:
             self.during()
         return seen
@@ -91,6 +92,87 @@ async def test_a_copy_goes_after_two_listings_without_its_file(
     await discarder.discard()
     assert await left(shadow) == ["q2"]
     assert discarder.outstanding("b") == 1
+
+
+async def on_hold(store: ShadowStore) -> list[str]:
+    return [meta.queue_id async for meta in store.in_order(State.HELD) if meta.envelope.held]
+
+
+async def test_a_shadow_knows_what_is_on_hold(
+    shadow: ShadowStore, link: FakeLink, queue: Queue, discarder: Discarder
+) -> None:
+    """``postsuper -h``, ``-H``: after a failover nobody else could tell it."""
+    queue.files = {"q1", "q2", "q3"}
+    for queue_id in sorted(queue.files):
+        discarder.add("b", queue_id, await held(shadow, queue_id))
+    await discarder.discard()
+    assert link.ops == []
+    queue.on_hold = {"q1", "q2"}
+    for _ in range(3):
+        await discarder.discard()
+    assert link.ops == ["shadow-hold"], "it is told once"
+    assert await on_hold(shadow) == ["q1", "q2"]
+    queue.on_hold = {"q2"}
+    await discarder.discard()
+    assert await on_hold(shadow) == ["q2"]
+    # A listing that misses a file says nothing of it.
+    queue.files = {"q1", "q3"}
+    await discarder.discard()
+    assert await on_hold(shadow) == ["q2"]
+
+
+async def test_what_is_on_hold_is_told_again_where_that_was_not_heard(
+    shadow: ShadowStore, link: FakeLink, queue: Queue, discarder: Discarder
+) -> None:
+    queue.files = queue.on_hold = {"q1"}
+    shadow_id = await held(shadow, "q1")
+    discarder.add("b", "q1", shadow_id)
+    link.fail = lambda op: PeerError("unreachable", "gone")
+    await discarder.discard()
+    assert await on_hold(shadow) == []
+    link.fail = lambda op: None
+    await discarder.discard()
+    assert await on_hold(shadow) == ["q1"]
+    # Stored once more, by a catch-up: as not on hold.
+    writer = shadow.begin(shadow_id, origin="a", queue_id="q1", envelope=ENVELOPE, epoch=1)
+    await writer.commit()
+    discarder.add("b", "q1", shadow_id)
+    await discarder.discard()
+    assert await on_hold(shadow) == ["q1"]
+
+
+async def test_an_agent_that_starts_learns_what_the_shadow_takes_to_be_on_hold(
+    shadow: ShadowStore, link: FakeLink, queue: Queue, discarder: Discarder
+) -> None:
+    queue.files = {"q1", "q2"}
+    ids_ = [await held(shadow, queue_id) for queue_id in ("q1", "q2")]
+    await shadow.hold(ids_, True, origin="a")
+    queue.on_hold = {"q2"}  # q1 was released while the agent was dead
+    await discarder.reconcile("b")
+    await discarder.discard()
+    assert link.ops == ["shadow-list", "shadow-hold"]
+    assert await on_hold(shadow) == ["q2"]
+
+
+async def test_who_is_no_primary_tells_nobody_what_is_on_hold(
+    shadow: ShadowStore, link: FakeLink, queue: Queue
+) -> None:
+    discarder = Discarder([PeerHolder(link)], queue, acts=lambda: False)  # type: ignore[arg-type]
+    queue.files = queue.on_hold = {"q1"}
+    discarder.add("b", "q1", await held(shadow, "q1"))
+    for _ in range(2):
+        await discarder.discard()
+    assert link.ops == []
+
+
+async def test_only_its_own_messages_are_put_on_hold_by_a_node(
+    shadow: ShadowStore, link: FakeLink
+) -> None:
+    """The link's peer is node a."""
+    mine, anothers = await held(shadow, "q1"), await held(shadow, "q9", origin="c")
+    args = {"shadow_ids": [mine, anothers, ids.new()], "held": True}
+    await link.request("shadow-hold", args, timeout=1)
+    assert await on_hold(shadow) == ["q1"]
 
 
 class Files:
@@ -183,9 +265,9 @@ async def test_a_message_that_is_on_its_way_while_a_holder_is_asked_is_not_lost(
     name = ids.new()
     discarder.add("b", "q1", name, sure=False)
 
-    async def listing() -> dict[str, str]:
+    async def listing() -> Listing:
         discarder.add("b", "q1", name, sure=True)  # the answer to the message overtakes this one
-        return {}
+        return Listing({}, set())
 
     monkeypatch.setattr(discarder._holders["b"], "listing", listing)
     assert await discarder.reconcile("b") == Reconciled(0, [])
@@ -328,9 +410,10 @@ async def test_a_former_primary_discards_nothing(
     "args", [{}, {"shadow_ids": "x"}, {"shadow_ids": ["x"]}, {"shadow_ids": [1]}]
 )
 async def test_the_shadow_checks_what_it_is_told(link: FakeLink, args: dict[str, Any]) -> None:
-    with pytest.raises(PeerError) as caught:
-        await link.request("shadow-discard", args, timeout=1)
-    assert caught.value.code == "protocol"
+    for op in ("shadow-discard", "shadow-hold"):
+        with pytest.raises(PeerError) as caught:
+            await link.request(op, {"held": True, **args}, timeout=1)
+        assert caught.value.code == "protocol"
 
 
 # -- the race between a listing and Postfix's renames, as a model

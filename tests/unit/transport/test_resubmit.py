@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.unit.transport.support import ENVELOPE
+from tests.unit.transport.support import ENVELOPE, active
 
 from umbra.transport import ids
 from umbra.transport import resubmit as module
@@ -119,6 +119,18 @@ class Bench:
 
         return act
 
+    def watch_holds(self, *, shadowed: bool) -> list[bool]:
+        """Return a list that gets, of each message in its turn, whether it is to be on hold."""
+        held: list[bool] = []
+
+        def act(mail: Mail) -> None:
+            held.append(next(iter(self.resubmissions.values())).held)
+            self.milter(shadowed=shadowed)(mail)
+
+        self.smtpd.on_data = act
+        self.resubmitter._concurrency = 1
+        return held
+
 
 @pytest.fixture
 async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
@@ -138,7 +150,7 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     async def delivered(address: str, shadow_id: str) -> bool:
         return (address, shadow_id) in bench.mailboxes
 
-    discarder = Discarder([LocalHolder(store, "b")], queue_ids)
+    discarder = Discarder([LocalHolder(store, "b")], active(queue_ids))
     resubmissions: dict[str, Resubmission] = {}
     resubmitter = Resubmitter(
         "b", store, discarder, resubmissions,
@@ -288,17 +300,10 @@ async def test_a_handover_says_who_is_left(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("shadowed", [True, False])
-async def test_what_was_on_hold_is_to_be_on_hold_here_after_a_handover_only(
+async def test_what_a_handover_tells_to_be_on_hold_is_to_be_on_hold_here(
     bench: Bench, shadowed: bool
 ) -> None:
-    held: list[bool] = []
-
-    def act(mail: Mail) -> None:
-        held.append(next(iter(bench.resubmissions.values())).held)
-        bench.milter(shadowed=shadowed)(mail)
-
-    bench.smtpd.on_data = act
-    bench.resubmitter._concurrency = 1
+    held = bench.watch_holds(shadowed=shadowed)
     for queue_id in ("4one", "4two", "4all"):
         await bench.held(queue_id=queue_id)
     to = ("bob@example.com",)
@@ -310,6 +315,18 @@ async def test_what_was_on_hold_is_to_be_on_hold_here_after_a_handover_only(
     # From then on its queue file says so, which somebody may have released.
     async for meta in bench.store.in_order(State.UNSHADOWED):
         assert not meta.envelope.held
+
+
+async def test_what_a_lost_primary_has_told_to_be_on_hold_is_to_be_on_hold_here(
+    bench: Bench,
+) -> None:
+    held = bench.watch_holds(shadowed=True)
+    names = [await bench.held(queue_id=queue_id) for queue_id in ("4one", "4two", "4six")]
+    await bench.store.hold(names[:2], True, origin="a")
+    await bench.store.hold(names[1:2], False, origin="a")
+    await bench.resubmitter.claim("a")
+    await bench.resubmitter.step()
+    assert held == [True, False, False]
 
 
 @pytest.mark.parametrize("verb", [b"MAIL", b"RCPT", b"DATA"])

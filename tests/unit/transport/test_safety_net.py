@@ -15,6 +15,7 @@ from tests.unit.transport.support import (
     FakeGroup,
     FakeLink,
     MilterClient,
+    active,
     content,
     shadow_id_of,
 )
@@ -48,7 +49,7 @@ class Bench:
         self.files = {"4abcDEF"}
         holders: list[Holder] = [LocalHolder(self.own, "a")]
         holders.append(PeerHolder(self.link))  # type: ignore[arg-type]
-        self.discarder = Discarder(holders, self.queue_ids)
+        self.discarder = Discarder(holders, active(self.queue_ids))
         self.net = SafetyNet(self.own, hold=3600, max_size=1 << 30)
         self.shadowing = Shadowing(
             "a", self.group, self.own, self.discarder, {},

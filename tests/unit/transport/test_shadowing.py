@@ -17,6 +17,7 @@ from tests.unit.transport.support import (
     FakeGroup,
     FakeLink,
     MilterClient,
+    active,
     content,
     shadow_id_of,
 )
@@ -83,7 +84,7 @@ async def bench(tmp_path: Path, policy: ShadowPolicy) -> AsyncIterator[Bench]:
     async def queue_ids() -> set[str]:
         return {"4abcDEF"}
 
-    discarder = Discarder([LocalHolder(own, "a"), PeerHolder(link)], queue_ids)  # type: ignore[arg-type]
+    discarder = Discarder([LocalHolder(own, "a"), PeerHolder(link)], active(queue_ids))  # type: ignore[arg-type]
     resubmissions: dict[str, Resubmission] = {}
     shadowing = Shadowing("a", group, own, discarder, resubmissions, policy=policy, timeout=0.5)
     server = MilterServer(tmp_path / "milter.sock", shadowing)
@@ -346,7 +347,7 @@ async def test_every_shadow_must_have_it(bench: Bench, tmp_path: Path) -> None:
     other = FakeLink("c", ShadowService(third, lambda: 7, lambda node: True).handlers())
     bench.discarder = bench.shadowing.discarder = Discarder(
         [LocalHolder(bench.own, "a"), PeerHolder(bench.link), PeerHolder(other)],  # type: ignore[arg-type]
-        bench.discarder._queue_ids,
+        bench.discarder._queue,
     )
     bench.group.peers = [bench.link, other]
     shadow_id = shadow_id_of(await bench.deliver())
@@ -453,10 +454,10 @@ async def test_a_resubmission_that_is_refused_deletes_no_copy(bench: Bench) -> N
     assert kind == b"y"
     await client.close()
 
-    async def none() -> set[str]:
-        return set()
+    async def none() -> dict[str, str]:
+        return {}
 
-    bench.discarder._queue_ids = none
+    bench.discarder._queue = none
     for _ in range(3):
         await bench.discarder.discard()
     assert bench.discarder.outstanding("b") == 0

@@ -44,6 +44,7 @@ PRIMARY_OPERATIONS = frozenset(
         "shadow-store",
         "shadow-list",
         "shadow-discard",
+        "shadow-hold",
         "dsync",
         "scripts",
         "script",

@@ -150,7 +150,8 @@ class BackFill:
         envelope: Envelope,
         content: AsyncIterator[bytes],
     ) -> None:
-        args, head = wire.arguments(shadow_id, queue_id, envelope)
+        # What the envelope says of a hold is of its source's time; the discarder tells of now.
+        args, head = wire.arguments(shadow_id, queue_id, replace(envelope, held=False))
         self._discarder.add(peer.name, queue_id, shadow_id, sure=False)  # what fails may be there
         async with peer.exchange("shadow-store", args, timeout=TIMEOUT) as exchange:
             if head:

@@ -21,6 +21,9 @@ for gone. Postfix's long queue ids are never used again.
 A message may go on in another file: ``postsuper -r`` gives it one, past our milter. So before a
 copy goes, files that came after its own and that nobody here knows are asked for the shadow id that
 they bear; the copy is then that file's.
+
+The same listing tells what is on hold, by an operator's word or a policy's. The holder is told, for
+after a failover nobody else could tell it; what the primary dies before telling is delivered then.
 """
 
 from __future__ import annotations
@@ -41,7 +44,10 @@ from umbra.transport.tracking import DISCARDED, track
 log = logging.getLogger(__name__)
 
 BATCH = 1000
-"""Ids in one ``shadow-discard``: 35 bytes each in a frame of 64 KiB."""
+"""Ids in one ``shadow-discard`` or ``shadow-hold``: 35 bytes each in a frame of 64 KiB."""
+
+HOLD = "hold"
+"""Postfix's queue of what is on hold."""
 
 TIMEOUT = 30.0
 RECONCILE_INTERVAL = 600.0
@@ -50,12 +56,25 @@ DOUBT_INTERVAL = 5.0
 so a copy that was stored after its discard is found."""
 
 QueueIds = Callable[[], Awaitable[set[str]]]
+Queue = Callable[[], Awaitable[Mapping[str, str]]]
 ShadowIds = Callable[[Set[str]], Awaitable[Mapping[str, str]]]
 
 
 async def nameless(queue_ids: Set[str]) -> Mapping[str, str]:
     """Return the shadow ids of queue files that bear none."""
     return dict.fromkeys(queue_ids, "")
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What a holder keeps for this node.
+
+    :param copies: shadow ids by queue id.
+    :param held: those shadow ids of it that it knows to be on hold.
+    """
+
+    copies: dict[str, str]
+    held: set[str]
 
 
 class Holder(Protocol):
@@ -67,8 +86,8 @@ class Holder(Protocol):
     name: str
     own: bool
 
-    async def listing(self) -> dict[str, str]:
-        """Return what is kept there for this node: shadow ids by queue id."""
+    async def listing(self) -> Listing:
+        """Return what is kept there for this node."""
         ...
 
     async def discard(self, shadow_ids: list[str], *, delivered: bool) -> None:
@@ -76,6 +95,10 @@ class Holder(Protocol):
 
         :param delivered: they may be kept for the safety net.
         """
+        ...
+
+    async def hold(self, shadow_ids: list[str], *, held: bool) -> None:
+        """These are on hold in the queue now, or are no more; ids that are not there do no harm."""
         ...
 
 
@@ -88,23 +111,31 @@ class PeerHolder:
         self.name = link.name
         self._link = link
 
-    async def listing(self) -> dict[str, str]:
+    async def listing(self) -> Listing:
         """Ask by ``shadow-list``."""
-        held: dict[str, str] = {}
+        copies: dict[str, str] = {}
+        held: set[str] = set()
         async with self._link.exchange("shadow-list", {}, timeout=TIMEOUT) as exchange:
             await exchange.end()
             try:
                 async for row in exchange.receive_lines():
-                    held[str(row["queue_id"])] = str(row["shadow_id"])
+                    copies[str(row["queue_id"])] = shadow_id = str(row["shadow_id"])
+                    if row.get("held") is True:
+                        held.add(shadow_id)
             except KeyError as error:
                 raise PeerError("protocol", f"a line of shadow-list has no {error}") from None
             await exchange.result()
-        return held
+        return Listing(copies, held)
 
     async def discard(self, shadow_ids: list[str], *, delivered: bool) -> None:
         """Ask by ``shadow-discard``."""
         args = {"shadow_ids": shadow_ids, "delivered": delivered}
         await self._link.request("shadow-discard", args, timeout=TIMEOUT)
+
+    async def hold(self, shadow_ids: list[str], *, held: bool) -> None:
+        """Tell by ``shadow-hold``."""
+        args = {"shadow_ids": shadow_ids, "held": held}
+        await self._link.request("shadow-hold", args, timeout=TIMEOUT)
 
 
 class LocalHolder:
@@ -116,10 +147,11 @@ class LocalHolder:
         self.name = node
         self._store = store
 
-    async def listing(self) -> dict[str, str]:
+    async def listing(self) -> Listing:
         """Read the store."""
         pages = self._store.copies(self.name, State.UNSHADOWED)
-        return {copy.queue_id: copy.shadow_id async for page in pages for copy in page}
+        copies = {copy.queue_id: copy.shadow_id async for page in pages for copy in page}
+        return Listing(copies, set())
 
     async def discard(self, shadow_ids: list[str], *, delivered: bool) -> None:
         """Discard in the store."""
@@ -134,6 +166,9 @@ class LocalHolder:
                 meta.shadow_id,
                 f"origin={self.name}",
             )
+
+    async def hold(self, shadow_ids: list[str], *, held: bool) -> None:
+        """Nothing to do: the queue file itself is here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +198,7 @@ class Copies:
         self._absent: set[str] = set()
         self._doubtful: set[str] = set()
         self._worthless: set[str] = set()
+        self._held: set[str] = set()  # what the holder knows to be on hold, by shadow id
 
     def __len__(self) -> int:
         return len(self._settled) + len(self._fresh)
@@ -181,6 +217,7 @@ class Copies:
     def _note(self, queue_id: str, shadow_id: str) -> None:
         self._fresh[queue_id] = shadow_id
         self._queue_ids[shadow_id] = queue_id
+        self._held.discard(shadow_id)  # what is stored, or stored again, is stored as not on hold
 
     def stands(self, queue_id: str, shadow_id: str) -> bool:
         """Return whether the copy is this queue file's still, not a newer one's."""
@@ -212,7 +249,22 @@ class Copies:
         self._settled |= self._fresh
         self._fresh = {}
 
-    def judge(self, present: set[str]) -> dict[str, str]:
+    def holds(self, queue: Mapping[str, str]) -> tuple[list[str], list[str]]:
+        """Return the shadow ids of what the holder has to hear: on hold now, and no more."""
+        on_hold = self._settled.keys() & {key for key, place in queue.items() if place == HOLD}
+        held = {self._settled[key] for key in on_hold}
+        # What this listing has missed may be on hold still.
+        released = {item for item in self._held - held if self._queue_ids.get(item) in queue}
+        return sorted(held - self._held), sorted(released)
+
+    def heard(self, shadow_ids: Iterable[str], *, held: bool) -> None:
+        """The holder knows this of these now."""
+        if held:
+            self._held |= {item for item in shadow_ids if item in self._queue_ids}
+        else:
+            self._held.difference_update(shadow_ids)
+
+    def judge(self, present: Set[str]) -> dict[str, str]:
         """Return the copies whose messages two listings in a row did not show."""
         absent = self._settled.keys() - present
         ripe = {queue_id: self._settled[queue_id] for queue_id in absent & self._absent}
@@ -226,6 +278,7 @@ class Copies:
                 shadow_id = copies.pop(queue_id, None)
                 if shadow_id is not None and self._queue_ids.get(shadow_id) == queue_id:
                     del self._queue_ids[shadow_id]
+                    self._held.discard(shadow_id)
             self._absent.discard(queue_id)
             self._doubtful.discard(queue_id)
             self._worthless.discard(queue_id)
@@ -238,18 +291,19 @@ class Copies:
         """Return the copies that are surely there: shadow ids by queue id."""
         return {key: value for key, value in self.known().items() if key not in self._doubtful}
 
-    def compare(self, before: dict[str, str], held: dict[str, str]) -> list[str]:
+    def compare(self, before: dict[str, str], said: Listing) -> list[str]:
         """Take over what the holder says it has; return the queue ids it should have and has not.
 
         :param before: what was surely there before the holder was asked; others may be missing in
             its answer.
         """
-        known = self.known()
+        known, held = self.known(), said.copies
         for queue_id, shadow_id in held.items():
             # Of what is known by another queue id here, the answer may be older.
             if shadow_id not in self._queue_ids and queue_id not in known:
                 self._note(queue_id, shadow_id)
         self._doubtful -= held.keys()
+        self._held = said.held & self._queue_ids.keys()
         now = self.known()
         missing = [
             queue_id
@@ -267,8 +321,8 @@ class Discarder:
 
     The account is in memory: after a restart :meth:`reconcile` has it again from the holders.
 
-    :param queue_ids: lists the queue files that exist now. It must raise, not return less, when a
-        directory cannot be read.
+    :param queue: lists the queue files that exist now, each with the queue that it is in. It must
+        raise, not return less, when a directory cannot be read.
     :param names: returns the shadow ids that queue files bear, "" for one that has none; one that
         is missing will be told later. HelperError.
     :param acts: whether this node is primary. If not, what shadows have is not its to judge: the
@@ -279,7 +333,7 @@ class Discarder:
     def __init__(
         self,
         holders: Iterable[Holder],
-        queue_ids: QueueIds,
+        queue: Queue,
         *,
         names: ShadowIds = nameless,
         acts: Callable[[], bool] = lambda: True,
@@ -287,7 +341,7 @@ class Discarder:
     ) -> None:
         self._holders = {holder.name: holder for holder in holders}
         self._copies = {name: Copies() for name in self._holders}
-        self._queue_ids = queue_ids
+        self._queue = queue
         self._names = names
         self._before: set[str] = set()
         self._acts = acts
@@ -362,19 +416,21 @@ class Discarder:
     async def discard(self) -> None:
         """List the queue once and discard what two listings in a row did not show.
 
-        Failures wait for the next call.
+        Tell the shadows what is on hold. Failures wait for the next call.
         """
         if not any(map(len, self._copies.values())):
             return
         for copies in self._copies.values():
             copies.begin_listing()
         try:
-            present = await self._queue_ids()
+            queue = await self._queue()
         except HelperError as error:
             log.warning("the queue cannot be listed, nothing is discarded: %s", error)
             return
+        present = set(queue)
         for name in self._mine():
             copies = self._copies[name]
+            await self._tell_held(name, copies, queue)
             try:
                 gone = await self._gone(copies, copies.judge(present), present & self._before)
             except HelperError as error:
@@ -384,6 +440,17 @@ class Discarder:
                 await self._discard(name, copies, list(ripe.items()), delivered=delivered)
             metrics.OUTSTANDING.labels(name).set(len(copies))
         self._before = present
+
+    async def _tell_held(self, name: str, copies: Copies, queue: Mapping[str, str]) -> None:
+        for held, told in zip((True, False), copies.holds(queue), strict=True):
+            for start in range(0, len(told), BATCH):
+                batch = told[start : start + BATCH]
+                try:
+                    await self._holders[name].hold(batch, held=held)
+                except (PeerError, StoreError) as error:
+                    log.info("%s is told later what is on hold: %s", name, error)
+                    return
+                copies.heard(batch, held=held)
 
     async def _gone(
         self, copies: Copies, ripe: dict[str, str], present: set[str]
@@ -439,6 +506,6 @@ class Discarder:
         """
         copies = self._copies[holder]
         before = copies.sure()  # what is on its way may come after the answer
-        held = await self._holders[holder].listing()
-        missing = copies.compare(before, held)
-        return Reconciled(len(held), missing)
+        said = await self._holders[holder].listing()
+        missing = copies.compare(before, said)
+        return Reconciled(len(said.copies), missing)

@@ -143,7 +143,7 @@ class Messages:
             *map(PeerHolder, group.links.values()),
         ]
         self._discarder = Discarder(
-            holders, self._queue_ids, names=self._names_of, acts=group.is_primary
+            holders, helper.queue, names=self._names_of, acts=group.is_primary
         )
         resubmissions: dict[str, Resubmission] = {}
         self._once = Once(mailboxes.delivered)

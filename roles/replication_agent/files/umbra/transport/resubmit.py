@@ -16,8 +16,8 @@ after:
 - the row is ``parked``: its content cannot be read, or Postfix refuses it for good. It is tried
   again at each start, each promotion and an operator's word.
 
-What was on hold when its primary handed over is put on hold again: the milter says so at its end.
-A lost primary cannot tell, so after a failover such a message is delivered.
+What was on hold with its former primary is put on hold again: the milter says so at its end. A
+handover tells it; a lost primary has told it before (``discard``), but for the last second or two.
 
 Mail from the null sender (bounces) is resubmitted like other mail. A bounce that the lost primary
 had sent because of a message that is resubmitted is not recalled: the sender may be told twice.

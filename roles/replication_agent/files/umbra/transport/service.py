@@ -68,6 +68,7 @@ class ShadowService:
             "shadow-store": self.store,
             "shadow-list": self.list,
             "shadow-discard": self.discard,
+            "shadow-hold": self.hold,
             "shadow-fetch": self.fetch,
             "shadow-left": self.left,
             "shadow-settled": self.settled,
@@ -133,8 +134,7 @@ class ShadowService:
         with _told():
             async for copies in self._store.copies(peer.node):
                 count += len(copies)
-                found = [(copy.shadow_id, copy.queue_id) for copy in copies]
-                await exchange.send(wire.listing(found))
+                await exchange.send(wire.listing(copies))
         await exchange.end()
         return {"count": count}
 
@@ -152,6 +152,20 @@ class ShadowService:
             gone = await self._store.discard(shadow_ids, origin=peer.node, delivered=delivered)
         _tell(gone, peer.node)
         return {"discarded": len(gone)}
+
+    async def hold(
+        self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
+    ) -> dict[str, Any]:
+        """``shadow-hold``: messages of the asking node are on hold in its queue, or are no more.
+
+        Ids that are not here do no harm.
+        """
+        shadow_ids, held = _ids(args.get("shadow_ids")), args.get("held")
+        if not isinstance(held, bool):
+            raise PeerError("protocol", "held must be true or false")
+        with _told():
+            await self._store.hold(shadow_ids, held, origin=peer.node)
+        return {}
 
     async def fetch(
         self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange

@@ -173,11 +173,13 @@ class State(StrEnum):
 class Copy:
     """The names of a stored message.
 
-    Its shadow id and the queue id at the node that has it in its queue.
+    Its shadow id, the queue id at the node that has it in its queue, and whether it is on hold
+    there.
     """
 
     shadow_id: str
     queue_id: str
+    held: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,12 +368,6 @@ class ShadowStore:
         """
         now = time.time()
 
-        def narrowed(database: sqlite3.Connection, shadow_id: str, left: Left) -> str:
-            [(text,)] = database.execute(
-                "SELECT envelope FROM message WHERE shadow_id = ?", (shadow_id,)
-            )
-            return narrow(Envelope.from_json(text), left).to_json()
-
         def run(database: sqlite3.Connection) -> list[Gone]:
             gone: list[Gone] = []
             if remaining is not None:
@@ -385,10 +381,7 @@ class ShadowStore:
                     if left.recipients == ():
                         gone += self._discard(database, shadow_id, origin, State.HELD, True, now)
                         continue
-                    database.execute(
-                        "UPDATE message SET envelope = ? WHERE shadow_id = ?",
-                        (narrowed(database, shadow_id, left), shadow_id),
-                    )
+                    _change(database, shadow_id, narrow(_envelope(database, shadow_id), left))
             database.execute(
                 "UPDATE message SET state = ? WHERE origin = ? AND state = ?",
                 (State.RESUBMITTING, origin, State.HELD),
@@ -396,6 +389,20 @@ class ShadowStore:
             return gone
 
         return await self._write(run, settled=self._unlink)
+
+    async def hold(self, shadow_ids: Sequence[str], held: bool, *, origin: str) -> None:
+        """Note of what is held for ``origin`` whether it is on hold in that node's queue."""
+
+        def run(database: sqlite3.Connection) -> None:
+            for shadow_id in shadow_ids:
+                if database.execute(
+                    "SELECT 1 FROM message WHERE shadow_id = ? AND origin = ? AND state = ?",
+                    (shadow_id, origin, State.HELD),
+                ).fetchone():
+                    envelope = _envelope(database, shadow_id)
+                    _change(database, shadow_id, replace(envelope, held=held))
+
+        await self._write(run)
 
     async def give_back(self) -> int:
         """Take ``claim`` back: hold for its origin what is not resubmitted yet; return how much.
@@ -490,9 +497,10 @@ class ShadowStore:
         In order of arrival, some hundred at a time.
         """
         async for page in self._pages(
-            "shadow_id, queue_id", "origin = ? AND state = ?", origin, state
-        ):
-            yield [Copy(*row) for row in page]
+            "shadow_id, queue_id, envelope ->> '$.held' IS TRUE",
+            "origin = ? AND state = ?", origin, state,
+        ):  # fmt: skip
+            yield [Copy(shadow_id, queue_id, bool(held)) for shadow_id, queue_id, held in page]
 
     async def left(self, origin: str) -> AsyncIterator[list[tuple[str, int]]]:
         """Give what is held for others than ``origin``: shadow ids, and epochs of their storing.
@@ -897,6 +905,17 @@ class ShadowWriter:
         except StoreError as error:
             self._failed = error
             raise
+
+
+def _envelope(database: sqlite3.Connection, shadow_id: str) -> Envelope:
+    [(text,)] = database.execute("SELECT envelope FROM message WHERE shadow_id = ?", (shadow_id,))
+    return Envelope.from_json(text)
+
+
+def _change(database: sqlite3.Connection, shadow_id: str, envelope: Envelope) -> None:
+    database.execute(
+        "UPDATE message SET envelope = ? WHERE shadow_id = ?", (envelope.to_json(), shadow_id)
+    )
 
 
 def _meta(row: tuple[Any, ...]) -> Meta:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from umbra.transport.envelope import MAX_RECIPIENTS, Envelope, EnvelopeError
 from umbra.transport.ids import valid
+from umbra.transport.store import Copy
 
 INLINE_LIMIT = 32 * 1024
 """An envelope over this many bytes does not fit a REQUEST frame; it then comes first in the
@@ -49,10 +50,17 @@ def envelope_size(args: Mapping[str, Any]) -> int:
     return size
 
 
-def listing(rows: list[tuple[str, str]]) -> bytes:
-    """Return JSON lines of (shadow id, queue id), as ``shadow-list`` sends them."""
+def listing(copies: Iterable[Copy]) -> bytes:
+    """Return JSON lines of the names of copies, as ``shadow-list`` sends them."""
     return b"".join(
-        json.dumps({"shadow_id": shadow_id, "queue_id": queue_id}, separators=(",", ":")).encode()
+        json.dumps(
+            {
+                "shadow_id": copy.shadow_id,
+                "queue_id": copy.queue_id,
+                **({"held": True} if copy.held else {}),
+            },
+            separators=(",", ":"),
+        ).encode()
         + b"\n"
-        for shadow_id, queue_id in rows
+        for copy in copies
     )
