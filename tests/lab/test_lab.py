@@ -99,6 +99,11 @@ def test_ssh_by_names_and_addresses_with_known_keys() -> None:
         assert done.stdout == "mail-a\nC.UTF-8\n"
 
 
+def test_the_controller_finds_the_projects_ansible() -> None:
+    tools = Path(LAB).parents[2] / ".venv" / "bin"
+    assert call("control", "--", "sh", "-c", "echo $PATH").stdout.startswith(f"{tools}:")
+
+
 def test_exit_statuses_are_passed() -> None:
     on("client", "sh", "-c", "exit 7", status=7)
     call("control", "--", "ssh", "client", "exit 8", status=8)

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from . import cgroups, disk, image, network
-from .paths import NETNS_ROOT, Lab
+from .paths import NETNS_ROOT, TOOLS, Lab
 from .plan import CONTROL, Member, hosts_file
 from .shell import LabError, run
 
@@ -225,13 +225,16 @@ def control_command(lab: Lab, command: list[str]) -> list[str]:
         )
         if Path(target).exists()
     )
+    path = os.environ.get("PATH", os.defpath)
+    if (TOOLS / "ansible-playbook").exists():
+        path = f"{TOOLS}:{path}"
     return [
         *["sh", "-c", f'echo $$ >{procs}; exec "$@"', "sh"],
         *["nsenter", f"--net={namespace}", "unshare", "--mount", "--propagation", "private"],
         *["sh", "-ec", f'{mounts}; exec "$@"', "sh"],
         # Two labs have the same addresses: they must not share Ansible's kept SSH connections.
         *["env", f"ANSIBLE_SSH_CONTROL_PATH_DIR={lab.ssh_dir}/cp", f"UMBRA_LAB_NAME={lab.name}"],
-        *[f"UMBRA_LAB_SSH_CONFIG={lab.ssh_config}", *command],
+        *[f"UMBRA_LAB_SSH_CONFIG={lab.ssh_config}", f"PATH={path}", *command],
     ]
 
 

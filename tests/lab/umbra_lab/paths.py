@@ -13,6 +13,8 @@ from .plan import Member, Site
 
 STATE_ROOT = Path("/var/lib/umbra-lab")
 NETNS_ROOT = Path("/run/netns")
+# Where `make venv` puts Ansible.
+TOOLS = Path(__file__).resolve().parents[3] / ".venv" / "bin"
 
 
 @dataclass(frozen=True)
