@@ -33,6 +33,7 @@ from umbra.cluster.group import PRIMARY_OPERATIONS, Group, now
 from umbra.cluster.machine import NotNow
 from umbra.cluster.state import Change, Phase, Role
 from umbra.config import Config, StonithUse
+from umbra.epoch import epoch_of
 from umbra.node.client import NodeHelper
 from umbra.node.helper import HelperError
 from umbra.peer.exchange import Exchange, PeerError
@@ -460,7 +461,7 @@ class Switchover:
         """Handler of ``handover``: become primary, durably, and open."""
         began = time.monotonic()
         try:
-            epoch, change = int(args["epoch"]), Change.from_json(args["change"])
+            epoch, change = epoch_of(args["epoch"]), Change.from_json(args["change"])
             elapsed = float(args["elapsed_s"])
             remaining = await told(exchange)
         except (KeyError, TypeError, ValueError) as error:
