@@ -116,7 +116,7 @@ class Mailboxes(Protocol):
     async def hurry(self, to: str, timeout: float) -> None:
         """Let changes wait for ``to`` from now on; return when all are there, or it is late.
 
-        Nothing to do where they wait for it anyway.
+        Nothing to do where they wait for it anyway. OSError if nobody can tell what it lacks.
         """
         ...
 
@@ -225,7 +225,7 @@ class Switchover:
         async with self._running:
             try:
                 if not dry_run:
-                    await self._mailboxes.hurry(to, timeout_s)
+                    await self._hurry(to, timeout_s)
                 return await self._run(to, dry_run=dry_run, timeout_s=timeout_s)
             finally:
                 self._mailboxes.at_ease()
@@ -235,6 +235,12 @@ class Switchover:
             "changed": self.check(to, dry_run=dry_run),
             "from": self._group.state.node,
             "to": to,
+    async def _hurry(self, to: str, timeout_s: float) -> None:
+        try:
+            await self._mailboxes.hurry(to, timeout_s)
+        except OSError as error:
+            raise Refused(f"{error}.") from None
+
             "epoch": self._group.epoch,
         }
         if not result["changed"] or dry_run:
