@@ -65,7 +65,10 @@ class Refused(Exception):
 
 
 async def told(exchange: Exchange) -> Remaining:
-    """Return what a handover says of the queue; KeyError or TypeError if that makes no sense."""
+    """Return what a handover says of the queue.
+
+    KeyError, TypeError or ValueError if that makes no sense.
+    """
     found: dict[str, Left] = {}
     async for row in exchange.receive_lines():
         take(found, row)
