@@ -38,7 +38,11 @@ def alive(status: str) -> None:
 
 
 def store_socket(name: str, item: socket.socket) -> None:
-    """Have the service manager keep a socket for the next process (``FileDescriptorStoreMax``)."""
+    """Have the service manager keep a socket for the next process (``FileDescriptorStoreMax``).
+
+    It takes the place of the one that is kept under this name, or there would be no room for it.
+    """
+    notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
     notify(f"FDSTORE=1\nFDNAME={name}", [item])
 
 
