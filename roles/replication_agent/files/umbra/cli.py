@@ -125,8 +125,8 @@ def switchover(to: str, dry_run: bool, timeout_s: float) -> None:
         click.echo(f"The primary would move from {result['from']} to {to}.")
         if lacking := result.get("uncovered"):
             click.echo(
-                f"{len(lacking)} messages of its queue have no copy on {to} and would wait on hold"
-                f" on {result['from']}: {', '.join(lacking[:5])}"
+                f"{result.get('uncovered_count', len(lacking))} messages of its queue have no copy"
+                f" on {to} and would wait on hold on {result['from']}: {', '.join(lacking[:5])}"
             )
     else:
         for step in result["steps"]:

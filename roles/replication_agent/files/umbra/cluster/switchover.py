@@ -53,6 +53,8 @@ HANDOVER_TIMEOUT = 10.0
 OUTCOME_TIMEOUT = 15.0
 OUTSTANDING_PAUSE = 0.2
 PREPARED_FOR = 60.0
+MAX_NAMED = 1000
+"""Queue ids in an answer, which has a bound where it goes over the link."""
 MOVING = ("incoming", "active", "deferred")
 """Queues whose messages were acknowledged, and are to be delivered."""
 
@@ -233,22 +235,28 @@ class Switchover:
             finally:
                 self._mailboxes.at_ease()
 
-    async def _run(self, to: str, *, dry_run: bool, timeout_s: float) -> dict[str, Any]:
-        result = {
-            "changed": self.check(to, dry_run=dry_run),
-            "from": self._group.state.node,
-            "to": to,
     async def _hurry(self, to: str, timeout_s: float) -> None:
         try:
             await self._mailboxes.hurry(to, timeout_s)
         except OSError as error:
             raise Refused(f"{error}.") from None
 
+    async def _run(self, to: str, *, dry_run: bool, timeout_s: float) -> dict[str, Any]:
+        result = {
+            "changed": self.check(to, dry_run=dry_run),
+            "from": self._group.state.node,
+            "to": to,
             "epoch": self._group.epoch,
         }
         if not result["changed"] or dry_run:
             lacking = await self._would_lack(to) if result["changed"] else []
-            return {**result, "outage_s": 0.0, "steps": [], "uncovered": lacking}
+            return {
+                **result,
+                "outage_s": 0.0,
+                "steps": [],
+                "uncovered": lacking[:MAX_NAMED],
+                "uncovered_count": len(lacking),
+            }
         steps = Steps()
         try:
             await self._prepare(to, steps, timeout_s)
