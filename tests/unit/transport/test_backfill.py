@@ -90,7 +90,7 @@ async def test_a_break_keeps_what_is_not_copied(bench: Bench) -> None:
     bench.link.fail = lambda op: None
     assert (await bench.back_fill.run(bench.link)).copied == 3  # type: ignore[arg-type]
     assert [holding.count for holding in await bench.shadow.stats()] == [5]
-    assert bench.discarder.outstanding("b") == 5
+    assert bench.discarder.counts()["b"] == 5
 
 
 async def test_it_is_not_complete_while_a_message_is_on_its_way_into_the_store(

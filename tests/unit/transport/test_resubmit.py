@@ -233,7 +233,7 @@ async def test_without_a_shadow_the_copy_stays_for_the_back_fill(bench: Bench) -
     meta = await bench.store.find(shadow_id)
     assert meta is not None
     assert (meta.state, meta.origin, meta.queue_id) == (State.UNSHADOWED, "b", "4new")
-    assert bench.discarder.outstanding("b") == 1
+    assert bench.discarder.counts()["b"] == 1
 
 
 async def test_order_is_the_order_of_acceptance(bench: Bench) -> None:

@@ -731,15 +731,6 @@ class Mailboxes:
         """Return how far each peer is behind, in changes and seconds."""
         return {name: peer.lag() for name, peer in self._peers.items()}
 
-    def progress(self) -> Sequence[str]:
-        """Return one sentence for each catch-up that runs."""
-        found = []
-        for name, peer in self._peers.items():
-            now = peer.progress()
-            if peer.phase.value in ("catching-up", "joining"):
-                found.append(f"{name}: {now['done']:.0f} of {now['total']:.0f} users compared")
-        return found
-
     def checks(self) -> Sequence[Check]:
         """Return the findings of this part."""
         found = {user: why for peer in self._peers.values() for user, why in peer.findings.items()}
