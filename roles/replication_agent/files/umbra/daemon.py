@@ -40,8 +40,8 @@ from umbra.cluster.service_address import ServiceAddress
 from umbra.cluster.static import StateError, StateFile
 from umbra.cluster.switchover import Refused, Switchover
 from umbra.config import Config, ConfigError, CoordinatorKind, load
+from umbra.document import DocumentError
 from umbra.mailbox.carrier import valid_user
-from umbra.mailbox.document import DocumentError
 from umbra.mailbox.doveadm import DoveadmError
 from umbra.mailbox.part import Mailboxes
 from umbra.mailbox.seeding import rate_of
