@@ -10,14 +10,13 @@ from click.testing import CliRunner
 
 from umbra import cli
 
+ROW = {
+    "origin": "mail-a", "state": "held", "messages": 12, "bytes": 3_000_000,
+    "oldest_s": 7300.0, "next": "held: discarded when mail-a has delivered them",
+}  # fmt: skip
 QUEUE = {
     "node": "mail-b",
-    "messages": [
-        {
-            "origin": "mail-a", "state": "held", "messages": 12, "bytes": 3_000_000,
-            "oldest_s": 7300.0, "next": "held: discarded when mail-a has delivered them",
-        }
-    ],
+    "messages": [ROW],
     "copies": [{"holder": "mail-b", "messages": 0}, {"holder": "mail-a", "messages": 7}],
 }  # fmt: skip
 
@@ -62,16 +61,14 @@ def test_queue_as_json_is_the_answer(api: Played) -> None:
     assert json.loads(run("queue", "--json")) == QUEUE
 
 
+MESSAGE = {
+    "shadow_id": "0" * 32, "message_id": "<1@example.org>", "sender": "",
+    "accepted": "2027-01-15T08:30:00Z", "bytes": 2048,
+}  # fmt: skip
 ANSWER = {
     "recipient": "bob@example.com", "since": "2027-01-15T08:00:00Z",
     "until": "2027-01-15T09:00:00Z", "dry_run": True, "found": 4, "present": 2, "queued": 0,
-    "resubmitted": 1, "failed": {},
-    "messages": [
-        {
-            "shadow_id": "0" * 32, "message_id": "<1@example.org>", "sender": "",
-            "accepted": "2027-01-15T08:30:00Z", "bytes": 2048,
-        }
-    ],
+    "resubmitted": 1, "failed": {}, "messages": [MESSAGE],
 }  # fmt: skip
 
 
@@ -196,3 +193,35 @@ def test_automatic_failover_is_paused_and_unpaused(api: Played, word: str, on: b
     api.answers["/pause"]["changed"] = False
     assert "already" in run(word)
     assert api.asked[-1] == ("POST", "/pause", {"on": on})
+
+
+ODD = "<a[/b]c\x9b2J\ud800@x>"
+
+
+def test_what_a_sender_chose_is_shown_as_it_is(api: Played) -> None:
+    """And is neither markup nor a command to the terminal: the replay was made by then."""
+    row: dict[str, Any] = {**MESSAGE, "sender": f"[red]{ODD}", "message_id": ODD}
+    api.answers["/resubmit"] = {
+        **ANSWER, "recipient": "[/x]@x", "messages": [row], "failed": {"f" * 32: f"451 {ODD}"},
+    }  # fmt: skip
+    result = CliRunner().invoke(cli.cli, ["resubmit", "--recipient", "[/x]@x"])
+    assert result.exit_code == 1
+    assert "[red]<a[/b]c?2J?@x>  <a[/b]c?2J?@x>" in result.output
+    assert "[/x]@x, accepted from" in result.output
+    assert f"{'f' * 32}: 451 <a[/b]c?2J?@x>" in result.output
+
+
+def test_nothing_else_is_taken_for_markup(api: Played) -> None:
+    parked = {"shadow_id": "f", "message_id": ODD, "origin": "[/a]", "reason": f"554 {ODD}"}
+    row = {**ROW, "origin": "[/a]", "next": "held for [/a]"}
+    copies = [{"holder": "[/b]", "messages": 7}]
+    api.answers["/queue"] = {**QUEUE, "messages": [row], "copies": copies, "parked": [parked]}
+    said = run("queue")
+    assert "held for [/a]" in said
+    assert "at [/b]: 7" in said
+    assert "parked f (<a[/b]c?2J?@x>) of [/a]: 554 <a[/b]c?2J?@x>" in said
+    change = {"from": "[/a]", "to": "[/b]", "at": "", "planned": True, "outage_s": None}
+    node = {**NODE, "node": "[/a]", "site": "[/b]", "since": "[/c]"}
+    api.answers["/status"] = {**REPORT, "last_switchover": change, "nodes": [node]}
+    output = CliRunner().invoke(cli.cli, ["status"]).output
+    assert "last switchover: [/a] to [/b]" in output

@@ -32,6 +32,15 @@ def test_a_message(manager: socket.socket) -> None:
     assert manager.recv(100) == b"READY=1"
 
 
+def test_a_sign_of_life_is_one_short_line(manager: socket.socket) -> None:
+    """systemd drops a longer message as a whole, and kills who gives no sign of life."""
+    systemd.alive("primary, degraded: \ud800 x\nMAINPID=1\n" + "\N{SNOWMAN}" * 5000)
+    message = manager.recv(100_000)
+    assert message.startswith(b"WATCHDOG=1\nSTATUS=primary, degraded: ? x MAINPID=1 ")
+    assert message.count(b"\n") == 1
+    assert len(message) < 4096
+
+
 def test_a_socket_goes_to_the_next_process(
     manager: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -40,6 +49,8 @@ def test_a_socket_goes_to_the_next_process(
         listener.bind(path)
         listener.listen()
         systemd.store_socket("once", listener)
+    # There is room for one of a name.
+    assert manager.recv(100) == b"FDSTOREREMOVE=1\nFDNAME=once"
     message, fds, _, _ = socket.recv_fds(manager, 100, 2)
     assert message == b"FDSTORE=1\nFDNAME=once"
     assert len(fds) == 1

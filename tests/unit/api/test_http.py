@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import aiohttp
@@ -43,20 +44,23 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     bench = Bench(tmp_path / "api.sock", port)
-    api = Api(cast(Any, None), {"queue": bench.queue}, {"act": bench.act}, {})
+    report = SimpleNamespace(protected=True, health=dict)
+    api = Api(lambda: cast(Any, report), {"queue": bench.queue}, {"act": bench.act}, {})
     await api.start(bench.path, "127.0.0.1", port)
     yield bench
     await api.stop()
 
 
-async def test_a_query_is_answered_on_both_and_an_operation_on_the_socket_only(
+async def test_what_names_users_and_what_does_something_is_on_the_socket_only(
     bench: Bench,
 ) -> None:
     assert await bench.local("GET", "/queue") == QUEUE
     assert await bench.local("POST", "/act", {"x": 1}) == {"changed": True}
     async with aiohttp.ClientSession(f"http://127.0.0.1:{bench.port}") as session:
         async with session.get("/queue") as answer:
-            assert await answer.json() == QUEUE
+            assert answer.status == 404
+        async with session.get("/health") as answer:
+            assert answer.status == 200
         async with session.post("/act", json={"x": 2}) as answer:
             assert answer.status == 404
     assert bench.bodies == [{"x": 1}]

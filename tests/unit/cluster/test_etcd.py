@@ -101,6 +101,13 @@ async def hang() -> web.StreamResponse | None:
     return None
 
 
+def raw(text: str) -> Trouble:
+    async def answer() -> web.StreamResponse | None:
+        return web.Response(text=text, content_type="application/json")
+
+    return answer
+
+
 def says(status: int, **body: object) -> Trouble:
     async def answer() -> web.StreamResponse | None:
         return web.Response(status=status, text=json.dumps(body), content_type="application/json")
@@ -239,6 +246,9 @@ async def test_an_error_of_etcd_is_named_and_another_member_asked(
         says(200, responses=[{"response_range": {"kvs": [{"mod_revision": "x"}]}}]),
         says(200, responses=[{"response_range": {"kvs": [{"mod_revision": "3", "value": "?"}]}}]),
         says(502),
+        says(200, header={"cluster_id": "1", "revision": 1e999}, succeeded=True),
+        says(200, header={"cluster_id": "1"}, responses=["x" * 100_000]),
+        raw("[" * 50_000),
     ],
 )
 async def test_an_answer_that_makes_no_sense_decides_nothing(answer: Trouble) -> None:
@@ -290,3 +300,19 @@ async def test_no_endpoint_and_a_closed_client() -> None:
         Etcd([], tls=None, timeout=1)
     with pytest.raises(EtcdError, match="closed"):
         await Etcd(["http://127.0.0.1:9"], tls=None, timeout=1).read(KEY)
+
+
+async def test_a_voter_is_healthy_by_its_word_and_never_a_danger() -> None:
+    answers = iter(
+        ['{"health": "true"}', "[" * 50_000, "[]", '{"health": "true", "x": ' + "9" * 70_000]
+    )
+
+    async def health(_: web.Request) -> web.Response:
+        return web.Response(text=next(answers))
+
+    app = web.Application()
+    app.router.add_get("/health", health)
+    async with TestServer(app) as server:
+        url = str(server.make_url("")).rstrip("/")
+        async with Etcd([url], tls=None, timeout=1.0) as client:
+            assert [await client.silent() for _ in range(4)] == [[], [url], [url], [url]]

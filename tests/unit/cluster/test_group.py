@@ -429,3 +429,19 @@ async def test_a_promotion_does_not_forget_the_mark(disk: Disk) -> None:
     stored = disk.load()
     assert stored is not None
     assert stored.marked
+
+
+async def test_a_switchover_that_cannot_know_what_is_lacking_is_refused_in_words(
+    disk: Disk,
+) -> None:
+    class Blind(Mailboxes):
+        async def hurry(self, to: str, timeout: float) -> None:
+            raise OSError(2, "No such file or directory", "/var/lib/umbra-missed")
+
+        def at_ease(self) -> None: ...
+
+    group = await protected(disk)
+    switchover = Switchover(CONFIG, group, group._helper, Messages(), Blind())  # type: ignore[arg-type]
+    with pytest.raises(Refused, match="umbra-missed"):
+        await switchover.run("b", dry_run=False, timeout_s=1)
+    assert group.is_primary()

@@ -20,7 +20,9 @@ from umbra.cluster.quorum import GUARDED, OPENING_FAILS
 from umbra.cluster.static import StateError
 from umbra.cluster.switchover import Refused
 from umbra.config import Profile, Stonith, StonithUse
+from umbra.peer import frames
 from umbra.peer.exchange import Exchange, PeerError
+from umbra.peer.frames import FrameType
 from umbra.peer.identity import PeerIdentity
 from umbra.transport.ports import NotPrimary
 from umbra.transport.remaining import Left, Remaining
@@ -722,10 +724,22 @@ def test_of_a_pair_what_has_no_copy_waits_on_hold(group: Play) -> None:
     async def scenario(field: Field) -> None:
         field.a.host.queue_ids = {"Q2": "deferred"}
         asked = await field.a.handover.run("b", dry_run=True, timeout_s=10)
-        assert asked["uncovered"] == ["Q2"]
+        assert (asked["uncovered"], asked["uncovered_count"]) == (["Q2"], 1)
         await field.a.handover.run("b", dry_run=False, timeout_s=10)
         assert field.b.serves
         assert "Q2" in field.a.host.held
+
+    group(scenario)
+
+
+def test_a_long_answer_names_the_first_and_counts_all(group: Play) -> None:
+    """It may have to fit a frame of the link: any node takes the order."""
+
+    async def scenario(field: Field) -> None:
+        field.a.host.queue_ids = {f"4{number:015}": "deferred" for number in range(9000)}
+        asked = await field.a.handover.run("b", dry_run=True, timeout_s=10)
+        assert asked["uncovered_count"] == 9000
+        assert frames.encode_json(FrameType.RESPONSE, asked)
 
     group(scenario)
 

@@ -113,7 +113,10 @@ class Disk(MailDisk):
     async def nothing(self) -> None:
         """Need no time."""
 
-    def full(self) -> str:
+    async def full(self) -> str:
+        return self.sentence
+
+    def full_now(self) -> str:
         return self.sentence
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 
 import pytest
@@ -79,9 +80,37 @@ async def test_close_ends_what_waits() -> None:
         await waiting
 
 
-def test_room_is_told_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_room_is_told_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mail = MailDisk(Disk().sync, tmp_path)
-    assert mail.full() == ""
+    assert await mail.full() == ""
     monkeypatch.setattr(module, "ROOM", 1 << 62)
-    assert "MiB left" in mail.full()
-    assert "No such file" in MailDisk(Disk().sync, tmp_path / "none").full()
+    assert await mail.full() == "", "what was seen a moment ago"
+    assert "MiB left" in mail.full_now()
+    assert "MiB left" in await mail.full()
+    monkeypatch.setattr(module, "FRESH", 0.0)
+    monkeypatch.setattr(module, "ROOM", 0)
+    assert await mail.full() == ""
+    assert "No such file" in await MailDisk(Disk().sync, tmp_path / "none").full()
+
+
+async def test_a_disk_that_hangs_hangs_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the loop nor more than one of the threads."""
+    begun: list[Path] = []
+    go = threading.Event()
+
+    def hang(path: Path) -> int:
+        begun.append(path)
+        go.wait(5)
+        return 1 << 40
+
+    monkeypatch.setattr(module, "room", hang)
+    mail = MailDisk(Disk().sync)
+    for _ in range(3):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.02):
+                await mail.full()
+    waiting = [asyncio.create_task(mail.full()) for _ in range(3)]
+    await asyncio.sleep(0.02)
+    go.set()
+    assert await asyncio.gather(*waiting) == [""] * 3
+    assert len(begun) == 1

@@ -63,6 +63,7 @@ def test_a_file_that_somebody_else_emptied(tmp_path: Path) -> None:
 def test_nonsense_is_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "sieve"
     append(path, b'x\n{}\n[]\n{"fields":{}}\n{"fields":{"user":"-A"}}\n' + line("a@example.org"))
+    append(path, b"[" * 50_000 + b"\n")
     assert ScriptEvents(path).take() == {"a@example.org"}
 
 

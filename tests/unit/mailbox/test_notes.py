@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -62,3 +64,54 @@ def test_copying_leaves_the_machine_to_its_users(
     names: int, sync_seconds: float, workers: int, seconds: float
 ) -> None:
     assert rest(names, sync_seconds, workers) == pytest.approx(seconds)
+
+
+def test_what_cannot_be_removed_is_passed_by_and_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its user is known: each look may mean a change of his that is new."""
+    for name in ("a@example.org", "stays@example.org", "z@example.org"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder@example.org").mkdir()
+    remove = os.unlink
+
+    def unlink(path: str) -> None:
+        if "stays" in path:
+            raise PermissionError(1, "Operation not permitted")
+        remove(path)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    names = Notes(tmp_path, tmp_path / "permit")
+    assert sorted(names.take()) == ["a@example.org", "stays@example.org", "z@example.org"]
+    for _ in range(3):
+        assert names.take() == []
+        assert names.stuck == ["stays@example.org"]
+    assert caplog.text.count("Operation not permitted") == 1
+    assert caplog.text.count("'folder@example.org' in") == 2, "that it stays, and is no note"
+    monkeypatch.undo()
+    names.take()
+    assert names.stuck == []
+
+
+def test_a_directory_that_ends_to_be_readable_loses_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a@example.org", "b@example.org"):
+        (tmp_path / name).touch()
+    scan = os.scandir
+
+    @contextmanager
+    def failing(path: Path) -> Iterator[Iterator[os.DirEntry[str]]]:
+        def entries() -> Iterator[os.DirEntry[str]]:
+            with scan(path) as found:
+                yield next(found)
+            raise OSError(5, "Input/output error")
+
+        yield entries()
+
+    monkeypatch.setattr(os, "scandir", failing)
+    names = Notes(tmp_path, tmp_path / "permit")
+    with pytest.raises(OSError, match="Input/output"):
+        names.take()
+    monkeypatch.undo()
+    assert sorted(names.take()) == ["a@example.org", "b@example.org"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -222,3 +223,48 @@ async def test_a_shadow_that_is_away_is_no_reason_against_another_one(tmp_path: 
         assert not world.mailboxes._equal_expected(USER, "c")
         assert world.mailboxes.only_asynchronous("b")
         assert not world.mailboxes.only_asynchronous("c")
+
+
+async def test_notes_that_cannot_be_read_end_nothing_and_are_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(part, "MISSED_INTERVAL", 0.001)
+    missed = tmp_path / "missed"
+    async with protected(tmp_path) as world:
+        missed.rmdir()
+        following = asyncio.create_task(world.mailboxes._follow_notes())
+        await asyncio.sleep(0.1)
+        assert caplog.text.count("are not known: [Errno 2]") == 1
+        [check] = [item for item in world.mailboxes.checks() if item.name == "noted changes"]
+        assert not check.passed
+        assert "No such file" in check.message
+        missed.mkdir()
+        (missed / "a%40example.org").touch()
+        await until(lambda: world.group.degraded or following.done())
+        assert not following.done()
+        [check] = [item for item in world.mailboxes.checks() if item.name == "noted changes"]
+        assert check.passed
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+
+
+async def test_a_note_that_stays_has_its_user_copied_again_and_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But it makes the group degraded once: else it would never be protected again."""
+    async with protected(tmp_path) as world:
+        world.carrier.seconds = 0.0
+        world.mailboxes._notes._stuck = {"a%40example.org": USER}
+        (tmp_path / "missed" / "a%40example.org").touch()
+        monkeypatch.setattr(os, "unlink", refuse)
+        for count in (1, 2):
+            await world.mailboxes._take_notes(permitted=False)
+            await until(lambda count=count: len(world.carrier.synced) == count)  # type: ignore[misc]
+        assert not world.group.degraded
+        [check] = [item for item in world.mailboxes.checks() if item.name == "noted changes"]
+        assert (check.passed, check.value) == (False, 1)
+        assert USER in check.message
+
+
+def refuse(path: str) -> None:
+    raise OSError(30, "Read-only file system")

@@ -8,7 +8,7 @@ from time import monotonic
 
 import pytest
 
-from umbra.mailbox.document import DocumentError
+from umbra.document import DocumentError
 from umbra.mailbox.seeding import Pacer, Seed, Seeds, rate_of
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from umbra.mailbox.document import DocumentError
+from umbra.document import DocumentError
 from umbra.mailbox.suspension import Suspensions
 
 

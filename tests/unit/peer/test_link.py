@@ -7,7 +7,7 @@ import socket
 import struct
 import tracemalloc
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,6 @@ async def echo(peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange) 
 async def test_request_and_answer(identities: Path) -> None:
     async with linked(identities, {"echo": echo}) as link:
         assert await link.request("echo", {"x": 1}, timeout=5) == {"from": "a", "x": 1}
-        assert link.peer == PeerIdentity("b", "s1")
 
 
 async def test_data_goes_both_ways_and_the_connection_is_used_again(identities: Path) -> None:
@@ -504,3 +503,45 @@ async def test_a_small_exchange_leaves_in_one_piece(
             await exchange.result()
         assert len(written) == 1
         assert written[0] > 4096
+
+
+async def test_an_answer_that_does_not_fit_a_frame_is_a_refusal_in_words(
+    identities: Path,
+) -> None:
+    async def many(*_: Any) -> dict[str, Any]:
+        return {"uncovered": ["4bcdefgh"] * 10_000}
+
+    async with linked(identities, {"many": many}) as link:
+        with pytest.raises(
+            PeerError, match="the answer to many cannot be sent: a payload"
+        ) as caught:
+            await link.request("many", {}, timeout=5)
+        assert caught.value.code == "failed"
+
+
+@pytest.mark.parametrize("epoch", [None, -1, True, 1.5, 2**53, "5"])
+async def test_a_request_has_an_epoch_that_there_can_be(identities: Path, epoch: Any) -> None:
+    """It would end on the disk, and in a database that takes no greater number."""
+    async with linked(identities, {"echo": echo}) as link:
+        link._epoch = lambda: epoch
+        with pytest.raises(PeerError, match="epoch") as caught:
+            await link.request("echo", {}, timeout=5)
+        assert caught.value.code == "protocol"
+
+
+async def test_nonsense_that_comes_again_and_again_is_told_once(
+    identities: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = ["no sense: lag", "no sense: lag", "", "no sense: lag", "no sense: reasons"]
+
+    async def status(*_: Any) -> dict[str, Any]:
+        if text := texts.pop(0):
+            raise PeerError("protocol", text)
+        return {}
+
+    async with linked(identities, {"status": status}) as link:
+        while texts:
+            with suppress(PeerError):
+                await link.request("status", {}, timeout=5)
+    assert caplog.text.count("no sense: lag") == 2
+    assert caplog.text.count("no sense: reasons") == 1

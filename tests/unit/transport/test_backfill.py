@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from tests.unit.transport.support import ENVELOPE, LONG, FakeLink, active, content
+from tests.unit.transport.test_store import spoil
 
 from umbra.peer.exchange import PeerError
 from umbra.transport import ids
@@ -89,7 +90,7 @@ async def test_a_break_keeps_what_is_not_copied(bench: Bench) -> None:
     bench.link.fail = lambda op: None
     assert (await bench.back_fill.run(bench.link)).copied == 3  # type: ignore[arg-type]
     assert [holding.count for holding in await bench.shadow.stats()] == [5]
-    assert bench.discarder.outstanding("b") == 5
+    assert bench.discarder.counts()["b"] == 5
 
 
 async def test_it_is_not_complete_while_a_message_is_on_its_way_into_the_store(
@@ -252,3 +253,14 @@ async def test_a_content_that_cannot_be_read_is_told_and_stops_no_other_message(
     assert [meta.shadow_id async for meta in bench.own.in_order(State.UNSHADOWED)] == [lost]
     [record] = [record for record in caplog.records if record.levelname == "ERROR"]
     assert "b gets no copy of the message q1" in record.getMessage()
+
+
+async def test_an_envelope_that_cannot_be_read_is_told_and_stops_no_other_message(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    odd = await bench.alone(b"one")
+    good = await bench.alone(b"two")
+    await spoil(bench.own, odd, b"{")
+    assert (await bench.back_fill.run(bench.link)).copied == 1  # type: ignore[arg-type]
+    assert await bench.shadow.find(good) is not None
+    assert f"the envelope of {odd} cannot be read" in caplog.text

@@ -91,7 +91,7 @@ async def test_a_copy_goes_after_two_listings_without_its_file(
     assert await left(shadow) == ["q1", "q2"]
     await discarder.discard()
     assert await left(shadow) == ["q2"]
-    assert discarder.outstanding("b") == 1
+    assert discarder.counts()["b"] == 1
 
 
 async def on_hold(store: ShadowStore) -> list[str]:
@@ -296,10 +296,10 @@ async def test_a_shadow_that_is_away_is_told_later(
     link.fail = lambda op: PeerError("unreachable", "gone")
     for _ in range(4):
         await discarder.discard()
-    assert discarder.outstanding("b") == 1
+    assert discarder.counts()["b"] == 1
     link.fail = lambda op: None
     await discarder.discard()
-    assert discarder.outstanding("b") == 0
+    assert discarder.counts()["b"] == 0
     assert await left(shadow) == []
 
 
@@ -328,7 +328,7 @@ async def test_after_a_restart_the_lists_are_compared(
     for _ in range(2):
         await discarder.discard()
     assert await left(shadow) == ["q1", "q9"]
-    assert discarder.outstanding("b") == 1
+    assert discarder.counts()["b"] == 1
 
 
 async def test_what_only_may_have_arrived_is_not_missed(
@@ -357,7 +357,7 @@ async def test_what_arrives_after_its_discard_is_found(
     discarder.add("b", "q1", ids.new(), sure=False)
     running = asyncio.create_task(discarder.run())
     for _ in range(500):
-        if not discarder.outstanding("b"):
+        if not discarder.counts()["b"]:
             break
         await asyncio.sleep(0.01)
     await held(shadow, "q1")
@@ -372,7 +372,7 @@ async def test_what_arrives_after_its_discard_is_found(
 async def test_a_list_of_many_pages_is_compared(shadow: ShadowStore, discarder: Discarder) -> None:
     await asyncio.gather(*(held(shadow, f"q{number}") for number in range(1100)))
     assert (await discarder.reconcile("b")).held == 1100
-    assert discarder.outstanding("b") == 1100
+    assert discarder.counts()["b"] == 1100
 
 
 async def test_copies_here_are_dropped_with_their_messages(tmp_path: Path, queue: Queue) -> None:
@@ -544,7 +544,7 @@ async def test_the_copy_of_a_retry_outlives_the_file_of_the_try_that_failed(
     queue.files = set()
     for _ in range(2):
         await discarder.discard()
-    assert discarder.outstanding("b") == 0
+    assert discarder.counts()["b"] == 0
 
 
 async def test_a_retry_that_comes_while_its_copy_is_discarded_is_not_sure_of_it(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -255,3 +255,28 @@ async def test_who_asks_while_there_is_no_agent_waits_for_the_next(
     application.go.set()
     async with listening(path, application):
         assert await waiting == b"new+\n"
+
+
+async def test_a_socket_whose_path_is_gone_makes_room_for_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else systemd would keep the old one, which the agent after this would listen on in vain."""
+    path, application = tmp_path / "once", Application()
+    kept: list[socket.socket] = []
+
+    def notify(message: str, sockets: Sequence[socket.socket] = ()) -> None:
+        """As systemd with FileDescriptorStoreMax=1."""
+        if message.startswith("FDSTOREREMOVE=1"):
+            while kept:
+                kept.pop().close()
+        elif message.startswith("FDSTORE=1") and not kept:
+            kept.extend(item.dup() for item in sockets)
+
+    monkeypatch.setattr("umbra.systemd.notify", notify)
+    monkeypatch.setattr("umbra.systemd.stored_socket", lambda name: kept[0].dup() if kept else None)
+    for gone in (False, True, False):
+        if gone:
+            path.unlink()
+        async with listening(path, application):
+            assert await ask(path, request(ids.new(), BOB)) == b"new+\n"
+    kept.pop().close()

@@ -10,9 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from umbra.transport.envelope import EnvelopeError
 from umbra.transport.remaining import Left, rows_of, take
 
-NAMES = st.lists(st.text(max_size=300), max_size=300).map(tuple)
+NAMES = st.lists(
+    st.text(st.characters(categories=("L", "N", "P", "S", "Zs")), min_size=1, max_size=300),
+    max_size=300,
+).map(tuple)
 LEFT = st.builds(Left, st.none() | NAMES, st.booleans())
 
 
@@ -42,3 +46,20 @@ def test_no_row_is_longer_than_a_line_of_the_link() -> None:
 def test_what_makes_no_sense_is_refused(row: dict[str, Any]) -> None:
     with pytest.raises(KeyError):
         take({}, row)
+
+
+@pytest.mark.parametrize("name", ["", "a\r\nRCPT TO:<b@example.com>", "a\x7f", "\ud800@x", None, 5])
+@pytest.mark.parametrize("more", [True, False])
+def test_a_recipient_that_no_envelope_takes_is_refused(name: object, more: bool) -> None:
+    """It would be stored, and the message could not be read again."""
+    found = {"4a": Left(("bob@example.com",))}
+    row = {"queue_id": "4a", "more" if more else "recipients": ["ann@example.com", name]}
+    with pytest.raises(EnvelopeError):
+        take(found, row)
+    assert found == {"4a": Left(("bob@example.com",))}
+
+
+def test_an_address_keeps_each_byte() -> None:
+    found: dict[str, Left] = {}
+    take(found, {"queue_id": "4a", "recipients": ["b\udcfcro@example.org"]})
+    assert found["4a"].recipients == ("b\udcfcro@example.org",)

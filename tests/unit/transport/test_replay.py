@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tests.unit.transport.support import ENVELOPE
 from tests.unit.transport.test_resubmit import Smtpd
+from tests.unit.transport.test_store import spoil
 
 from umbra.transport import ids
 from umbra.transport.envelope import Recipient
@@ -192,3 +193,15 @@ async def test_a_content_that_cannot_be_read_does_not_end_the_replay(bench: Benc
     result = await bench.replayer.run(BOB, LONG_AGO, SOON)
     assert list(result.failed) == [lost]
     assert (result.found, result.resubmitted, bench.subjects()) == (2, 1, ["two"])
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+async def test_an_envelope_that_cannot_be_read_is_told_with_what_was_not_sent(
+    bench: Bench, dry_run: bool
+) -> None:
+    lost = await bench.delivered("one")
+    await bench.delivered("two")
+    await spoil(bench.store, lost, b"{")
+    result = await bench.replayer.run(BOB, LONG_AGO, SOON, dry_run=dry_run)
+    assert list(result.failed) == [lost]
+    assert (result.found, result.resubmitted) == (2, 1)

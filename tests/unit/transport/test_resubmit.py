@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.unit.transport.support import ENVELOPE, active
+from tests.unit.transport.test_store import spoil
 
-from umbra.transport import ids
+from umbra.transport import ids, view
 from umbra.transport import resubmit as module
 from umbra.transport.discard import Discarder, LocalHolder
 from umbra.transport.envelope import Recipient
@@ -232,7 +233,7 @@ async def test_without_a_shadow_the_copy_stays_for_the_back_fill(bench: Bench) -
     meta = await bench.store.find(shadow_id)
     assert meta is not None
     assert (meta.state, meta.origin, meta.queue_id) == (State.UNSHADOWED, "b", "4new")
-    assert bench.discarder.outstanding("b") == 1
+    assert bench.discarder.counts()["b"] == 1
 
 
 async def test_order_is_the_order_of_acceptance(bench: Bench) -> None:
@@ -553,3 +554,24 @@ async def test_a_content_that_cannot_be_read_stops_no_other_message(
     assert report.resubmitted == len(bench.smtpd.mails) == 2
     for shadow_id, mail in zip(others, bench.smtpd.mails, strict=True):
         assert mail.content == f"X-Umbra-Id: {shadow_id}\r\n".encode() + big
+
+
+async def test_an_envelope_that_cannot_be_read_stops_no_other_message(bench: Bench) -> None:
+    """Whoever looks finds it set aside, and why; a file that Postfix has of it goes on."""
+    odd, accepted, good = [await bench.held(queue_id=f"4{number}") for number in range(3)]
+    await bench.resubmitter.claim("a")
+    await bench.store.note_queue_id(accepted, "4there")
+    for shadow_id in (odd, accepted):
+        await spoil(bench.store, shadow_id, b"{")
+    bench.queue = bench.committed = {"4there"}
+    report = await bench.resubmitter.run()
+    assert (report.parked, report.resubmitted, report.finished_before) == (1, 1, 1)
+    [meta] = [meta async for meta in bench.store.in_order(State.PARKED)]
+    [row] = view.parked([meta], bench.resubmitter.reasons)
+    assert row == {
+        "shadow_id": odd, "message_id": "", "origin": "a", "queue_id": "40",
+        "reason": f"the envelope of {odd} cannot be read: the envelope is not JSON",
+    }  # fmt: skip
+    assert good in bench.smtpd.mails[0].content.decode("latin-1")
+    gone = await bench.store.discard([odd], origin="a", state=State.PARKED, delivered=False)
+    assert [item.shadow_id for item in gone] == [odd]

@@ -21,7 +21,7 @@ from umbra.transport import ids, metrics
 from umbra.transport import store as module
 from umbra.transport.remaining import Left
 from umbra.transport.resubmit import narrow
-from umbra.transport.store import Meta, ShadowStore, State, StoreError, StoreFull
+from umbra.transport.store import ContentError, Meta, ShadowStore, State, StoreError, StoreFull
 
 LARGE = 700_000
 
@@ -528,4 +528,63 @@ async def test_a_writer_that_ends_leaves_nobody_waiting_and_is_told(
     assert [type(error) for error in found] == [StoreError] * 4
     with pytest.raises(StoreError):
         await store.discard([], origin="a")
+    await store.close()
+
+
+BAD = {
+    "no JSON": b"{" + ENVELOPE.to_json().encode()[2:],
+    "no UTF-8": ENVELOPE.to_json().encode().replace(b"bob@", b"b\xefb@"),
+    "no envelope": ENVELOPE.to_json().encode().replace(b"bob@", b"b\\u0001b@"),
+    "no recipients": ENVELOPE.to_json().encode().replace(b'"NOTIFY', b'5,"NOTIFY'),
+    "other recipients": b'{"recipients": ["bob@example.com", [], 5]}',
+}
+
+
+async def spoil(store: ShadowStore, shadow_id: str, envelope: bytes) -> None:
+    await store._write(
+        lambda database: (
+            database.execute(
+                "UPDATE message SET envelope = CAST(? AS TEXT) WHERE shadow_id = ?",
+                (envelope, shadow_id),
+            ).rowcount
+        )
+    )
+
+
+@pytest.mark.parametrize("bad", list(BAD))
+async def test_an_envelope_that_cannot_be_read_stops_no_other_message(
+    tmp_path: Path, bad: str
+) -> None:
+    """And is hidden from nobody who could do something about it."""
+    store = ShadowStore(tmp_path / "shadow", keep=True)
+    await store.open()
+    odd, good = [await put(store, b"x", queue_id=f"4{number}") for number in range(2)]
+    await spoil(store, odd, BAD[bad])
+    await store.hold([odd, good], True, origin="a")
+    [page] = [page async for page in store.copies("a")]
+    assert {(copy.shadow_id, copy.held) for copy in page} == {(odd, False), (good, True)}
+    meta = await found(store, odd)
+    assert (meta.queue_id, meta.message_id if bad == "no JSON" else "") == ("40", "")
+    with pytest.raises(ContentError, match=f"the envelope of {odd} cannot be read"):
+        _ = meta.envelope
+
+    left = Left(("bob@example.com",))
+    assert await store.claim("a", {"40": left, "41": left}, narrow) == []
+    names = [meta.shadow_id async for meta in store.in_order(State.RESUBMITTING)]
+    assert names == [odd, good]
+    await store.park(odd)
+    assert [meta.shadow_id async for meta in store.in_order(State.PARKED)] == [odd]
+    await store.unpark()
+    await store.keep_unshadowed(await found(store, odd), "4new", origin="b")
+    assert (await found(store, odd)).queue_id == "4new"
+
+    for name, origin, state in ((odd, "b", State.UNSHADOWED), (good, "a", State.RESUBMITTING)):
+        assert len(await store.discard([name], origin=origin, state=state)) == 1
+    everything = [item async for item in store.delivered(["bob@example.com"], "0", "g")]
+    assert good in {item.shadow_id for item in everything}
+    if bad in ("no JSON", "no recipients"):
+        assert odd in {item.shadow_id for item in everything}
+    assert "bob@example.com" in await store.recipients("0", "g")
+    assert [item.shadow_id async for item in store.kept({"4new"})] == [odd]
+    assert await store.purge(1e12, 0, 10) == 2
     await store.close()

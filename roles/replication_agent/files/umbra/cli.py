@@ -125,8 +125,8 @@ def switchover(to: str, dry_run: bool, timeout_s: float) -> None:
         click.echo(f"The primary would move from {result['from']} to {to}.")
         if lacking := result.get("uncovered"):
             click.echo(
-                f"{len(lacking)} messages of its queue have no copy on {to} and would wait on hold"
-                f" on {result['from']}: {', '.join(lacking[:5])}"
+                f"{result.get('uncovered_count', len(lacking))} messages of its queue have no copy"
+                f" on {to} and would wait on hold on {result['from']}: {', '.join(lacking[:5])}"
             )
     else:
         for step in result["steps"]:
@@ -328,15 +328,15 @@ def _print_differences(rows: list[dict[str, Any]]) -> None:
     for row in sorted(rows, key=lambda row: (row["user"], row["peer"])):
         head = [row["user"], row["peer"], row["outcome"]]
         if not row["differences"]:
-            table.add_row(*map(Text, [*head, "", row["reason"], "", ""]))
+            table.add_row(*map(_text, [*head, "", row["reason"], "", ""]))
         for item in row["differences"]:
             values = [item["mailbox"], item["what"], item["here"] or "-", item["there"] or "-"]
-            table.add_row(*map(Text, [*head, *values]))
+            table.add_row(*map(_text, [*head, *values]))
             head = ["", "", ""]
         if row["differences"] and (left := row["count"] - len(row["differences"])):
             table.add_row("", "", "", "", f"and {left} more", "", "")
         if row["differences"] and row["reason"]:
-            table.add_row("", "", "", "", Text(row["reason"]), "", "")
+            table.add_row("", "", "", "", _text(row["reason"]), "", "")
     _console().print(table)
 
 
@@ -350,6 +350,11 @@ def _print_verified(rows: list[dict[str, Any]], counts: Counter[str]) -> None:
 def _console() -> Console:
     # In a playbook's output there is no terminal whose width must be kept.
     return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
+def _text(words: str, style: str = "") -> Text:
+    """Return ``words`` as they are: no markup, and nothing that a terminal would obey."""
+    return Text("".join(char if char.isprintable() else "?" for char in words), style=style)
 
 
 def _confirm_loss(report: dict[str, Any]) -> None:
@@ -410,9 +415,10 @@ def _print_status(report: dict[str, Any]) -> None:
             else "0"
         )
         table.add_row(
-            node["node"], node["site"],
-            Text(node["role"], style="bold" if node["role"] == "primary" else ""),
-            Text(state, style="" if node["reachable"] else "red"), lag, queue, _time(node["since"]),
+            _text(node["node"]), _text(node["site"]),
+            _text(node["role"], style="bold" if node["role"] == "primary" else ""),
+            _text(state, style="" if node["reachable"] else "red"), lag, queue,
+            _text(_time(node["since"])),
         )  # fmt: skip
     console.print(table)
     console.print()
@@ -425,7 +431,7 @@ def _print_status(report: dict[str, Any]) -> None:
         Text(f"group {report['group']}: ").append(word).append(f", epoch {report['epoch']}")
     )
     for reason in report["reasons"]:
-        console.print(Text(f"  {reason}"))
+        console.print(_text(f"  {reason}"))
     if report["coordinator"] != "static":
         names = ", ".join(report["protected_set"]) or "nobody"
         on = "paused (umbractl unpause)" if report["paused"] else "on"
@@ -435,23 +441,23 @@ def _print_status(report: dict[str, Any]) -> None:
         for node in report["nodes"]:
             policy = f"; policy {node['policy']}" if node["policy"] not in ("", "automatic") else ""
             if node["cause"]:
-                console.print(Text(f"  {node['node']}: {node['state']}: {node['cause']}{policy}"))
+                console.print(_text(f"  {node['node']}: {node['state']}: {node['cause']}{policy}"))
     for check in report["checks"]:
         if not check["passed"]:
-            console.print(Text(f"check {check['name']}: {check['message']}"))
+            console.print(_text(f"check {check['name']}: {check['message']}"))
     for address in report["service_addresses"]:
         places = [n["node"] for n in report["nodes"] if address in n["service_addresses"]]
-        console.print(Text(f"service address {address}: {' and '.join(places) or 'nowhere'}"))
+        console.print(_text(f"service address {address}: {' and '.join(places) or 'nowhere'}"))
     change = report["last_switchover"]
     if change:
         outage = f", outage {change['outage_s']:.3f} s" if change["outage_s"] is not None else ""
         kind = "switchover" if change["planned"] else "failover"
         at = _time(change["at"])
-        console.print(f"last {kind}: {change['from']} to {change['to']}, {at}{outage}")
+        console.print(_text(f"last {kind}: {change['from']} to {change['to']}, {at}{outage}"))
 
 
 def _print_queue(answer: dict[str, Any]) -> None:
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console = _console()
     if answer["messages"]:
         table = Table(box=None, pad_edge=False)
         table.add_column("primary", no_wrap=True)
@@ -459,49 +465,44 @@ def _print_queue(answer: dict[str, Any]) -> None:
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("next", no_wrap=True)
         for row in answer["messages"]:
-            table.add_row(
-                row["origin"], str(row["messages"]), _size(row["bytes"]), _age(row["oldest_s"]),
-                row["next"],
-            )  # fmt: skip
+            words = row["origin"], str(row["messages"]), _size(row["bytes"]), _age(row["oldest_s"])
+            table.add_row(*map(_text, (*words, row["next"])))
         console.print(table)
     else:
-        console.print(f"{answer['node']} holds no message.")
+        console.print(_text(f"{answer['node']} holds no message."))
     for row in answer["copies"]:
         where = "here" if row["holder"] == answer["node"] else f"at {row['holder']}"
-        console.print(f"copies of this node's own queue {where}: {row['messages']}")
+        console.print(_text(f"copies of this node's own queue {where}: {row['messages']}"))
     for row in answer.get("parked", ()):
         name = f"{row['shadow_id']} ({row['message_id'] or 'no message id'})"
-        console.print(Text(f"parked {name} of {row['origin']}: {row['reason']}"))
+        console.print(_text(f"parked {name} of {row['origin']}: {row['reason']}"))
 
 
 def _print_resubmitted(answer: dict[str, Any]) -> None:
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console = _console()
     table = Table(box=None, pad_edge=False)
     for name in ("accepted", "sender", "message id"):
         table.add_column(name)
     table.add_column("size", justify="right", no_wrap=True)
     for row in answer["messages"]:
-        table.add_row(
-            _time(row["accepted"]), row["sender"] or "<>", row["message_id"], _size(row["bytes"])
-        )
+        words = _time(row["accepted"]), row["sender"] or "<>", row["message_id"]
+        table.add_row(*map(_text, words), _size(row["bytes"]))
     if answer["messages"]:
         console.print(table)
         console.print()
-    console.print(
-        f"{answer['recipient']}, accepted from {_time(answer['since'])}"
-        f" to {_time(answer['until'])}:"
-    )
+    window = f"accepted from {_time(answer['since'])} to {_time(answer['until'])}"
+    console.print(_text(f"{answer['recipient']}, {window}:"))
     sent = "would be sent again" if answer["dry_run"] else "sent again"
-    for count, words in (
+    for count, what in (
         (answer["found"], "in the safety net"),
         (answer["present"], "in the mailbox already"),
         (answer["queued"], "in the queue still"),
         (answer["resubmitted"], sent),
         (len(answer["failed"]), "refused"),
     ):
-        console.print(f"{count:>8} {words}")
+        console.print(f"{count:>8} {what}")
     for shadow_id, reason in list(answer["failed"].items())[:5]:
-        console.print(f"  {shadow_id}: {reason}")
+        console.print(_text(f"  {shadow_id}: {reason}"))
 
 
 def _age(seconds: float) -> str:

@@ -40,8 +40,8 @@ from umbra.cluster.service_address import ServiceAddress
 from umbra.cluster.static import StateError, StateFile
 from umbra.cluster.switchover import Refused, Switchover
 from umbra.config import Config, ConfigError, CoordinatorKind, load
+from umbra.document import DocumentError
 from umbra.mailbox.carrier import valid_user
-from umbra.mailbox.document import DocumentError
 from umbra.mailbox.doveadm import DoveadmError
 from umbra.mailbox.part import Mailboxes
 from umbra.mailbox.seeding import rate_of
@@ -53,7 +53,7 @@ from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import Identity, PeerIdentity
 from umbra.peer.link import PeerLink
 from umbra.peer.server import Handler, PeerServer
-from umbra.systemd import notify, watchdog_interval
+from umbra.systemd import alive, notify, watchdog_interval
 from umbra.transport import times
 from umbra.transport.ids import valid
 from umbra.transport.part import Messages
@@ -234,11 +234,26 @@ class Agent:
     async def _watchdog(self) -> None:
         """Tell systemd that the loop turns, and what state it is in."""
         interval = watchdog_interval() or 5.0
+        failed = ""
         while True:
-            report = self._composer.report()
-            word = "protected" if report.protected else f"degraded: {'; '.join(report.reasons)}"
-            notify(f"WATCHDOG=1\nSTATUS={self._composer.node_status()['state']}, {word}")
+            try:
+                status, fault = self._state(), ""
+            except Exception as error:
+                # What is served does not depend on it, and the agent after this one would fail too.
+                status = fault = f"no report can be made: {error!r}"
+                if fault != failed:
+                    log.exception("no report can be made")
+            failed = fault
+            try:
+                alive(status)
+            except OSError as error:
+                log.warning("systemd does not hear that the agent is alive: %s", error)
             await asyncio.sleep(interval)
+
+    def _state(self) -> str:
+        report = self._composer.report()
+        word = "protected" if report.protected else f"degraded: {'; '.join(report.reasons)}"
+        return f"{self._composer.node_status()['state']}, {word}"
 
     async def _catch_up(self, peer: str, protect: Protect) -> None:
         async def all_there() -> None:

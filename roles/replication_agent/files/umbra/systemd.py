@@ -7,6 +7,7 @@ import socket
 from collections.abc import Sequence
 
 FIRST_FD = 3
+MAX_STATUS = 1000  # characters
 
 
 def notify(message: str, sockets: Sequence[socket.socket] = ()) -> None:
@@ -21,14 +22,27 @@ def notify(message: str, sockets: Sequence[socket.socket] = ()) -> None:
         address = "\0" + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
         channel.connect(address)
+        data = message.encode("utf-8", "replace")
         if sockets:
-            socket.send_fds(channel, [message.encode()], [item.fileno() for item in sockets])
+            socket.send_fds(channel, [data], [item.fileno() for item in sockets])
         else:
-            channel.send(message.encode())
+            channel.send(data)
+
+
+def alive(status: str) -> None:
+    """Tell the service manager that the process is alive, and in what state.
+
+    In one line that is cut where it is long: a message of over 4096 bytes is dropped as a whole.
+    """
+    notify(f"WATCHDOG=1\nSTATUS={' '.join(status.split())[:MAX_STATUS]}")
 
 
 def store_socket(name: str, item: socket.socket) -> None:
-    """Have the service manager keep a socket for the next process (``FileDescriptorStoreMax``)."""
+    """Have the service manager keep a socket for the next process (``FileDescriptorStoreMax``).
+
+    It takes the place of the one that is kept under this name, or there would be no room for it.
+    """
+    notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
     notify(f"FDSTORE=1\nFDNAME={name}", [item])
 
 

@@ -1,4 +1,4 @@
-"""The HTTP API: everything on the unix socket, the read-only part on the tunnel address too.
+"""The HTTP API: everything on the unix socket, status and metrics on the tunnel address too.
 
 Access to the socket is the authentication of an operator (root, and the group of the agent). On the
 tunnel WireGuard authenticates the host
@@ -29,7 +29,8 @@ Stream = Callable[[dict[str, Any]], AsyncGenerator[dict[str, Any], None]]
 class Api:
     """Routes of the API.
 
-    :param queries: what a GET of ``/NAME`` answers, beside the report; may raise Refused.
+    :param queries: what a GET of ``/NAME`` answers, beside the report; may raise Refused. They name
+        users and messages, so the socket alone has them.
     :param operations: what a POST to ``/NAME`` does; it gets the JSON body and returns the answer,
         or raises Refused.
     :param streams: the same for operations that take long: each item is one line of the answer, as
@@ -52,6 +53,8 @@ class Api:
     async def start(self, socket: Path, address: str, port: int) -> None:
         """Listen on both. OSError if either cannot be had."""
         local = self._application()
+        for name, query in self._queries.items():
+            local.router.add_get(f"/{name}", self._answer(query))
         for name, operation in self._operations.items():
             local.router.add_post(f"/{name}", self._handler(operation))
         for name, stream in self._streams.items():
@@ -79,8 +82,6 @@ class Api:
         application.router.add_get("/health", self._health)
         application.router.add_get("/status", self._status)
         application.router.add_get("/metrics", self._metrics)
-        for name, query in self._queries.items():
-            application.router.add_get(f"/{name}", self._answer(query))
         return application
 
     async def _health(self, _: web.Request) -> web.Response:

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from umbra.cluster import protocol as p
 from umbra.cluster.etcd import EtcdError, Shown, boottime
+from umbra.epoch import epoch_of
 from umbra.peer.exchange import PeerError
 
 log = logging.getLogger(__name__)
@@ -244,7 +245,7 @@ class Driver:
         try:
             async with asyncio.timeout(self.config.timing.miss):
                 answer = await self._renew(peer, epoch)
-            refused, theirs = answer["refused"], int(answer["epoch"])
+            refused, theirs = answer["refused"], epoch_of(answer["epoch"])
             storage = str(answer["storage"])
         except (PeerError, TimeoutError):
             return  # a lost answer extends nothing
@@ -301,7 +302,7 @@ class Driver:
                 record = p.Record.from_json(row)
                 if row.get("cluster", shown.cluster) != shown.cluster:
                     record, restored = None, record
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             self._fails(EtcdError(f"the key {self._key} makes no sense: {error!r}"))
             return
         seen = p.Seen(shown.sent, shown.revision, record, shown.cluster, restored)

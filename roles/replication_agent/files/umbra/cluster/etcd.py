@@ -75,6 +75,9 @@ def client_tls(authority: Path, certificate: Path, key: Path) -> ssl.SSLContext:
 # wan). Its right runs for 1.1, 1.9 and 4.5 s, and the shadow waits for 1.5, 2.5 and 6 s.
 LATE = 0.5
 
+MAX_ANSWER = 64 * 1024
+"""Bytes; the key and what is around it are a few hundred."""
+
 
 class Etcd:
     """A client of all members of one cluster, to be used as an async context manager.
@@ -98,7 +101,13 @@ class Etcd:
 
     async def __aenter__(self) -> Self:
         connector = aiohttp.TCPConnector(ssl=self._tls if self._tls is not None else True)
-        self._session = aiohttp.ClientSession(connector=connector, trust_env=False)
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            trust_env=False,
+            # Else a small answer could be a large one.
+            auto_decompress=False,
+            headers={"Accept-Encoding": "identity"},
+        )
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -142,10 +151,10 @@ class Etcd:
                 asyncio.timeout(2 * self._timeout),
                 self._session.get(f"{endpoint}/health", allow_redirects=False) as response,
             ):
-                answer = json.loads(await response.read())
-        except (TimeoutError, aiohttp.ClientError, OSError, ValueError):
+                answer = await _answer(response)
+        except (EtcdError, TimeoutError, aiohttp.ClientError, OSError, ValueError):
             return False
-        return isinstance(answer, dict) and answer.get("health") == "true"
+        return answer.get("health") == "true"
 
     async def _transact(self, key: str, compare: Mapping[str, str], value: bytes) -> Shown:
         name = _encode(key.encode())
@@ -194,17 +203,31 @@ class Etcd:
                 asyncio.timeout(self._timeout),
                 self._session.post(url, json=body, allow_redirects=False) as response,
             ):
-                answer = json.loads(await response.read())
+                answer = await _answer(response)
                 status = response.status
         except TimeoutError:
             raise EtcdError(f"no answer within {self._timeout:g} s") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise EtcdError(str(error) or type(error).__name__) from None
-        if not isinstance(answer, dict):
-            raise EtcdError("an answer that is no JSON object")
         if status != 200:
             raise EtcdError(str(answer.get("message") or answer.get("error") or f"HTTP {status}"))
         return answer
+
+
+async def _answer(response: aiohttp.ClientResponse) -> Mapping[str, Any]:
+    """Return the JSON object of an answer. EtcdError if it is none, or too long."""
+    data = bytearray()
+    async for piece in response.content.iter_any():
+        data += piece
+        if len(data) > MAX_ANSWER:
+            raise EtcdError(f"an answer of over {MAX_ANSWER} bytes")
+    try:
+        answer = json.loads(data)
+    except RecursionError:
+        answer = None
+    if not isinstance(answer, dict):
+        raise EtcdError("an answer that is no JSON object")
+    return answer
 
 
 def _shown(answer: Mapping[str, Any], sent: float, value: bytes) -> Shown:
@@ -223,7 +246,9 @@ def _shown(answer: Mapping[str, Any], sent: float, value: bytes) -> Shown:
             base64.b64decode(found[0].get("value", ""), validate=True),
             cluster=cluster,
         )
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (
+        KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError
+    ) as error:  # fmt: skip
         raise EtcdError(f"an answer that makes no sense: {error!r}") from None
 
 

@@ -25,6 +25,7 @@ from umbra.api.report import Check
 from umbra.cluster import machine
 from umbra.cluster.fitness import Fitness
 from umbra.cluster.machine import Event, NotNow
+from umbra.cluster.said import checked
 from umbra.cluster.state import Mode, Phase, Role, State
 from umbra.cluster.static import StateError, StateFile, first
 from umbra.cluster.work import warm_up
@@ -116,7 +117,7 @@ def primary_of(
 ) -> str | None:
     """Return who is primary by what the nodes say of themselves: the highest epoch counts. Pure."""
     claims = [
-        (int(status["epoch"]), name)
+        (status["epoch"], name)
         for name, status in statuses.items()
         if status.get("role") == Role.PRIMARY and reachable(name)
     ]
@@ -451,21 +452,22 @@ class Group:
 
     async def heard_from(self, peer: str, status: Mapping[str, Any], *, answered: bool) -> None:
         """Note what a peer says of itself. PeerError ``protocol`` if it makes no sense."""
+        said = checked(peer, status)
         try:
             seen = machine.PeerSeen(
                 peer,
-                int(status["epoch"]),
-                Role(status["role"]),
-                Phase(status["state"]),
-                str(status["storage_id"]),
+                said["epoch"],
+                Role(said["role"]),
+                Phase(said["state"]),
+                said["storage_id"],
                 answered,
-                status.get("handing_to"),
+                said.get("handing_to"),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except ValueError as error:
             raise PeerError(
-                "protocol", f"{peer} sent a status that makes no sense: {error!r}"
+                "protocol", f"{peer} sent a status that makes no sense: {error}"
             ) from None
-        self.statuses[peer] = dict(status)
+        self.statuses[peer] = said
         if answered:
             self.heard[peer] = time.monotonic()
         await self.apply(seen)

@@ -34,6 +34,7 @@ from umbra.cluster.switchover import (
     told,
 )
 from umbra.config import Config, HandoverPolicy, StonithUse
+from umbra.epoch import epoch_of
 from umbra.node.client import NodeHelper
 from umbra.node.helper import HelperError
 from umbra.peer.exchange import Exchange, PeerError
@@ -202,7 +203,7 @@ class Handover(Switchover):
     ) -> dict[str, Any]:
         """Handler of ``handover``: note who has to get what is left, for the epoch to come."""
         try:
-            epoch = int(args["epoch"])
+            epoch = epoch_of(args["epoch"])
             remaining = await told(exchange)
         except (KeyError, TypeError, ValueError) as error:
             raise PeerError("protocol", f"a handover that makes no sense: {error!r}") from None

@@ -26,10 +26,11 @@ async def watch(link: PeerLink, group: Group, status: NodeStatus, timing: Heartb
     """Exchange states with one peer every ``timing.interval`` seconds; runs until cancelled.
 
     A peer is lost when it has not answered for ``timing.timeout`` seconds, on the monotonic clock,
-    counted from the sending of the last request that it answered.
+    counted from the sending of the last request that it answered. An answer that makes no sense is
+    none, and told once.
     """
     answered = time.monotonic()
-    lost = True
+    lost, told = True, ""
     while True:
         sent = time.monotonic()
         try:
@@ -41,8 +42,11 @@ async def watch(link: PeerLink, group: Group, status: NodeStatus, timing: Heartb
             answered = sent
             if lost:
                 log.info("%s answers", link.name)
-            lost = False
+            lost, told = False, ""
         except PeerError as error:
+            if error.code == "protocol" and error.text != told:
+                told = error.text
+                log.error("the answer of %s to a heartbeat does not count: %s", link.name, error)
             if not lost and time.monotonic() - answered >= timing.timeout:
                 lost = True
                 link.reset()

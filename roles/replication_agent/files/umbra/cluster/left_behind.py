@@ -121,7 +121,10 @@ class LeftBehind:
         """Return whether ``primary`` has messages left, and the ids of those that it set aside."""
         link = self._group.links[primary]
         answer = await link.request("shadow-outstanding", {}, timeout=TIMEOUT)
-        return answer.get("messages") != 0, set(answer.get("parked", ()))
+        parked = answer.get("parked", [])
+        if not isinstance(parked, list) or not all(isinstance(item, str) for item in parked):
+            raise PeerError("protocol", f"{primary} does not say what it has set aside")
+        return answer.get("messages") != 0, set(parked)
 
     def _forced(self) -> bool:
         """Whether a node has been promoted by force since, which may never have had them."""

@@ -33,6 +33,8 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+from umbra.epoch import epoch_of
+
 NEVER = float("-inf")
 HOUR = 3600.0
 WRITE_DOWN = 10.0
@@ -123,12 +125,12 @@ class Record:
         record = cls(
             holder=str(value["holder"]),
             storage=str(value["storage"]),
-            epoch=int(value["epoch"]),
+            epoch=epoch_of(value["epoch"]),
             mode=Mode(value["mode"]),
             protected=frozenset(Member(str(n), str(s)) for n, s in value["protected"].items()),
             paused=bool(value["paused"]),
             automatic=tuple(float(at) for at in value["automatic"]),
-            forced=int(value.get("forced", 0)),  # a key from before this was noted
+            forced=epoch_of(value.get("forced", 0)),  # a key from before this was noted
         )
         if (record.mode is Mode.ALONE) is bool(record.protected):
             raise ValueError(f"mode {record.mode} with {len(record.protected)} protected shadows")

@@ -30,10 +30,12 @@ from umbra.cluster.etcd import boottime
 from umbra.cluster.group import PRIMARY_OPERATIONS, Group, now
 from umbra.cluster.lease import Lease
 from umbra.cluster.machine import Event, NotNow
+from umbra.cluster.said import checked
 from umbra.cluster.state import Change, Durable, Mode, PeerView, Phase, Role, State
 from umbra.cluster.static import StateFile
 from umbra.cluster.work import DOVECOT, POSTFIX, Server, Trouble, Work
 from umbra.config import Config
+from umbra.epoch import epoch_of
 from umbra.node.client import NodeHelper
 from umbra.node.helper import HelperError
 from umbra.peer.exchange import Exchange, PeerError
@@ -567,15 +569,16 @@ class QuorumGroup(Group):
                 f"{peer} has another coordinator; replication_agent_coordinator must be the same on"
                 " all nodes of a group",
             )
+        said = checked(peer, status)
         try:
-            word, role = p.Phase(status["state"]), Role(status["role"])
-            epoch, storage = int(status["epoch"]), str(status["storage_id"])
-        except (KeyError, TypeError, ValueError) as error:
+            word, role = p.Phase(said["state"]), Role(said["role"])
+        except ValueError as error:
             raise PeerError(
-                "protocol", f"{peer} sent a status that makes no sense: {error!r}"
+                "protocol", f"{peer} sent a status that makes no sense: {error}"
             ) from None
+        epoch, storage = said["epoch"], said["storage_id"]
         # One that has not shut its services may still get mail that only it has.
-        behind = word in BEHIND and status.get("shut") is True
+        behind = word in BEHIND and said.get("shut") is True
         old = self.state.peers.get(peer, PeerView())
         view = PeerView(
             reachable=old.reachable or answered,
@@ -585,7 +588,7 @@ class QuorumGroup(Group):
             storage_id=storage,
             reason="" if answered else old.reason,
         )
-        self.statuses[peer] = dict(status)
+        self.statuses[peer] = said
         if answered:
             self.heard[peer] = time.monotonic()
         self.state = self._projected({**self.state.peers, peer: view})
@@ -622,9 +625,10 @@ class QuorumGroup(Group):
     async def _handle_renew(
         self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange
     ) -> dict[str, Any]:
-        epoch = args.get("epoch")
-        if not isinstance(epoch, int) or epoch < 1:
-            raise PeerError("protocol", "a renewal needs an epoch")
+        try:
+            epoch = epoch_of(args.get("epoch"))
+        except ValueError as error:
+            raise PeerError("protocol", f"a renewal needs an epoch: {error}") from None
         silence = args.get("silence", p.LONGEST)  # an agent from before this was said
         if not isinstance(silence, (int, float)) or not 0 < silence < math.inf:
             raise PeerError("protocol", "the silence of a renewal is a number of seconds")

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import secrets
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from umbra import document
 from umbra.cluster.state import Change, Durable, Mode, Role
 
 
@@ -72,18 +72,7 @@ class StateFile:
 
     def save(self, durable: Durable) -> None:
         """Make ``durable`` durable. OSError if it is not."""
-        temporary = self._path.with_suffix(".new")
-        value = json.dumps({**self._owner, **_encode(durable)}, indent=2)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(value + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._path)
-        directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        document.write(self._path, {**self._owner, **_encode(durable)})
 
 
 def first(role: str, now: str) -> Durable:

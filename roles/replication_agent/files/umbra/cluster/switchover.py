@@ -33,6 +33,7 @@ from umbra.cluster.group import PRIMARY_OPERATIONS, Group, now
 from umbra.cluster.machine import NotNow
 from umbra.cluster.state import Change, Phase, Role
 from umbra.config import Config, StonithUse
+from umbra.epoch import epoch_of
 from umbra.node.client import NodeHelper
 from umbra.node.helper import HelperError
 from umbra.peer.exchange import Exchange, PeerError
@@ -52,6 +53,8 @@ HANDOVER_TIMEOUT = 10.0
 OUTCOME_TIMEOUT = 15.0
 OUTSTANDING_PAUSE = 0.2
 PREPARED_FOR = 60.0
+MAX_NAMED = 1000
+"""Queue ids in an answer, which has a bound where it goes over the link."""
 MOVING = ("incoming", "active", "deferred")
 """Queues whose messages were acknowledged, and are to be delivered."""
 
@@ -64,7 +67,10 @@ class Refused(Exception):
 
 
 async def told(exchange: Exchange) -> Remaining:
-    """Return what a handover says of the queue; KeyError or TypeError if that makes no sense."""
+    """Return what a handover says of the queue.
+
+    KeyError, TypeError or ValueError if that makes no sense.
+    """
     found: dict[str, Left] = {}
     async for row in exchange.receive_lines():
         take(found, row)
@@ -115,7 +121,7 @@ class Mailboxes(Protocol):
     async def hurry(self, to: str, timeout: float) -> None:
         """Let changes wait for ``to`` from now on; return when all are there, or it is late.
 
-        Nothing to do where they wait for it anyway.
+        Nothing to do where they wait for it anyway. OSError if nobody can tell what it lacks.
         """
         ...
 
@@ -224,10 +230,16 @@ class Switchover:
         async with self._running:
             try:
                 if not dry_run:
-                    await self._mailboxes.hurry(to, timeout_s)
+                    await self._hurry(to, timeout_s)
                 return await self._run(to, dry_run=dry_run, timeout_s=timeout_s)
             finally:
                 self._mailboxes.at_ease()
+
+    async def _hurry(self, to: str, timeout_s: float) -> None:
+        try:
+            await self._mailboxes.hurry(to, timeout_s)
+        except OSError as error:
+            raise Refused(f"{error}.") from None
 
     async def _run(self, to: str, *, dry_run: bool, timeout_s: float) -> dict[str, Any]:
         result = {
@@ -238,7 +250,13 @@ class Switchover:
         }
         if not result["changed"] or dry_run:
             lacking = await self._would_lack(to) if result["changed"] else []
-            return {**result, "outage_s": 0.0, "steps": [], "uncovered": lacking}
+            return {
+                **result,
+                "outage_s": 0.0,
+                "steps": [],
+                "uncovered": lacking[:MAX_NAMED],
+                "uncovered_count": len(lacking),
+            }
         steps = Steps()
         try:
             await self._prepare(to, steps, timeout_s)
@@ -460,7 +478,7 @@ class Switchover:
         """Handler of ``handover``: become primary, durably, and open."""
         began = time.monotonic()
         try:
-            epoch, change = int(args["epoch"]), Change.from_json(args["change"])
+            epoch, change = epoch_of(args["epoch"]), Change.from_json(args["change"])
             elapsed = float(args["elapsed_s"])
             remaining = await told(exchange)
         except (KeyError, TypeError, ValueError) as error:

@@ -492,6 +492,11 @@ async def _until_ended(local: socket.socket) -> None:
             pass
 
 
+def _refuse_if(full: str) -> None:
+    if full:
+        raise PeerError("full", full)
+
+
 class DsyncHandler:
     """Shadow side: the handler of the operation ``dsync``.
 
@@ -550,7 +555,6 @@ class DsyncHandler:
                 "refused", "no such user" if not valid_user(user) else "too many streams"
             )
         self._seen(str(user))
-        self._refuse_if_full()
         task = asyncio.current_task()
         assert task is not None
         self._serving[task] = str(user)
@@ -559,6 +563,7 @@ class DsyncHandler:
                 await self.quiet(str(user))
             except OSError as error:
                 raise PeerError(BUSY, str(error)) from None
+            _refuse_if(await self._disk.full())
             sent, received = await self._serve(str(user), exchange)
         except (OSError, EOFError, ValueError, TimeoutError) as error:
             raise PeerError(
@@ -568,13 +573,9 @@ class DsyncHandler:
             del self._serving[task]
         return {"sent": sent, "received": received}
 
-    def _refuse_if_full(self) -> None:
-        if sentence := self._disk.full():
-            raise PeerError("full", sentence)
-
     async def _settle(self) -> None:
         await self._disk.settle()
-        self._refuse_if_full()  # it may have got so meanwhile, and Dovecot would not say so
+        _refuse_if(self._disk.full_now())  # it may have got so, and Dovecot would not say so
 
     async def _serve(self, user: str, exchange: Exchange) -> tuple[int, int]:
         reader, writer = await asyncio.open_unix_connection(self._socket, limit=CHUNK)

@@ -25,11 +25,12 @@ from typing import Any, Protocol
 
 from umbra.mailbox import metrics
 from umbra.mailbox.carrier import Exchange, valid_user
-from umbra.mailbox.describe import GUID_LENGTH, is_guid, received_rows, send_rows
+from umbra.mailbox.describe import GUID_LENGTH, is_guid
 from umbra.mailbox.doveadm import Doveadm, DoveadmError, SyncResult, unescape
 from umbra.mailbox.mirror import Carrier
 from umbra.peer.exchange import PeerError
 from umbra.peer.identity import PeerIdentity
+from umbra.peer.rows import received_rows, send_rows
 from umbra.transport import ids
 
 log = logging.getLogger(__name__)

@@ -23,14 +23,13 @@ from umbra.mailbox.carrier import Exchange, Link, valid_user
 from umbra.mailbox.doveadm import Doveadm, DoveadmError, unescape
 from umbra.peer.exchange import PeerError
 from umbra.peer.identity import PeerIdentity
+from umbra.peer.rows import line_of, received_rows, send_rows
 
 # What is told of each message, as Dovecot's `fetch` names it.
 FIELDS = ("uid", "guid", "flags", "size.virtual", "date.received.unixtime")
 # `mailbox status` prints these, after the name, in this order whatever order is asked for.
 STATUS = ("messages", "uidnext", "uidvalidity", "guid")
 MARK = ("uidnext", "uidvalidity", "highestmodseq", "guid")
-BATCH = 32 * 1024
-MAX_LINE = 64 * 1024
 # Descriptions that a node makes for others at the same time, and how long one may take (seconds).
 MAX_RUNNING = 4
 TIMEOUT = 3600.0
@@ -98,7 +97,7 @@ class Dovecot:
         ):
             digest = hashlib.sha256()
             async for message in self.messages(user, guid, bodies=bodies):
-                digest.update(_line(_values(message)))
+                digest.update(line_of(_values(message)))
             found.mailboxes[name] = Mailbox(
                 guid, uidvalidity, uidnext, messages, digest.hexdigest()
             )
@@ -297,10 +296,6 @@ def _values(message: Message) -> list[Any]:
     ]  # fmt: skip
 
 
-def _line(row: list[Any]) -> bytes:
-    return json.dumps(row, separators=(",", ":")).encode() + b"\n"
-
-
 def fingerprint(*texts: str) -> str:
     """Return what is the same for the same texts."""
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
@@ -345,30 +340,3 @@ def _read(found: Description, row: Any) -> None:
             found.rights[name] = rights
         case _:
             raise PeerError("protocol", f"not a row of a description: {row!r}"[:200])
-
-
-async def send_rows(exchange: Exchange, rows: AsyncIterator[list[Any]]) -> None:
-    """Send rows as JSON lines."""
-    batch = bytearray()
-    async for row in rows:
-        batch += _line(row)
-        if len(batch) >= BATCH:
-            await exchange.send(bytes(batch))
-            batch.clear()
-    await exchange.send(bytes(batch))
-
-
-async def received_rows(exchange: Exchange) -> AsyncIterator[Any]:
-    """Yield rows as they come. PeerError ``protocol`` for what is not JSON lines."""
-    rest = b""
-    while (data := await exchange.receive()) is not None:
-        *lines, rest = (rest + data).split(b"\n")
-        if len(rest) > MAX_LINE:
-            raise PeerError("protocol", f"a line is over {MAX_LINE} bytes")
-        for line in lines:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                raise PeerError("protocol", "a line is not JSON") from None
-    if rest:
-        raise PeerError("protocol", "the last line is cut off")

@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from time import monotonic
 
 from umbra.cluster.fitness import MAIL, room
 
 log = logging.getLogger(__name__)
 
 RETRY = 0.5  # seconds
+FRESH = 1.0  # seconds for which a look counts
 ROOM = 16 << 20  # bytes; Dovecot's logs and indexes grow by far less while a few syncs run
 
 
@@ -34,6 +37,8 @@ class MailDisk:
     def __init__(self, sync: Callable[[], Awaitable[None]], directory: Path = MAIL) -> None:
         self._sync = sync
         self._directory = directory
+        self._looking: asyncio.Task[str] | None = None
+        self._sentence, self._looked_at = "", -math.inf
         self._running: asyncio.Task[None] | None = None
         self._next: asyncio.Task[None] | None = None
 
@@ -48,12 +53,32 @@ class MailDisk:
             self._next = asyncio.create_task(self._round(self._running), name="mailboxes to disk")
         await asyncio.shield(self._next)
 
-    def full(self) -> str:
-        """Return a sentence if there is hardly any room, else "".
+    async def full(self) -> str:
+        """Return a sentence if there is hardly any room, else ""; of a moment ago at most.
 
         Dovecot keeps a change of flags that finds none in its process, says that all is well and
         forgets it.
         """
+        if monotonic() - self._looked_at < FRESH:
+            return self._sentence
+        # One at a time, in a thread: a disk that hangs must hang neither the loop nor all threads.
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(asyncio.to_thread(self._look))
+        self._note(await asyncio.shield(self._looking))
+        return self._sentence
+
+    def full_now(self) -> str:
+        """The same at this moment; for who was just ``settled``: a disk that answers does not hang.
+
+        A thread for it would cost each sync more than the look itself.
+        """
+        self._note(self._look())
+        return self._sentence
+
+    def _note(self, sentence: str) -> None:
+        self._sentence, self._looked_at = sentence, monotonic()
+
+    def _look(self) -> str:
         try:
             free = room(self._directory)
         except OSError as error:
@@ -64,7 +89,8 @@ class MailDisk:
 
     async def close(self) -> None:
         """End whatever waits."""
-        tasks = [task for task in (self._running, self._next) if task is not None]
+        own = self._running, self._next, self._looking
+        tasks = [task for task in own if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -70,6 +70,6 @@ class ScriptEvents:
 def _user(line: bytes) -> str:
     try:
         user = json.loads(line)["fields"]["user"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return ""
     return str(user) if valid_user(user) else ""

@@ -35,11 +35,12 @@ from typing import Any, Protocol
 
 from umbra.mailbox.carrier import Exchange, valid_user
 from umbra.mailbox.compare import Found, Unlike, of_mailbox
-from umbra.mailbox.describe import Message, is_guid, lasting, received_rows, send_rows
+from umbra.mailbox.describe import Message, is_guid, lasting
 from umbra.mailbox.doveadm import Doveadm, DoveadmError, Outcome, SyncResult
 from umbra.mailbox.mirror import Carrier
 from umbra.peer.exchange import PeerError
 from umbra.peer.identity import PeerIdentity
+from umbra.peer.rows import received_rows, send_rows
 
 log = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -58,6 +59,13 @@ class Notes:
         self._names = names
         self._permit = permit
         self._till = 0.0
+        self._taken: list[str] = []
+        self._stuck: dict[str, str] = {}
+
+    @property
+    def stuck(self) -> Sequence[str]:
+        """Users whose name could not be removed and was returned before: any change may be new."""
+        return sorted(filter(None, self._stuck.values()))
 
     def permit(self) -> None:
         """Let changes go unasked for a while; OSError if that cannot be written."""
@@ -74,15 +82,31 @@ class Notes:
         return max(0.0, self._till - _since_boot())
 
     def take(self) -> list[str]:
-        """Remove the names and return them. A change that is noted meanwhile leaves a new one."""
-        names = []
+        """Remove the names and return them. A change that is noted meanwhile leaves a new one.
+
+        One that cannot be removed is returned once, and is ``stuck`` from then on. OSError if the
+        names cannot be read; what was removed by then is returned the next time.
+        """
+        stuck: dict[str, str] = {}
         with os.scandir(self._names) as entries:
             for entry in entries:
-                os.unlink(entry.path)
-                if valid_user(name := unquote(entry.name)):
-                    names.append(name)
+                user = unquote(entry.name)
+                if not valid_user(user) or entry.is_dir(follow_symlinks=False):
+                    user = ""
+                try:
+                    os.unlink(entry.path)
+                except FileNotFoundError:
+                    continue
+                except OSError as error:
+                    stuck[entry.name] = user
+                    if entry.name in self._stuck:
+                        continue
+                    log.error("%r in %s stays there: %s", entry.name, self._names, error.strerror)
+                if user:
+                    self._taken.append(user)
                 else:
                     log.error("%r in %s is no user's name", entry.name, self._names)
+        names, self._taken, self._stuck = self._taken, [], stuck
         return names
 
 

@@ -122,6 +122,7 @@ class Mailboxes:
         self._suspending = asyncio.Lock()
         # Not permitted before this process knows that it may: the agent before it may have been.
         self._notes = notes.Notes(paths.missed, paths.run / "unasked")
+        self._unread_notes = ""
         self._notes.forbid()
         self._workers = config.mailbox.workers
         self._events = ScriptEvents(paths.events)
@@ -315,23 +316,35 @@ class Mailboxes:
                 continue
             async with self._suspending:
                 permitted = self._unasked
-                names = await self._take_notes(permitted=permitted)
+                try:
+                    found = await asyncio.to_thread(self._notes.take)
+                except OSError as error:
+                    if str(error) != self._unread_notes:
+                        log.error("users whose changes were noted are not known: %s", error)
+                    self._unread_notes = str(error)
+                    continue
+                self._unread_notes = ""
+                names = await self._noted(found, permitted=permitted)
             if permitted:
                 took = max(peer.sync_seconds for peer in self._peers.values())
                 pause = notes.rest(names, took, self._workers)
 
     async def _take_notes(self, *, permitted: bool) -> int:
-        """Note whose change the agent was not asked for, and return how many they are.
+        """Note whose change the agent was not asked for, and return how many they are. OSError.
 
         :param permitted: that was its own wish, so nothing is wrong with it.
         """
-        names = await asyncio.to_thread(self._notes.take)
+        return await self._noted(await asyncio.to_thread(self._notes.take), permitted=permitted)
+
+    async def _noted(self, names: Sequence[str], *, permitted: bool) -> int:
         # If the agent dies here, the one that starts compares all users.
-        for peer in self._peers.values() if names else ():
-            if permitted:
+        for peer in self._peers.values():
+            if permitted and names:
                 peer.follow(names)
-            else:
+            elif names:
                 await peer.missed(names)
+            if stuck := self._notes.stuck:
+                peer.follow(stuck)
         return len(names)
 
     async def confirm(self, to: str) -> None:
@@ -718,15 +731,6 @@ class Mailboxes:
         """Return how far each peer is behind, in changes and seconds."""
         return {name: peer.lag() for name, peer in self._peers.items()}
 
-    def progress(self) -> Sequence[str]:
-        """Return one sentence for each catch-up that runs."""
-        found = []
-        for name, peer in self._peers.items():
-            now = peer.progress()
-            if peer.phase.value in ("catching-up", "joining"):
-                found.append(f"{name}: {now['done']:.0f} of {now['total']:.0f} users compared")
-        return found
-
     def checks(self) -> Sequence[Check]:
         """Return the findings of this part."""
         found = {user: why for peer in self._peers.values() for user, why in peer.findings.items()}
@@ -737,7 +741,20 @@ class Mailboxes:
                 f"{len(found)} users cannot be mirrored{': ' + some if some else ''}.",
             ),
             *self._differing(),
+            self._notes_check(),
         ]  # fmt: skip
+
+    def _notes_check(self) -> Check:
+        stuck = self._notes.stuck
+        text = "Users whose changes did not reach the agent are known"
+        if self._unread_notes:
+            text = (
+                f"Users whose changes did not reach the agent are not known: {self._unread_notes}"
+            )
+        elif stuck:
+            text = f"The notes of {len(stuck)} users cannot be removed: {', '.join(stuck[:5])}"
+        passed = not stuck and not self._unread_notes
+        return Check("noted changes", passed, len(stuck), 0, f"{text}.")
 
     def _differing(self) -> Sequence[Check]:
         if not self._group.is_primary():

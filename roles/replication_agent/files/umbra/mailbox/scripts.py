@@ -29,11 +29,12 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
 from umbra.mailbox.carrier import Exchange, valid_user
-from umbra.mailbox.describe import Dovecot, fingerprint, received_rows, send_rows
+from umbra.mailbox.describe import Dovecot, fingerprint
 from umbra.mailbox.doveadm import DoveadmError, Outcome, SyncResult
 from umbra.mailbox.mirror import Carrier
 from umbra.peer.exchange import PeerError
 from umbra.peer.identity import PeerIdentity
+from umbra.peer.rows import received_rows, send_rows
 
 log = logging.getLogger(__name__)
 

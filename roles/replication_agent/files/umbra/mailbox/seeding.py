@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import monotonic
 
-from umbra.mailbox import document
-from umbra.mailbox.document import DocumentError
+from umbra import document
+from umbra.document import DocumentError
 
 # Slices in which a sender waits for its turn, so that it notices another rate (seconds).
 SLICE = 0.25

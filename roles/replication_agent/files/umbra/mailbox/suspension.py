@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from umbra.mailbox import document
-from umbra.mailbox.document import DocumentError
+from umbra import document
+from umbra.document import DocumentError
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from typing import Any
 
 from umbra.peer import frames
 from umbra.peer.connection import Connection, PeerError, error_of, object_of
 from umbra.peer.frames import FrameType
+from umbra.peer.rows import line_of, received_rows
 
 __all__ = ["Connection", "Exchange", "PeerError"]
 
@@ -88,24 +88,13 @@ class Exchange:
             return self._sent_end and self._result is not None
         return self._received_end
 
-    async def receive_lines(self, limit: int = 64 * 1024) -> AsyncIterator[dict[str, Any]]:
-        """Give what comes as JSON lines, one after the other: there may be 100,000.
-
-        A line over ``limit`` bytes is a PeerError ``protocol``.
-        """
-        rest = b""
-        while (data := await self.receive()) is not None:
-            *lines, rest = (rest + data).split(b"\n")
-            if len(rest) > limit:
-                raise PeerError("protocol", f"a line is over {limit} bytes")
-            for line in lines:
-                if line:
-                    yield object_of(line)
-        if rest:
-            raise PeerError("protocol", "the last line is cut off")
+    async def receive_lines(self) -> AsyncIterator[dict[str, Any]]:
+        """Give the objects that come as JSON lines. PeerError ``protocol`` for anything else."""
+        async for row in received_rows(self):
+            if not isinstance(row, dict):
+                raise PeerError("protocol", "a line is not a JSON object")
+            yield row
 
     async def send_lines(self, rows: list[dict[str, Any]]) -> None:
         """Send objects as JSON lines."""
-        await self.send(
-            b"".join(json.dumps(row, separators=(",", ":")).encode() + b"\n" for row in rows)
-        )
+        await self.send(b"".join(map(line_of, rows)))

@@ -18,7 +18,7 @@ from umbra.peer import frames
 from umbra.peer.connection import Connection, PeerError
 from umbra.peer.exchange import Exchange
 from umbra.peer.frames import FrameType
-from umbra.peer.identity import Identity, PeerIdentity
+from umbra.peer.identity import Identity
 
 CONNECT_TIMEOUT = 2.0
 MAX_CONNECTIONS = 256
@@ -49,7 +49,6 @@ class PeerLink:
         self._idle: list[Connection] = []
         self._busy: set[Connection] = set()
         self._slots = asyncio.Semaphore(MAX_CONNECTIONS)
-        self.peer: PeerIdentity | None = None
 
     async def request(self, op: str, args: Mapping[str, Any], *, timeout: float) -> dict[str, Any]:
         """Run an exchange without DATA and return the answer.
@@ -126,8 +125,7 @@ class PeerLink:
                     "refused", f"the certificate at {self._address} is not that of {self.name}"
                 )
             await connection.write(frames.encode_json(FrameType.HELLO, self._hello))
-            answer = await connection.read_json(FrameType.HELLO)
-            self.peer = PeerIdentity(self.name, str(answer.get("storage_id", "")))
+            await connection.read_json(FrameType.HELLO)
         except BaseException:
             connection.close()
             raise

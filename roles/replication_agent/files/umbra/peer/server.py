@@ -14,6 +14,7 @@ from typing import Any
 
 from prometheus_client import Counter
 
+from umbra.epoch import epoch_of
 from umbra.peer import frames
 from umbra.peer.connection import Connection, PeerError
 from umbra.peer.exchange import Exchange
@@ -75,6 +76,7 @@ class PeerServer:
         self._handlers = handlers
         self._tasks: set[asyncio.Task[None]] = set()
         self._running: dict[asyncio.Task[Any], tuple[str, int]] = {}
+        self._senseless: dict[tuple[str, str], str] = {}
         self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
@@ -168,11 +170,12 @@ class PeerServer:
     async def _serve(self, peer: PeerIdentity, connection: Connection) -> bool:
         """Run one exchange; True if the connection may carry another."""
         request = await connection.read_json(FrameType.REQUEST)
-        op, epoch, args = request.get("op"), request.get("epoch"), request.get("args")
+        op, args = request.get("op"), request.get("args")
         exchange = Exchange(connection)
         try:
-            if not (isinstance(op, str) and isinstance(epoch, int) and isinstance(args, dict)):
+            if not (isinstance(op, str) and isinstance(args, dict)):
                 raise PeerError("protocol", "a request needs op, epoch and args")
+            epoch = _epoch(request.get("epoch"))
             handler = self._handlers.get(op)
             if handler is None:
                 raise PeerError("refused", f"unknown operation {op!r}")
@@ -182,7 +185,7 @@ class PeerServer:
             self._running[task] = op, epoch
             try:
                 await self._check_epoch(peer.node, op, epoch)
-                answer = await handler(peer, args, exchange)
+                answer = _response(op, await handler(peer, args, exchange))
             finally:
                 del self._running[task]
             # Only a drained exchange leaves the connection at a frame boundary of the next one.
@@ -198,10 +201,34 @@ class PeerServer:
             log.exception("operation %s of %s failed", op, peer.node)
             refusal = PeerError("failed", f"{op} failed; see the journal of the peer")
         else:
-            await connection.write(frames.encode_json(FrameType.RESPONSE, answer))
+            self._senseless.pop((peer.node, op), None)
+            await connection.write(answer)
             return True
         if refusal.code != "unreachable":  # the peer gave up: no refusal of ours
             REFUSED.labels(refusal.code).inc()
-            log.warning("operation %r of %s refused: %s", op, peer.node, refusal)
+            if not self._repeats(peer.node, op, refusal):
+                log.warning("operation %r of %s refused: %s", op, peer.node, refusal)
         await connection.refuse(refusal)
         return False
+
+    def _repeats(self, peer: str, op: object, refusal: PeerError) -> bool:
+        """Whether this is the same nonsense as the last time: it may come with each heartbeat."""
+        if refusal.code != "protocol" or not isinstance(op, str) or op not in self._handlers:
+            return False
+        last = self._senseless.get((peer, op))
+        self._senseless[peer, op] = refusal.text
+        return last == refusal.text
+
+
+def _epoch(value: object) -> int:
+    try:
+        return epoch_of(value)
+    except ValueError as error:
+        raise PeerError("protocol", f"a request needs an epoch: {error}") from None
+
+
+def _response(op: str, answer: Mapping[str, Any]) -> bytes:
+    try:
+        return frames.encode_json(FrameType.RESPONSE, answer)
+    except ValueError as error:
+        raise PeerError("failed", f"the answer to {op} cannot be sent: {error}") from None

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
+from umbra.transport.once import plain
+
 Lookup = Callable[[Sequence[str]], Awaitable[Mapping[str, str]]]
 
 MAX_DEPTH = 50
@@ -43,7 +45,7 @@ class Aliases:
         return sorted(
             address
             for address in candidates
-            if any(_plain(end) == mailbox or end == mailbox for end in self._ends(address))
+            if any(plain(end) == mailbox or end == mailbox for end in self._ends(address))
         )
 
     async def _learn(self, addresses: Iterable[str]) -> None:
@@ -77,11 +79,6 @@ class Aliases:
         return sorted(ends)
 
 
-def _plain(address: str) -> str:
-    local, at, domain = address.rpartition("@")
-    return local.split("+", 1)[0] + at + domain
-
-
 def _keys(address: str) -> Sequence[str]:
     domain = address.rpartition("@")[2]
-    return tuple(dict.fromkeys((address, _plain(address), f"@{domain}")))
+    return tuple(dict.fromkeys((address, plain(address), f"@{domain}")))

@@ -367,10 +367,6 @@ class Discarder:
         """Forget all copies: this node is primary no more, and they are the new primary's."""
         self._copies = {name: Copies() for name in self._holders}
 
-    def outstanding(self, holder: str) -> int:
-        """Return how many copies ``holder`` has to keep."""
-        return len(self._copies[holder])
-
     def counts(self) -> dict[str, int]:
         """Return by holder how many messages in the queue it keeps a copy of."""
         return {name: len(copies) for name, copies in self._copies.items()}

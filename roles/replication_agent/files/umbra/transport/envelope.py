@@ -20,6 +20,8 @@ MAX_TEXT = 2048  # Postfix reads no longer command line
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+# What a terminal may take for a command, too.
+_UNSHOWN = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _UNSAFE_ARGUMENT = re.compile(r"[\x00-\x20\x7f]")
 
 
@@ -109,11 +111,11 @@ class Envelope:
             sender=_text("sender", value.get("sender")),
             sender_args=_arguments("sender_args", value.get("sender_args")),
             recipients=tuple(map(_recipient, recipients)),
-            client_name=_text("client_name", value.get("client_name")),
-            client_address=_text("client_address", value.get("client_address")),
-            helo=_text("helo", value.get("helo")),
-            auth_user=_text("auth_user", value.get("auth_user")),
-            message_id=_text("message_id", value.get("message_id")),
+            client_name=_shown("client_name", value.get("client_name")),
+            client_address=_shown("client_address", value.get("client_address")),
+            helo=_shown("helo", value.get("helo")),
+            auth_user=_shown("auth_user", value.get("auth_user")),
+            message_id=_shown("message_id", value.get("message_id")),
             received=received,
             held=value.get("held") is True,
         )
@@ -124,7 +126,7 @@ def clean(data: bytes) -> str:
 
     Printable and not too long.
     """
-    return _CONTROL.sub("?", data.decode("utf-8", "replace"))[:MAX_TEXT]
+    return _UNSHOWN.sub("?", data.decode("utf-8", "replace"))[:MAX_TEXT]
 
 
 def address(data: bytes) -> str:
@@ -134,12 +136,33 @@ def address(data: bytes) -> str:
     return data.decode("utf-8", "surrogateescape")
 
 
+def recipient(value: object) -> str:
+    """Return the address of a recipient as it came from elsewhere. EnvelopeError if it is none."""
+    text = _text("a recipient", value)
+    if not text:
+        raise EnvelopeError("a recipient is empty")
+    return text
+
+
 def _text(name: str, value: object) -> str:
     if not isinstance(value, str) or len(value) > MAX_TEXT:
         raise EnvelopeError(f"{name} must be a text of at most {MAX_TEXT} characters")
     if _CONTROL.search(value):
         raise EnvelopeError(f"{name} holds control characters")
+    _check_bytes(name, value)
     return value
+
+
+def _shown(name: str, value: object) -> str:
+    """Take an informational text: what only a terminal would mind is no reason to refuse mail."""
+    return _UNSHOWN.sub("?", _text(name, value))
+
+
+def _check_bytes(name: str, value: str) -> None:
+    try:
+        value.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise EnvelopeError(f"{name} holds what no bytes stand for") from None
 
 
 def _arguments(name: str, value: object) -> tuple[str, ...]:
@@ -153,13 +176,11 @@ def _arguments(name: str, value: object) -> tuple[str, ...]:
             or _UNSAFE_ARGUMENT.search(item)
         ):
             raise EnvelopeError(f"{name} holds something that is no ESMTP argument")
+        _check_bytes(name, item)
     return tuple(value)
 
 
 def _recipient(value: object) -> Recipient:
     if not isinstance(value, list | tuple) or not value:
         raise EnvelopeError("a recipient must be a list of its address and arguments")
-    text = _text("a recipient", value[0])
-    if not text:
-        raise EnvelopeError("a recipient is empty")
-    return Recipient(text, _arguments("a recipient's arguments", value[1:]))
+    return Recipient(recipient(value[0]), _arguments("a recipient's arguments", value[1:]))

@@ -67,6 +67,8 @@ class OnceServer:
         """Listen. OSError if the directory is not there."""
         listener = systemd.stored_socket(NAME)
         if listener is None or not self._path.exists():
+            if listener is not None:
+                listener.close()  # nobody can find it any more
             self._path.unlink(missing_ok=True)
             listener = socket.socket(socket.AF_UNIX)
             listener.bind(str(self._path))

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from umbra.transport.envelope import recipient
+
 
 @dataclass(frozen=True, slots=True)
 class Left:
@@ -59,15 +61,15 @@ def _portions(names: Iterable[str]) -> Iterator[list[str]]:
 
 
 def take(found: dict[str, Left], row: Mapping[str, Any]) -> None:
-    """Add what such a row says. KeyError or TypeError if it is none.
+    """Add what such a row says. KeyError, TypeError or EnvelopeError if it is none.
 
     An agent that knows no ``more`` misses ``recipients`` there, and refuses the handover.
     """
     queue_id = str(row["queue_id"])
     if "more" in row:
         before = found[queue_id]
-        names = (*(before.recipients or ()), *map(str, row["more"]))
+        names = (*(before.recipients or ()), *map(recipient, row["more"]))
         found[queue_id] = replace(before, recipients=names)
         return
-    names = tuple(map(str, row["recipients"]))
+    names = tuple(map(recipient, row["recipients"]))
     found[queue_id] = Left(None if row.get("whole") is True else names, row.get("held") is True)

@@ -110,24 +110,25 @@ class Replayer:
                 if own or meta.new_queue_id in queued:
                     result.queued += 1
                     continue
-                if await self._present(recipient, meta.shadow_id, meta.envelope.message_id):
+                if await self._present(recipient, meta.shadow_id, meta.message_id):
                     result.present += 1
                     continue
-                if not dry_run:
-                    client = client or await SmtpClient.connect(*self._address, self._node)
-                    try:
+                try:
+                    row = _row(meta)
+                    if not dry_run:
+                        client = client or await SmtpClient.connect(*self._address, self._node)
                         await self._send(client, meta, recipient)
-                    except SmtpUnreachable:
-                        raise
-                    except (SmtpError, OSError, ContentError) as error:
-                        result.failed[meta.shadow_id] = str(error)
-                        if not getattr(error, "usable", False):
-                            client.close()
-                            client = None
-                        continue
+                except SmtpUnreachable:
+                    raise
+                except (SmtpError, OSError, ContentError) as error:
+                    result.failed[meta.shadow_id] = str(error)
+                    if client is not None and not getattr(error, "usable", False):
+                        client.close()
+                        client = None
+                    continue
                 result.resubmitted += 1
                 if len(result.messages) < MAX_LISTED:
-                    result.messages.append(_row(meta))
+                    result.messages.append(row)
         finally:
             if client is not None:
                 client.close()

@@ -13,8 +13,8 @@ after:
   that instant, may get it twice: better than never.
 - Postfix has said 250: as before, the committed queue file or the mailboxes tell.
 - the row is deleted or ``unshadowed``: done; back-fill and discard go on with it.
-- the row is ``parked``: its content cannot be read, or Postfix refuses it for good. It is tried
-  again at each start, each promotion and an operator's word.
+- the row is ``parked``: it or its content cannot be read, or Postfix refuses it for good. It is
+  tried again at each start, each promotion and an operator's word.
 
 What was on hold with its former primary is put on hold again: the milter says so at its end. A
 handover tells it; a lost primary has told it before (``discard``), but for the last second or two.
@@ -260,7 +260,7 @@ class Resubmitter:
         self.reasons[meta.shadow_id] = reason
         log.error(
             "%s (message-id %s) of %s cannot be carried on and is kept here: %s",
-            meta.shadow_id, meta.envelope.message_id or "-", meta.origin, reason,
+            meta.shadow_id, meta.message_id or "-", meta.origin, reason,
         )  # fmt: skip
 
     async def _has(self, address: str, meta: Meta) -> bool:

@@ -24,6 +24,7 @@ import logging
 import time
 from collections.abc import Callable
 
+from umbra.epoch import epoch_of
 from umbra.peer.exchange import PeerError
 from umbra.peer.link import PeerLink
 from umbra.transport import ids
@@ -92,8 +93,8 @@ class Settlement:
             await exchange.end()
             try:
                 async for row in exchange.receive_lines():
-                    left[str(row["shadow_id"])] = int(row["epoch"])
-            except (KeyError, TypeError, ValueError) as error:
+                    left[str(row["shadow_id"])] = epoch_of(row["epoch"])
+            except (KeyError, ValueError) as error:
                 raise PeerError("protocol", f"a line of shadow-left: {error!r}") from None
             await exchange.result()
         return left

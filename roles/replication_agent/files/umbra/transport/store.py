@@ -30,7 +30,7 @@ from typing import Any, TypeVar
 
 from umbra.transport import metrics, spool
 from umbra.transport.commit import Committer, ContentError, StoreError, StoreFull, translate
-from umbra.transport.envelope import Envelope
+from umbra.transport.envelope import Envelope, EnvelopeError
 from umbra.transport.ids import valid
 from umbra.transport.remaining import FINISHED, Left, Remaining
 
@@ -124,6 +124,11 @@ _SCHEMA = (
     f" BEGIN {_COUNT_OLD} {_COUNT_NEW} END",
 )
 
+# SQLite ends a whole query for one envelope that is no JSON.
+_SOUND = "iif(json_valid(envelope), envelope, '{}')"
+_ADDRESS = "lower(iif(recipient.type = 'array', recipient.value ->> 0, NULL))"
+_GONE = f"RETURNING shadow_id, queue_id, ifnull({_SOUND} ->> '$.message_id', '')"
+
 _INSERT = """
 INSERT INTO message (shadow_id, origin, queue_id, state, epoch, stored, size, file, envelope,
 delivered) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
@@ -134,16 +139,14 @@ UPDATE message SET origin = ?, queue_id = ?, state = ?, epoch = ?, envelope = ?,
 WHERE shadow_id = ?
 """
 
-_DELETE = """
-DELETE FROM message WHERE shadow_id = ? AND origin = ? AND state = ?
-RETURNING shadow_id, queue_id, envelope ->> '$.message_id', file
+_DELETE = f"""
+DELETE FROM message WHERE shadow_id = ? AND origin = ? AND state = ? {_GONE}, file
 """
 
 # What stays keeps its file: the empty name says that there is none to remove.
-_KEEP = """
+_KEEP = f"""
 UPDATE message SET state = 'delivered', delivered = ?
-WHERE shadow_id = ? AND origin = ? AND state = ?
-RETURNING shadow_id, queue_id, envelope ->> '$.message_id', ''
+WHERE shadow_id = ? AND origin = ? AND state = ? {_GONE}, ''
 """
 
 _OLDEST = """
@@ -151,9 +154,8 @@ SELECT number, size, delivered, queue_id, new_queue_id, shadow_id FROM message
 WHERE state = 'delivered' ORDER BY delivered
 """
 
-_PURGE = """
-DELETE FROM message WHERE number = ?
-RETURNING shadow_id, queue_id, envelope ->> '$.message_id', file
+_PURGE = f"""
+DELETE FROM message WHERE number = ? {_GONE}, file
 """
 
 _META = "shadow_id, origin, queue_id, state, epoch, stored, size, new_queue_id, envelope, file"
@@ -196,7 +198,8 @@ class Gone:
 class Meta:
     """What is known of a stored message.
 
-    ``stored`` is in seconds since 1970; ``new_queue_id`` is the one of its resubmission.
+    ``stored`` is in seconds since 1970; ``new_queue_id`` is the one of its resubmission. ``said``
+    is the envelope, or what is wrong with it.
     """
 
     shadow_id: str
@@ -207,8 +210,20 @@ class Meta:
     stored: float
     size: int
     new_queue_id: str
-    envelope: Envelope
+    said: Envelope | EnvelopeError
     file: str
+
+    @property
+    def envelope(self) -> Envelope:
+        """The envelope. ContentError if it cannot be read: one bad row stops no other."""
+        if isinstance(self.said, EnvelopeError):
+            raise ContentError(f"the envelope of {self.shadow_id} cannot be read: {self.said}")
+        return self.said
+
+    @property
+    def message_id(self) -> str:
+        """The Message-ID of its header; empty if it has none, or the envelope cannot be read."""
+        return self.said.message_id if isinstance(self.said, Envelope) else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,7 +396,8 @@ class ShadowStore:
                     if left.recipients == ():
                         gone += self._discard(database, shadow_id, origin, State.HELD, True, now)
                         continue
-                    _change(database, shadow_id, narrow(_envelope(database, shadow_id), left))
+                    if (envelope := _envelope(database, shadow_id)) is not None:
+                        _change(database, shadow_id, narrow(envelope, left))
             database.execute(
                 "UPDATE message SET state = ? WHERE origin = ? AND state = ?",
                 (State.RESUBMITTING, origin, State.HELD),
@@ -395,11 +411,13 @@ class ShadowStore:
 
         def run(database: sqlite3.Connection) -> None:
             for shadow_id in shadow_ids:
-                if database.execute(
-                    "SELECT 1 FROM message WHERE shadow_id = ? AND origin = ? AND state = ?",
-                    (shadow_id, origin, State.HELD),
-                ).fetchone():
-                    envelope = _envelope(database, shadow_id)
+                if (
+                    database.execute(
+                        "SELECT 1 FROM message WHERE shadow_id = ? AND origin = ? AND state = ?",
+                        (shadow_id, origin, State.HELD),
+                    ).fetchone()
+                    and (envelope := _envelope(database, shadow_id)) is not None
+                ):
                     _change(database, shadow_id, replace(envelope, held=held))
 
         await self._write(run)
@@ -471,12 +489,14 @@ class ShadowStore:
     async def keep_unshadowed(self, meta: Meta, queue_id: str, *, origin: str) -> None:
         """Turn a resubmitted message into one of this node's own queue that no shadow has yet."""
         # Whether it is on hold is its queue file's matter from now on.
-        envelope = replace(meta.envelope, held=False).to_json()
+        readable = isinstance(meta.said, Envelope)
+        envelope = replace(meta.envelope, held=False).to_json() if readable else None
         await self._write(
             lambda database: (
                 database.execute(
-                    "UPDATE message SET state = ?, origin = ?, queue_id = ?, envelope = ?,"
-                    " new_queue_id = '' WHERE shadow_id = ? AND state = ?",
+                    "UPDATE message SET state = ?, origin = ?, queue_id = ?,"
+                    " envelope = COALESCE(?, envelope), new_queue_id = ''"
+                    " WHERE shadow_id = ? AND state = ?",
                     (
                         State.UNSHADOWED,
                         origin,
@@ -497,7 +517,7 @@ class ShadowStore:
         In order of arrival, some hundred at a time.
         """
         async for page in self._pages(
-            "shadow_id, queue_id, envelope ->> '$.held' IS TRUE",
+            f"shadow_id, queue_id, {_SOUND} ->> '$.held' IS TRUE",
             "origin = ? AND state = ?", origin, state,
         ):  # fmt: skip
             yield [Copy(shadow_id, queue_id, bool(held)) for shadow_id, queue_id, held in page]
@@ -581,7 +601,7 @@ class ShadowStore:
     ) -> AsyncIterator[Meta]:
         """Give what is ``delivered`` and had one of the recipients ``addresses``, in lower case.
 
-        In the order in which it was accepted.
+        In the order in which it was accepted; with what nobody can tell the recipients of.
 
         :param since, until: shadow ids, which are ordered by time; ``until`` itself is left out.
         """
@@ -590,9 +610,10 @@ class ShadowStore:
         while True:
             rows = await self._read(
                 f"SELECT {_META} FROM message"
-                " WHERE shadow_id > ? AND shadow_id < ? AND state = 'delivered' AND EXISTS"
-                " (SELECT 1 FROM json_each(envelope, '$.recipients') AS recipient"
-                "  WHERE lower(recipient.value ->> 0) IN (SELECT value FROM json_each(?)))"
+                " WHERE shadow_id > ? AND shadow_id < ? AND state = 'delivered'"
+                " AND (NOT json_valid(envelope) OR EXISTS"
+                f" (SELECT 1 FROM json_each({_SOUND}, '$.recipients') AS recipient"
+                f"  WHERE {_ADDRESS} IN (SELECT value FROM json_each(?))))"
                 " ORDER BY shadow_id LIMIT 50",
                 (last, until, wanted),
             )
@@ -605,12 +626,12 @@ class ShadowStore:
     async def recipients(self, since: str, until: str) -> list[str]:
         """Return who had something of what is ``delivered``, in lower case; ids as before."""
         rows = await self._read(
-            "SELECT DISTINCT lower(recipient.value ->> 0)"
-            " FROM message, json_each(envelope, '$.recipients') AS recipient"
+            f"SELECT DISTINCT {_ADDRESS}"
+            f" FROM message, json_each({_SOUND}, '$.recipients') AS recipient"
             " WHERE shadow_id > ? AND shadow_id < ? AND state = 'delivered'",
             (since, until),
         )
-        return [address for (address,) in rows]
+        return [address for (address,) in rows if address]
 
     async def find(self, shadow_id: str) -> Meta | None:
         """Return what is known of a message, None if it is not here."""
@@ -720,8 +741,7 @@ class ShadowStore:
         database = sqlite3.connect(
             self._directory / "shadow.db", isolation_level=None, check_same_thread=False, timeout=30
         )
-        # An address may hold bytes that are no UTF-8: lone surrogates, which SQLite gives as such.
-        database.text_factory = lambda text: text.decode("utf-8", "surrogatepass")
+        database.text_factory = _decode
         database.execute("PRAGMA synchronous = FULL")
         if write:
             database.execute("PRAGMA secure_delete = OFF")
@@ -907,9 +927,10 @@ class ShadowWriter:
             raise
 
 
-def _envelope(database: sqlite3.Connection, shadow_id: str) -> Envelope:
+def _envelope(database: sqlite3.Connection, shadow_id: str) -> Envelope | None:
+    """Return the envelope of a row; None if it cannot be read, which whoever needs it tells."""
     [(text,)] = database.execute("SELECT envelope FROM message WHERE shadow_id = ?", (shadow_id,))
-    return Envelope.from_json(text)
+    return envelope if isinstance(envelope := _read(text), Envelope) else None
 
 
 def _change(database: sqlite3.Connection, shadow_id: str, envelope: Envelope) -> None:
@@ -929,6 +950,24 @@ def _meta(row: tuple[Any, ...]) -> Meta:
         stored,
         size,
         new_queue_id,
-        Envelope.from_json(envelope),
+        _read(envelope),
         file,
     )
+
+
+def _read(text: str) -> Envelope | EnvelopeError:
+    """Return the envelope of a row, or what is wrong with it."""
+    try:
+        if not text.isascii():  # it was written so
+            raise EnvelopeError("the envelope is not ASCII")
+        return Envelope.from_json(text)
+    except EnvelopeError as error:
+        return error
+
+
+def _decode(data: bytes) -> str:
+    # An address may hold bytes that are no UTF-8: lone surrogates, which SQLite gives as such.
+    try:
+        return data.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:  # a damaged row; who reads it has to see it beside the others
+        return data.decode("utf-8", "replace")

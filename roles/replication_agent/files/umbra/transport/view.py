@@ -21,7 +21,7 @@ def parked(metas: Sequence[Meta], reasons: Mapping[str, str]) -> list[dict[str, 
     return [
         {
             "shadow_id": meta.shadow_id,
-            "message_id": meta.envelope.message_id,
+            "message_id": meta.message_id,
             "origin": meta.origin,
             "queue_id": meta.queue_id,
             "reason": reasons.get(meta.shadow_id, "it has failed before the agent started"),
