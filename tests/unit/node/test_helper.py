@@ -257,6 +257,40 @@ async def test_an_nft_that_may_have_committed_before_it_failed_is_undone(
     assert (ran[-1][0] == FLUSH) is closed
 
 
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"do": "ports-close"},
+        {"do": "ports-open", "ports": [25], "hold": 10},
+        {"do": "ports-open", "ports": [25], "until": boottime() + 50},
+    ],
+)
+@pytest.mark.parametrize("error", ["No such file or directory", "Operation not permitted"])
+async def test_a_fence_that_is_gone_is_loaded_again(
+    ran: Ran, monkeypatch: pytest.MonkeyPatch, request_: object, error: str
+) -> None:
+    loaded: list[bool] = []
+
+    async def run(*argv: str, stdin: str | None = None, silent: int = 0) -> str:
+        ran.append((argv, stdin))
+        if argv == ("nft", "-f", str(helper.FENCE)):
+            loaded.append(True)
+        elif not loaded:
+            raise HelperError(f"nft failed (1): Error: {error}")
+        return ""
+
+    monkeypatch.setattr(helper, "run", run)
+    answer = await ask(request_)
+    if error.startswith("Operation"):
+        assert not answer["ok"]
+        assert len(ran) == 1
+    else:
+        assert answer["ok"]
+        first, (load, _), last = ran
+        assert load == ("nft", "-f", "/etc/umbra/fence.nft")
+        assert first[0] == last[0]
+
+
 async def test_clients_are_told_in_bounded_pieces(ran: Ran, tmp_path: Path) -> None:
     socket = tmp_path / "helper.sock"
     host = Helper(addresses=Addresses(ran))

@@ -55,6 +55,8 @@ STORE = ".umbra-store"
 UNKNOWN = "not a request that the helper knows"
 RUNTIME = Path("/run/umbra-helper")  # its unit has it stay over a restart; a boot empties it
 LOST = "mail-lost"
+FENCE = Path("/etc/umbra/fence.nft")
+GONE = "No such file or directory"  # what nft says of a table that is not there
 SLOW = 0.2  # seconds by which the ports may stay open past the right; nft takes a tenth of that
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _ERROR = re.compile(rb"\b(error|fatal|panic)\b")
@@ -195,7 +197,7 @@ class Helper:
         try:
             self._addresses.release()
         finally:
-            await run("nft", "flush", "set", "inet", "umbra_fence", "open_ports")
+            await _nft("flush", "set", "inet", "umbra_fence", "open_ports")
         return {}
 
     async def do_tickle(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -480,7 +482,23 @@ async def _open(ports: Sequence[int], seconds: float) -> None:
         "flush set inet umbra_fence open_ports\n"
         f"add element inet umbra_fence open_ports {{ {elements} }}\n"
     )
-    await run("nft", "-f", "-", stdin=batch)
+    await _nft("-f", "-", batch=batch)
+
+
+async def _nft(*words: str, batch: str | None = None) -> None:
+    """Run nft on the fence. If that is gone, it is loaded first, which closes all service ports.
+
+    Whoever loads rules of his own by hand may have removed it: Debian's file of them begins with
+    ``flush ruleset``. Then every port is open until the agent next asks for something.
+    """
+    try:
+        await run("nft", *words, stdin=batch)
+    except HelperError as error:
+        if GONE not in str(error):
+            raise
+        log.error("somebody has removed the fence from the kernel; it is loaded again")
+        await run("nft", "-f", str(FENCE))
+        await run("nft", *words, stdin=batch)
 
 
 def _clock() -> float:
@@ -636,3 +654,4 @@ def main() -> None:
     helper = Helper(addresses=ServiceAddresses(options.address), runtime=options.socket.parent)
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(serve(helper, options.socket, options.group))
+    os.environ["LC_ALL"] = "C"  # what programs say of an error is read
