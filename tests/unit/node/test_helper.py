@@ -737,3 +737,24 @@ async def test_the_mailboxes_disk_has_its_stores_mark(tmp_path: Path) -> None:
     assert not (await ask("a1", claim=True))["ok"]
     assert not (await ask("a1"))["ok"]
     assert not (tmp_path / "elsewhere").exists()
+
+
+async def test_what_another_user_has_put_in_the_files_place_holds_nobody_up(
+    tmp_path: Path,
+) -> None:
+    spool, mail = tmp_path / "spool", tmp_path / "mail"
+    spool.mkdir()
+    mail.mkdir()
+    host = Helper(spool, mail)
+    for name in (helper.PROOF, helper.STORE):
+        os.mkfifo(mail / name)
+    for request in (
+        {"do": "prove"},
+        {"do": "mail-store", "storage": "a1", "claim": False},
+        {"do": "mail-store", "storage": "a1", "claim": True},
+    ):
+        async with asyncio.timeout(5):
+            answer = await host.answer(json.dumps(request).encode())
+        assert not answer["ok"]
+        with os.fdopen(os.open(mail / helper.PROOF, os.O_RDWR)):  # and where somebody reads it
+            assert not (await host.answer(b'{"do": "prove"}'))["ok"]

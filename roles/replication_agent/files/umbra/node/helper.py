@@ -23,6 +23,7 @@ import logging
 import os
 import re
 import signal
+import stat
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from ipaddress import ip_address
@@ -524,8 +525,7 @@ def _left(until: object) -> float:
 
 def _write(files: Sequence[Path]) -> None:
     for path in files:
-        # O_NOFOLLOW: the directories belong to others.
-        number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        number = _file(path, os.O_WRONLY | os.O_CREAT)
         try:
             os.pwrite(number, f"{time.time():.3f}\n".encode(), 0)
             os.fdatasync(number)
@@ -534,9 +534,17 @@ def _write(files: Sequence[Path]) -> None:
 
 
 def _mark(path: Path, storage: str) -> None:
-    """Write a mark, durably. The directory belongs to another user, so no link is followed."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    number = os.open(path, flags, 0o600)
+    """Write a mark, durably."""
+    number = _file(path, os.O_WRONLY | os.O_CREAT)
+def _file(path: Path, flags: int) -> int:
+    """Open a file in a directory of another user's; OSError if something else stands there."""
+    number = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    return number
+
+
     try:
         os.ftruncate(number, 0)
         os.write(number, f"{storage}\n".encode())
@@ -552,7 +560,7 @@ def _mark(path: Path, storage: str) -> None:
 
 def _marked(path: Path) -> str:
     try:
-        number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        number = _file(path, os.O_RDONLY)
     except FileNotFoundError:
         return ""
     try:
