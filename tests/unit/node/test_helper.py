@@ -336,6 +336,35 @@ async def test_postfix_is_stopped_when_nobody_renews_the_lease(ran: Ran) -> None
     assert ran.count(stop) == 3  # its own stop, and no other
 
 
+@pytest.mark.parametrize("runs", [True, False])
+async def test_a_helper_that_starts_stops_a_postfix_whose_agent_does_not_come_back(
+    monkeypatch: pytest.MonkeyPatch, runs: bool
+) -> None:
+    said: list[str] = []
+
+    async def run(*argv: str, **_: object) -> str:
+        said.append(argv[1])
+        if argv[1] == "is-active" and not runs:
+            raise HelperError("systemctl is-active --quiet failed (3): ")
+        return ""
+
+    monkeypatch.setattr(helper, "run", run)
+    host = Helper(Path("/nonexistent"))
+    host.expect(0.1)
+    await asyncio.sleep(0.3)
+    assert said == (["is-active", "stop"] if runs else ["is-active"])
+    for request in (
+        {"do": "postfix-start"},
+        {"do": "ports-open", "ports": [25], "hold": 10},
+        {"do": "postfix-stop"},
+    ):
+        host.expect(0.1)
+        await host.answer(json.dumps(request).encode())
+        said.clear()
+        await asyncio.sleep(0.2)
+        assert said == []
+
+
 async def test_the_mail_disk_is_synced(tmp_path: Path) -> None:
     mail = tmp_path / "synced"
     mail.mkdir()
@@ -635,9 +664,26 @@ def systemd(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return says
 
 
+async def stonith(node: str) -> dict[str, Any]:
+    host = Helper(Path("/nonexistent"), nodes=["mail-a"])
+    return await host.answer(json.dumps({"do": "stonith", "node": node}).encode())
+
+
 async def test_the_hook_that_switches_a_node_off_is_heard(systemd: dict[str, str]) -> None:
-    answer = await ask({"do": "stonith", "node": "mail-a"})
-    assert answer == {"ok": True, "said": "off really"}
+    assert await stonith("mail-a") == {"ok": True, "said": "off really"}
+
+
+async def test_only_the_groups_other_nodes_are_switched_off(ran: Ran) -> None:
+    for name in ("mail-b", "mail-a.service", "-f", ""):
+        assert "another node of the group" in (await stonith(name))["error"]
+    assert ran == []
+
+
+@pytest.mark.parametrize("name", ["-f", "a/b", "a b", "", "a" * 254])
+def test_a_node_has_a_name_that_fits_into_a_units(name: str) -> None:
+    assert helper._node("mail-a." + "x" * 60 + ".example.org")
+    with pytest.raises(ValueError):  # noqa: PT011 - argparse says which
+        helper._node(name)
 
 
 @pytest.mark.parametrize(
@@ -652,7 +698,7 @@ async def test_a_hook_that_fails_says_why(
     systemd: dict[str, str], result: str, journal: str, why: str
 ) -> None:
     systemd |= {"error": "unit not found", "Result": result, "journal": journal}
-    answer = await ask({"do": "stonith", "node": "mail-a"})
+    answer = await stonith("mail-a")
     assert answer == {"ok": False, "error": f"umbra-stonith@mail-a.service: {why}"}
 
 
