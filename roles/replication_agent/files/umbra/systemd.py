@@ -29,7 +29,13 @@ def notify(message: str, sockets: Sequence[socket.socket] = ()) -> None:
 
 def store_socket(name: str, item: socket.socket) -> None:
     """Have the service manager keep a socket for the next process (``FileDescriptorStoreMax``)."""
-    notify(f"FDSTORE=1\nFDNAME={name}", [item])
+    # It would drop one that does not listen: the kernel calls that hung up.
+    notify(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", [item])
+
+
+def forget_socket(name: str) -> None:
+    """Have the service manager close what it keeps under this name."""
+    notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
 
 
 def stored_socket(name: str) -> socket.socket | None:
