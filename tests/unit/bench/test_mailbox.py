@@ -122,7 +122,7 @@ metric umbra_imap {
     user = yes
   }
 }
-sieve_execute_socket_dir = ../umbra/delivery
+sieve_execute_socket_dir = ../umbra-delivery
 last = 2
 """
 

@@ -211,6 +211,69 @@ class Host(NodeHelper):
         return self.crashed
 
 
+class Stubborn(Host):
+    """A host some of whose effects fail."""
+
+    def __init__(self, *wrong: str) -> None:
+        super().__init__()
+        self.wrong = wrong
+        self.done: list[str] = []
+
+    def _do(self, name: str) -> None:
+        if name in self.wrong:
+            raise HelperError(f"{name} failed")
+        self.done.append(name)
+
+    async def ports_close(self) -> None:
+        self._do("close")
+
+    async def postfix_stop(self) -> None:
+        self._do("stop")
+        self.running = False
+
+    async def kick(self, ports: Sequence[int]) -> None:
+        self._do("kick")
+
+    async def queue(self) -> dict[str, str]:
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "done", "prepared"),
+    [
+        ((), ["close", "stop"], False),
+        ((), ["close"], True),
+        (("close",), ["stop", "kick"], False),
+        (("close",), ["stop", "kick"], True),  # it was started behind closed ports only
+        (("stop",), ["close"], False),
+        (("close", "stop"), ["kick"], False),
+    ],
+)
+async def test_what_cannot_be_closed_is_stopped_all_the_same(
+    disk: Disk, wrong: tuple[str, ...], done: list[str], prepared: bool
+) -> None:
+    host = Stubborn(*wrong)
+    disk.save(replace(static.first("shadow", AT), epoch=1))
+    group = Group(CONFIG, disk, host)
+    if prepared:
+        group.warm_up = nothing
+        await group.prepare(60.0)
+    host.running = True
+    tending = asyncio.create_task(group.tend())
+    await asyncio.sleep(0.05)
+    tending.cancel()
+    await asyncio.gather(tending, return_exceptions=True)
+    assert host.done == done
+    check = next(check for check in group.checks() if check.name == "ports and Postfix")
+    assert check.passed is not bool(wrong)
+    if wrong:
+        assert check.message == f"{wrong[0]} failed."
+
+
+async def nothing() -> None:
+    pass
+
+
 async def test_a_primary_starts_a_postfix_that_was_killed_and_no_other(disk: Disk) -> None:
     host = Host()
     group = Group(replace(CONFIG, fence=Fence(hold=0.03)), disk, host)

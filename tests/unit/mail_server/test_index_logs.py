@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from roles.mail_server.files.umbra_boot.index_logs import (
+    MAX_LOG,
     main,
     mend,
     needless,
@@ -96,6 +97,23 @@ def test_only_logs_that_were_written_last(tmp_path: Path) -> None:
     assert main(str(mail)) == 0
     assert new.read_bytes() == HEADER + ONE
     assert old.read_bytes() == other.read_bytes() == HEADER + ONE + bytes(12)
+
+
+def test_what_is_no_file_keeps_no_boot_waiting(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Dovecot's processes could make it."""
+    places = [tmp_path / name for name in ("a", "b", "c")]
+    for place in places:
+        place.mkdir()
+    os.mkfifo(places[0] / "dovecot.index.log")
+    numbered(places[1], "dovecot.index.log", 5)
+    numbered(places[1], "dovecot.index.log.2", 4)
+    os.mkfifo(places[1] / "dovecot.index")
+    with (places[2] / "dovecot.index.log").open("wb") as file:
+        file.truncate(MAX_LOG + 1)
+    assert main(str(tmp_path)) == 0
+    assert capsys.readouterr().err.count("not a file of Dovecot's") == 3
 
 
 def test_no_mail_yet(tmp_path: Path) -> None:

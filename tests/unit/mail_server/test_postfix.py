@@ -90,7 +90,7 @@ def test_what_postfix_refuses_does_not_replace_what_works(tmp_path: Path) -> Non
 
 def test_what_is_resubmitted_passes_our_milter_alone() -> None:
     found = services()
-    assert "smtpd_milters=$umbra_milter" in found["127.0.0.1:10026/inet"]
+    assert "smtpd_milters=$umbra_milter" in found["127.0.0.1:24/inet"]
     others = [option for name in ("smtp/inet", "submission/inet") for option in found[name]]
     assert not [option for option in others if option.startswith("smtpd_milters")]
 

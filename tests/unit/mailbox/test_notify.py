@@ -146,6 +146,24 @@ async def test_a_session_keeps_its_connection_and_does_not_hold_up_the_end() -> 
         writer.close()
 
 
+async def test_what_says_nothing_or_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("umbra.listener.PATIENCE", 0.2)
+    monkeypatch.setattr("umbra.mailbox.notify.READ_TIMEOUT", 0.2)
+    port = free_port()
+    server = NotifyServer("127.0.0.1", port, TOKEN, mirrored)
+    await server.start()
+    head = f"POST /notify HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n".encode()
+    async with asyncio.timeout(15):
+        for said, answer in (
+            (b"", b""), (head, b""), (head + b"Content-Length: 9\r\n\r\n{", b"HTTP/1.1 408 "),
+        ):  # fmt: skip
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(said)
+            assert (await reader.read(len(answer) or 1)) == answer
+            writer.close()
+    await server.stop()
+
+
 def test_dovecot_leaves_a_connection_before_the_agent_does() -> None:
     found = re.search(r'max_idle_time = "(\d+)mins"', SCRIPT.read_text())
     assert found

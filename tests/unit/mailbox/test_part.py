@@ -35,6 +35,7 @@ LINE = b'{"fields":{"user":"%s"}}\n' % USER.encode()
 class Paths:
     state: Path
     run: Path
+    dsync: Path
     token: Path
     missed: Path
     events: Path
@@ -103,7 +104,9 @@ async def until(done: Callable[[], bool]) -> None:
 
 @asynccontextmanager
 async def protected(tmp_path: Path, names: str = "b", **settings: Any) -> AsyncIterator[World]:
-    paths = Paths(*(tmp_path / name for name in ("state", "run", "token", "missed", "events")))
+    paths = Paths(
+        *(tmp_path / name for name in ("state", "run", "dsync", "token", "missed", "events"))
+    )
     for directory in (paths.state / "mirror", paths.run, paths.missed):
         directory.mkdir(parents=True)
     paths.token.write_text("token\n")

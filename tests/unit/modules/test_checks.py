@@ -124,15 +124,15 @@ OURS = "inet:localhost:11332, { unix:umbra/milter.sock, default_action=tempfail 
 SHADOWED = {
     "smtp/inet/command": "smtpd",
     "submission/inet/command": "smtpd -o smtpd_sasl_auth_enable=yes",
-    "127.0.0.1:10026/inet/command": "smtpd -o smtpd_milters=$umbra_milter",
-    "127.0.0.1:10026/inet/smtpd_milters": "{ unix:umbra/milter.sock, protocol=6 }",  # postconf -Px
-    "127.0.0.1:10026/inet/receive_override_options": "no_header_body_checks",
+    "127.0.0.1:24/inet/command": "smtpd -o smtpd_milters=$umbra_milter",
+    "127.0.0.1:24/inet/smtpd_milters": "{ unix:umbra/milter.sock, protocol=6 }",  # postconf -Px
+    "127.0.0.1:24/inet/receive_override_options": "no_header_body_checks",
     "smtp/unix/command": "smtp",
     "smtpd_milters": OURS,
     "non_smtpd_milters": OURS,
     "internal_mail_filter_classes": "bounce",
 }
-ENTRANCES = ["smtp", "submission", "127.0.0.1:10026", "sendmail", "bounces"]
+ENTRANCES = ["smtp", "submission", "127.0.0.1:24", "sendmail", "bounces"]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ ENTRANCES = ["smtp", "submission", "127.0.0.1:10026", "sendmail", "bounces"]
         ({}, []),
         ({"smtpd_milters": ""}, ["smtp", "submission"]),
         ({"smtpd_milters": "inet:localhost:11332"}, ["smtp", "submission"]),
-        ({"127.0.0.1:10026/inet/smtpd_milters": ""}, ["127.0.0.1:10026"]),
+        ({"127.0.0.1:24/inet/smtpd_milters": ""}, ["127.0.0.1:24"]),
         ({"submission/inet/smtpd_milters": ""}, ["submission"]),
         ({"smtpd_milters": "", "smtp/inet/smtpd_milters": OURS}, ["submission"]),
         ({"smtp/inet/receive_override_options": "no_milters"}, ["smtp"]),

@@ -257,6 +257,40 @@ async def test_an_nft_that_may_have_committed_before_it_failed_is_undone(
     assert (ran[-1][0] == FLUSH) is closed
 
 
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"do": "ports-close"},
+        {"do": "ports-open", "ports": [25], "hold": 10},
+        {"do": "ports-open", "ports": [25], "until": boottime() + 50},
+    ],
+)
+@pytest.mark.parametrize("error", ["No such file or directory", "Operation not permitted"])
+async def test_a_fence_that_is_gone_is_loaded_again(
+    ran: Ran, monkeypatch: pytest.MonkeyPatch, request_: object, error: str
+) -> None:
+    loaded: list[bool] = []
+
+    async def run(*argv: str, stdin: str | None = None, silent: int = 0) -> str:
+        ran.append((argv, stdin))
+        if argv == ("nft", "-f", str(helper.FENCE)):
+            loaded.append(True)
+        elif not loaded:
+            raise HelperError(f"nft failed (1): Error: {error}")
+        return ""
+
+    monkeypatch.setattr(helper, "run", run)
+    answer = await ask(request_)
+    if error.startswith("Operation"):
+        assert not answer["ok"]
+        assert len(ran) == 1
+    else:
+        assert answer["ok"]
+        first, (load, _), last = ran
+        assert load == ("nft", "-f", "/etc/umbra/fence.nft")
+        assert first[0] == last[0]
+
+
 async def test_clients_are_told_in_bounded_pieces(ran: Ran, tmp_path: Path) -> None:
     socket = tmp_path / "helper.sock"
     host = Helper(addresses=Addresses(ran))
@@ -300,6 +334,35 @@ async def test_postfix_is_stopped_when_nobody_renews_the_lease(ran: Ran) -> None
     await host.answer(b'{"do": "postfix-stop"}')
     await asyncio.sleep(0.6)
     assert ran.count(stop) == 3  # its own stop, and no other
+
+
+@pytest.mark.parametrize("runs", [True, False])
+async def test_a_helper_that_starts_stops_a_postfix_whose_agent_does_not_come_back(
+    monkeypatch: pytest.MonkeyPatch, runs: bool
+) -> None:
+    said: list[str] = []
+
+    async def run(*argv: str, **_: object) -> str:
+        said.append(argv[1])
+        if argv[1] == "is-active" and not runs:
+            raise HelperError("systemctl is-active --quiet failed (3): ")
+        return ""
+
+    monkeypatch.setattr(helper, "run", run)
+    host = Helper(Path("/nonexistent"))
+    host.expect(0.1)
+    await asyncio.sleep(0.3)
+    assert said == (["is-active", "stop"] if runs else ["is-active"])
+    for request in (
+        {"do": "postfix-start"},
+        {"do": "ports-open", "ports": [25], "hold": 10},
+        {"do": "postfix-stop"},
+    ):
+        host.expect(0.1)
+        await host.answer(json.dumps(request).encode())
+        said.clear()
+        await asyncio.sleep(0.2)
+        assert said == []
 
 
 async def test_the_mail_disk_is_synced(tmp_path: Path) -> None:
@@ -601,9 +664,26 @@ def systemd(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return says
 
 
+async def stonith(node: str) -> dict[str, Any]:
+    host = Helper(Path("/nonexistent"), nodes=["mail-a"])
+    return await host.answer(json.dumps({"do": "stonith", "node": node}).encode())
+
+
 async def test_the_hook_that_switches_a_node_off_is_heard(systemd: dict[str, str]) -> None:
-    answer = await ask({"do": "stonith", "node": "mail-a"})
-    assert answer == {"ok": True, "said": "off really"}
+    assert await stonith("mail-a") == {"ok": True, "said": "off really"}
+
+
+async def test_only_the_groups_other_nodes_are_switched_off(ran: Ran) -> None:
+    for name in ("mail-b", "mail-a.service", "-f", ""):
+        assert "another node of the group" in (await stonith(name))["error"]
+    assert ran == []
+
+
+@pytest.mark.parametrize("name", ["-f", "a/b", "a b", "", "a" * 254])
+def test_a_node_has_a_name_that_fits_into_a_units(name: str) -> None:
+    assert helper._node("mail-a." + "x" * 60 + ".example.org")
+    with pytest.raises(ValueError):  # noqa: PT011 - argparse says which
+        helper._node(name)
 
 
 @pytest.mark.parametrize(
@@ -618,7 +698,7 @@ async def test_a_hook_that_fails_says_why(
     systemd: dict[str, str], result: str, journal: str, why: str
 ) -> None:
     systemd |= {"error": "unit not found", "Result": result, "journal": journal}
-    answer = await ask({"do": "stonith", "node": "mail-a"})
+    answer = await stonith("mail-a")
     assert answer == {"ok": False, "error": f"umbra-stonith@mail-a.service: {why}"}
 
 
@@ -703,3 +783,24 @@ async def test_the_mailboxes_disk_has_its_stores_mark(tmp_path: Path) -> None:
     assert not (await ask("a1", claim=True))["ok"]
     assert not (await ask("a1"))["ok"]
     assert not (tmp_path / "elsewhere").exists()
+
+
+async def test_what_another_user_has_put_in_the_files_place_holds_nobody_up(
+    tmp_path: Path,
+) -> None:
+    spool, mail = tmp_path / "spool", tmp_path / "mail"
+    spool.mkdir()
+    mail.mkdir()
+    host = Helper(spool, mail)
+    for name in (helper.PROOF, helper.STORE):
+        os.mkfifo(mail / name)
+    for request in (
+        {"do": "prove"},
+        {"do": "mail-store", "storage": "a1", "claim": False},
+        {"do": "mail-store", "storage": "a1", "claim": True},
+    ):
+        async with asyncio.timeout(5):
+            answer = await host.answer(json.dumps(request).encode())
+        assert not answer["ok"]
+        with os.fdopen(os.open(mail / helper.PROOF, os.O_RDWR)):  # and where somebody reads it
+            assert not (await host.answer(b'{"do": "prove"}'))["ok"]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from umbra.node.queue import QUEUES, queue_files
+from umbra.node import queue as module
+from umbra.node.queue import QUEUES, owed_bounces, queue_files
 
 COMMITTED, UNCOMMITTED = 0o700, 0o600
 
@@ -90,3 +92,23 @@ def test_a_queue_that_cannot_be_read_is_no_empty_queue(spool: Path) -> None:
     (spool / "hold").rmdir()
     with pytest.raises(FileNotFoundError):
         queue_files(spool)
+
+
+def test_a_bounce_log_is_a_file_of_some_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The directory is Postfix's, and who reads it is root."""
+    logs = tmp_path / "bounce"
+    logs.mkdir()
+    (logs / "4hK2pl0Zzz").write_text("recipient=eve@remote\nstatus=5.1.1\n")
+    (logs / "4hK2pm0Zzz").symlink_to("/dev/zero")
+    os.mkfifo(logs / "4hK2pn0Zzz")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(logs / "4hK2pp0Zzz"))
+        found = owed_bounces(tmp_path)
+    assert {name: failed for name, failed in found.items() if failed} == {
+        "4hK2pl0Zzz": ["eve@remote"]
+    }
+    monkeypatch.setattr(module, "MAX_LOG", 20)
+    with pytest.raises(OSError, match=r"too large.*4hK2pl0Zzz"):
+        owed_bounces(tmp_path)

@@ -122,6 +122,33 @@ async def test_the_answer_is_an_end_too(identities: Path, end: bool) -> None:
     assert len(keys) == 1
 
 
+async def test_one_address_has_so_many_handshakes_at_a_time(
+    identities: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "MAX_HANDSHAKES", 3)
+    monkeypatch.setattr(server_module, "HELLO_TIMEOUT", 0.5)
+    async with linked(identities, {"echo": echo}) as link:
+        began = asyncio.get_running_loop().time()
+        mute = [await asyncio.open_connection("127.0.0.1", link._port) for _ in range(6)]
+        ended = []
+
+        async def watch(reader: asyncio.StreamReader) -> None:
+            with suppress(ConnectionError):
+                await reader.read()
+            ended.append(asyncio.get_running_loop().time() - began)
+
+        watching = [asyncio.create_task(watch(reader)) for reader, _ in mute]
+        await asyncio.sleep(0.2)
+        assert len(ended) == 3
+        with pytest.raises(PeerError):
+            await link.request("echo", {}, timeout=5)
+        await asyncio.gather(*watching)
+        assert all(0.4 < seconds < 3 for seconds in ended[3:])
+        for _, writer in mute:
+            writer.close()
+        assert await link.request("echo", {}, timeout=5)  # their time is over
+
+
 async def test_exchanges_do_not_wait_for_each_other(identities: Path) -> None:
     gate = asyncio.Event()
 

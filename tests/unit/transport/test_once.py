@@ -280,3 +280,18 @@ async def test_a_socket_whose_path_is_gone_makes_room_for_the_new_one(
         async with listening(path, application):
             assert await ask(path, request(ids.new(), BOB)) == b"new+\n"
     kept.pop().close()
+
+
+async def test_a_stored_socket_of_another_place_is_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The service manager keeps one of a name, and nobody asks there any more."""
+    former, path, said = tmp_path / "former", tmp_path / "once", []
+    monkeypatch.setattr("umbra.systemd.notify", lambda text, sockets=(): said.append(text))
+    with socket.socket(socket.AF_UNIX) as kept:
+        kept.bind(str(former))
+        kept.listen()
+        monkeypatch.setattr("umbra.systemd.stored_socket", lambda name: kept.dup())
+        async with listening(path, Application()):
+            assert await ask(path, request(ids.new(), BOB)) == b"new+\n"
+    assert said == ["FDSTOREREMOVE=1\nFDNAME=once", "FDSTORE=1\nFDNAME=once\nFDPOLL=0"]

@@ -39,7 +39,7 @@ PEERS = [*RAW["peers"], {"name": "c", "site": "gamma", "address": "10.86.0.3"}]
 @dataclass
 class Paths:
     state: Path
-    run: Path
+    delivery: Path
     milter: Path
 
 

@@ -17,15 +17,20 @@ step; if this dies half-way, Dovecot makes of the rest what it would have made o
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 NAMES = ("dovecot.index.log", "dovecot.list.index.log")
 # What was written so long before the newest log (seconds) was on the disk: Linux writes back within
 # half a minute.
 RECENT = 3600.0
+# Far over what Dovecot writes: it begins a new log after 1 MiB (mail_index_log_rotate_max_size).
+MAX_LOG = 256 * 1024 * 1024
 
 _HEADER_MIN = 24
 _LOG_NUMBER = slice(8, 12)
@@ -77,13 +82,23 @@ def recent_logs(mail: Path) -> Iterator[Path]:
     return (path for path, written in found.items() if written >= newest - RECENT)
 
 
+def _open(path: Path) -> BinaryIO:
+    """Open a file of Dovecot's. OSError if it is anything else, which might never be read."""
+    number = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    found = os.fstat(number)
+    if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_LOG:
+        os.close(number)
+        raise OSError(errno.EINVAL, "not a file of Dovecot's", str(path))
+    return open(number, "r+b")
+
+
 def mend(path: Path) -> int:
     """Cut a log's unfinished end; return how many bytes that were."""
-    log = path.read_bytes()
-    keep = whole(log)
-    if keep is None or keep == len(log):
-        return 0
-    with path.open("r+b") as file:
+    with _open(path) as file:
+        log = file.read()
+        keep = whole(log)
+        if keep is None or keep == len(log):
+            return 0
         file.truncate(keep)
         os.fsync(file.fileno())
     return len(log) - keep
@@ -94,7 +109,7 @@ def needless(path: Path) -> Path | None:
     index, before = path.with_suffix(""), path.with_name(path.name + ".2")
     if not (index.exists() and before.exists()):
         return None
-    with index.open("rb") as file:
+    with _open(index) as file:
         header = file.read(_INDEX_LOG_OFFSET.stop)
     number, offset = _number(header[_INDEX_LOG_NUMBER]), _number(header[_INDEX_LOG_OFFSET])
     lost = _number_of(path) == number and path.stat().st_size < offset
@@ -102,7 +117,7 @@ def needless(path: Path) -> Path | None:
 
 
 def _number_of(path: Path) -> int:
-    with path.open("rb") as file:
+    with _open(path) as file:
         return _number(file.read(_LOG_NUMBER.stop)[_LOG_NUMBER])
 
 

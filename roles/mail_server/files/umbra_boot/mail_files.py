@@ -88,7 +88,7 @@ def place(mail: Path, messages: Path) -> tuple[str, str]:
 def known(user: str, mailboxes: Iterable[str], run: Doveadm) -> dict[str, set[int]]:
     """Return the UIDs that each mailbox has by its index. One question: a process is not cheap.
 
-    The names are the user's choice and this runs as root: after "--" none is an option.
+    The names are the user's choice: after "--" none is an option.
     """
     query = [word for name in mailboxes for word in ("OR", "mailbox", name)][1:]
     rows = run("-f", "tab", "fetch", "-u", user, "--", "mailbox uid", *query).splitlines()[1:]

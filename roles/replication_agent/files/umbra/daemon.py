@@ -74,6 +74,8 @@ class Paths:
     tls: Path = Path("/etc/umbra/tls")
     state: Path = Path("/var/lib/umbra")
     run: Path = Path("/run/umbra")
+    dsync: Path = Path("/run/umbra-dsync")
+    delivery: Path = Path("/run/umbra-delivery")
     helper: Path = Path("/run/umbra-helper/helper.sock")
     missed: Path = Path("/var/lib/umbra-missed")
     events: Path = Path("/var/lib/umbra-events/sieve")

@@ -38,12 +38,14 @@ def alive(status: str) -> None:
 
 
 def store_socket(name: str, item: socket.socket) -> None:
-    """Have the service manager keep a socket for the next process (``FileDescriptorStoreMax``).
+    """Have the service manager keep a socket for the next process (``FileDescriptorStoreMax``)."""
+    # It would drop one that does not listen: the kernel calls that hung up.
+    notify(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", [item])
 
-    It takes the place of the one that is kept under this name, or there would be no room for it.
-    """
+
+def forget_socket(name: str) -> None:
+    """Have the service manager close what it keeps under this name."""
     notify(f"FDSTOREREMOVE=1\nFDNAME={name}")
-    notify(f"FDSTORE=1\nFDNAME={name}", [item])
 
 
 def stored_socket(name: str) -> socket.socket | None:

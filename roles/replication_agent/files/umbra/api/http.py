@@ -7,6 +7,7 @@ and nftables admits nothing else; nothing can be changed there.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
@@ -15,10 +16,12 @@ from typing import Any
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from umbra import listener
 from umbra.api.report import GroupReport
 from umbra.cluster.switchover import Refused
 
 MAX_BODY = 64 * 1024
+MAX_CONNECTIONS = 256
 MAX_SWITCHOVER_S = 600.0
 
 Query = Callable[[], Awaitable[dict[str, Any]]]
@@ -49,6 +52,7 @@ class Api:
         self._streams = streams
         self._operations = operations
         self._runners: list[web.AppRunner] = []
+        self._servers: list[asyncio.Server] = []
 
     async def start(self, socket: Path, address: str, port: int) -> None:
         """Listen on both. OSError if either cannot be had."""
@@ -59,23 +63,36 @@ class Api:
             local.router.add_post(f"/{name}", self._handler(operation))
         for name, stream in self._streams.items():
             local.router.add_post(f"/{name}", self._streaming(stream))
+        loop = asyncio.get_running_loop()
         socket.unlink(missing_ok=True)
-        runner = await self._run(local)
-        await web.UnixSite(runner, str(socket)).start()
+        self._servers.append(await loop.create_unix_server(await self._run(local), str(socket)))
         socket.chmod(0o660)
         remote = await self._run(self._application())
-        await web.TCPSite(remote, address, port).start()
+        at = listener.bound("api", address, port)
+        self._servers.append(await loop.create_server(remote, sock=at))
 
     async def stop(self) -> None:
         """Close the listeners and end what runs."""
+        for server in self._servers:
+            server.close()
         for runner in self._runners:
             await runner.cleanup()
 
-    async def _run(self, application: web.Application) -> web.AppRunner:
+    async def _run(self, application: web.Application) -> listener.Entrance:
+        @web.middleware
+        async def heard(
+            request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+        ) -> web.StreamResponse:
+            entrance.heard(request)
+            return await handler(request)
+
+        application.middlewares.append(heard)
         runner = web.AppRunner(application, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
         self._runners.append(runner)
-        return runner
+        assert runner.server is not None
+        entrance = listener.Entrance(runner.server, MAX_CONNECTIONS)
+        return entrance
 
     def _application(self) -> web.Application:
         application = web.Application(client_max_size=MAX_BODY)

@@ -112,6 +112,15 @@ async def _nothing(*_: object) -> None:
     pass
 
 
+async def _error_of(effect: Awaitable[None]) -> HelperError | None:
+    """Return what was wrong with an effect, None if it happened."""
+    try:
+        await effect
+    except HelperError as error:
+        return error
+    return None
+
+
 def primary_of(
     statuses: Mapping[str, Mapping[str, Any]], reachable: Callable[[str], bool]
 ) -> str | None:
@@ -420,7 +429,13 @@ class Group:
 
     def checks(self) -> Sequence[Check]:
         """Return the findings of the coordinator, and whether this host should be primary."""
-        return (self.fitness.check(),)
+        return self.fitness.check(), self._in_step()
+
+    def _in_step(self) -> Check:
+        """Whether ports and Postfix could be made as the state wants them."""
+        wrong = self.effect_error
+        text = f"{wrong}." if wrong else "Ports and Postfix are as this node's state wants them."
+        return Check("ports and Postfix", not wrong, int(bool(wrong)), 0, text)
 
     async def run(self) -> None:
         """Do what the coordinator needs all the time; runs until cancelled."""
@@ -551,15 +566,24 @@ class Group:
             await self._helper.postfix_start()
 
     async def _shut(self) -> None:
-        """Close the ports, disconnect users and stop Postfix."""
-        await self._helper.ports_close()
-        if self._prepared():
+        """Close the ports, disconnect users and stop Postfix; each, whatever fails.
+
+        HelperError if one did. While the ports are not closed nobody keeps his connection.
+        """
+        wrong = [await _error_of(self._helper.ports_close())]
+        closed = wrong == [None]
+        if closed and self._prepared():
             return
+        wrong.append(await _error_of(self._stop_postfix()))
+        if self._was_serving or not closed:
+            wrong.append(await _error_of(self._helper.kick(self._config.fence.ports)))
+        for error in filter(None, wrong):
+            raise error
+        self._was_serving = False
+
+    async def _stop_postfix(self) -> None:
         if await self._helper.postfix_running():
             await self._helper.postfix_stop()
-        if self._was_serving:
-            await self._helper.kick(self._config.fence.ports)
-        self._was_serving = False
 
     async def _hold_queue(self) -> None:
         """Hold what a former primary has in its queue.

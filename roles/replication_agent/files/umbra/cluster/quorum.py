@@ -280,7 +280,7 @@ class QuorumGroup(Group):
         silent = self._silent_voters
         return [
             self._round_trip(),
-            self.fitness.check(),
+            *super().checks(),
             Check(
                 "voters", not silent, len(silent), 0,
                 f"Not healthy: {', '.join(silent)}." if silent else "All voters are healthy.",

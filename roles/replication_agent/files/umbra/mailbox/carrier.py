@@ -3,7 +3,7 @@ r"""Carries dsync over the peer link.
 So that the epoch guards it and nobody reaches a node's mailboxes past its agent.
 
 Primary: ``doveadm sync`` connects to the socket of the peer (destination
-``tcp:/run/umbra/dsync/PEER.sock``) as it would to the other Dovecot.
+``tcp:/run/umbra-dsync/PEER.sock``) as it would to the other Dovecot.
 With that client the handshake is (2.4.1, checked by experiment)::
 
     client  VERSION\tdoveadm-server\t1\t3
@@ -263,7 +263,7 @@ class DsyncCarrier:
     The exchange is opened before dsync asks for it, so that both Dovecots prepare the user at the
     same time.
 
-    :param directory: ``/run/umbra/dsync``.
+    :param directory: ``/run/umbra-dsync``.
     :param pacer: says when data may be sent.
     """
 

@@ -7,12 +7,14 @@ Dovecot's process waits for the answer before its client sees OK:
 200   the change may be acknowledged (``mirrored``, or ``recorded`` while the group is alone)
 400   not a notification
 401   wrong token
+408   it did not come to its end
 503   this node may not acknowledge changes; nothing is known of the change
 ====  =====================================================================
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import logging
@@ -20,6 +22,7 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
+from umbra import listener
 from umbra.mailbox import metrics
 from umbra.mailbox.carrier import valid_user
 from umbra.mailbox.mirror import Verdict
@@ -33,6 +36,10 @@ RESTRUCTURING = frozenset({"MailboxCreate", "MailboxRename"})
 # it, which has one for each session. So no change meets the end of one; and not for longer, since
 # each takes memory here, and most sessions are idle.
 KEEP_ALIVE = 2 * 60.0
+# Connections at a time: half of what the agent may have open (LimitNOFILE).
+MAX_CONNECTIONS = 32768
+# How long a notification may take to come, once it has begun (seconds).
+READ_TIMEOUT = 10.0
 # Who still waits when the agent stops is cut off after this long (seconds).
 SHUTDOWN_TIMEOUT = 1.0
 
@@ -59,24 +66,31 @@ class NotifyServer:
         self._changed = changed
         self._restructured = restructured
         self._runner: web.ServerRunner | None = None
+        self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
         """Listen. OSError if the port is taken."""
         # The low-level server: one path needs no router, and each of its layers is paid for by
         # every change.
-        self._runner = web.ServerRunner(
-            web.Server(self._handle, access_log=None, keepalive_timeout=KEEP_ALIVE),
-            shutdown_timeout=SHUTDOWN_TIMEOUT,
-        )
+        server = web.Server(self._handle, access_log=None, keepalive_timeout=KEEP_ALIVE)
+        self._runner = web.ServerRunner(server, shutdown_timeout=SHUTDOWN_TIMEOUT)
         await self._runner.setup()
-        await web.TCPSite(self._runner, self._address, self._port, backlog=1024).start()
+        self._entrance = listener.Entrance(server, MAX_CONNECTIONS)
+        self._server = await asyncio.get_running_loop().create_server(
+            self._entrance,
+            sock=listener.bound("notify", self._address, self._port),
+            backlog=1024,
+        )
 
     async def stop(self) -> None:
         """Stop listening; who still waits gets no answer, and so no OK."""
+        if self._server is not None:
+            self._server.close()
         if self._runner is not None:
             await self._runner.cleanup()
 
     async def _handle(self, request: web.BaseRequest) -> web.Response:
+        self._entrance.heard(request)
         answer = await self._answer(request)
         metrics.NOTIFICATIONS.labels(answer.reason).inc()
         return answer
@@ -87,7 +101,11 @@ class NotifyServer:
         given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
         if not hmac.compare_digest(given, self._bearer):
             return web.Response(status=401)
-        notification = await _notification(request)
+        try:
+            async with asyncio.timeout(READ_TIMEOUT):
+                notification = await _notification(request)
+        except TimeoutError:
+            return web.Response(status=408)
         if notification is None:
             return web.Response(status=400)
         user, events = notification

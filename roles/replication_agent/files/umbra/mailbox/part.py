@@ -83,6 +83,8 @@ class Paths(Protocol):
     @property
     def run(self) -> Path: ...  # noqa: D102
     @property
+    def dsync(self) -> Path: ...  # noqa: D102
+    @property
     def token(self) -> Path: ...  # noqa: D102
     @property
     def missed(self) -> Path: ...  # noqa: D102
@@ -127,7 +129,7 @@ class Mailboxes:
         self._workers = config.mailbox.workers
         self._events = ScriptEvents(paths.events)
         self._reading = asyncio.Lock()
-        self._dsync = paths.run / "dsync"
+        self._dsync = paths.dsync
         self._doveadm = Doveadm()
         self._ledger = Ledger(paths.state / "mirror", paths.run)
         self._seeds = Seeds(paths.state / "mirror")

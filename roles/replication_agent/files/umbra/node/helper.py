@@ -4,8 +4,8 @@ It listens on a unix socket that only the agent's group can open, and reads one 
 ``{"do": NAME, ...}``. Each
 answer is ``{"ok": true, ...}`` or ``{"ok": false, "error": SENTENCE}``. No argument ever becomes a
 path, a program or an option: queue ids, addresses
-and numbers are checked. Which service addresses there are, its command line says, not
-its client. It keeps nothing that must last, so it may die at any point: the
+and numbers are checked. Which service addresses there are, and which nodes may be switched off, its
+command line says, not its client. It keeps nothing that must last, so it may die at any point: the
 agent's next request finds it restarted, and arms its timer again. But that the mailboxes' disk has
 lost something, which the kernel tells once, lasts until the next boot.
 """
@@ -23,12 +23,14 @@ import logging
 import os
 import re
 import signal
+import stat
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
+from umbra.cluster.protocol import LONGEST
 from umbra.node.addresses import ServiceAddresses
 from umbra.node.packets import Connection
 from umbra.node.queue import owed_bounces, queue_files
@@ -37,7 +39,7 @@ from umbra.systemd import notify
 log = logging.getLogger("umbra.helper")
 
 STORAGE = re.compile(r"[0-9a-f]{1,64}\Z")
-NODE = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,62}\Z")
+NODE = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,252}\Z")
 STONITH_TIMEOUT = 35.0  # its unit's own is 30 s at most
 QUEUE_ID = re.compile(r"[0-9A-Za-z]{5,30}\Z")
 ID_HEADER = re.compile(r"^X-Umbra-Id:[ \t]*(\S*)", re.MULTILINE | re.IGNORECASE)
@@ -53,6 +55,8 @@ NO_ANSWER = re.compile(r"\(1\)|unreachable|No route|Cannot assign")
 PROOF = ".umbra-proof"
 STORE = ".umbra-store"
 UNKNOWN = "not a request that the helper knows"
+FENCE = Path("/etc/umbra/fence.nft")
+GONE = "No such file or directory"  # what nft says of a table that is not there
 RUNTIME = Path("/run/umbra-helper")  # its unit has it stay over a restart; a boot empties it
 LOST = "mail-lost"
 SLOW = 0.2  # seconds by which the ports may stay open past the right; nft takes a tenth of that
@@ -102,8 +106,10 @@ class Helper:
         mail: Path = Path("/var/vmail"),
         addresses: ServiceAddresses | None = None,
         runtime: Path = RUNTIME,
+        nodes: Sequence[str] = (),
     ) -> None:
         self._spool = spool
+        self._nodes = frozenset(nodes)
         self._addresses = addresses or ServiceAddresses(())
         self._proofs = (spool / PROOF, mail / PROOF)
         self._mail = mail
@@ -135,9 +141,7 @@ class Helper:
             await _open(ports, hold)
         self._disarm()
         if "postfix_until" in request:
-            left = _left(request["postfix_until"])
-            loop = asyncio.get_running_loop()
-            self._dead_man = loop.call_later(left, self._begin_silence)
+            self._arm(_left(request["postfix_until"]))
         if "until" in request:
             hold = _left(request["until"])  # less than before, if nft has taken long
         new, problems = self._addresses.hold(hold)
@@ -172,6 +176,17 @@ class Helper:
                     log.error("the ports may be open past the right: %s", error)
             raise
 
+    def expect(self, seconds: float) -> None:
+        """Have Postfix stopped unless the agent renews its lease within ``seconds`` from now.
+
+        The helper before this one may have died together with the agent, and its timer with it.
+        """
+        self._arm(seconds)
+
+    def _arm(self, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        self._dead_man = loop.call_later(seconds, self._begin_silence)
+
     def _disarm(self) -> None:
         if self._dead_man is not None:
             self._dead_man.cancel()
@@ -185,6 +200,8 @@ class Helper:
 
         So nothing goes out or into mailboxes from here. The ports have closed by themselves.
         """
+        if not await _postfix_is("active"):
+            return
         log.error("the agent has not renewed the lease of the ports; Postfix is stopped")
         with contextlib.suppress(HelperError):
             await run("systemctl", "stop", "postfix.service")
@@ -195,7 +212,7 @@ class Helper:
         try:
             self._addresses.release()
         finally:
-            await run("nft", "flush", "set", "inet", "umbra_fence", "open_ports")
+            await _nft("flush", "set", "inet", "umbra_fence", "open_ports")
         return {}
 
     async def do_tickle(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -275,6 +292,7 @@ class Helper:
 
     async def do_postfix_start(self, request: dict[str, Any]) -> dict[str, Any]:
         """Start Postfix; harmless if it runs."""
+        self._disarm()  # the agent lives
         try:
             await run("systemctl", "start", "postfix.service")
         except HelperError:
@@ -390,8 +408,8 @@ class Helper:
         The hook has a unit of its own, without our privileges: no root, but the network.
         """
         node = request.get("node")
-        if not isinstance(node, str) or not NODE.match(node):
-            raise HelperError("node must be the name of a node")
+        if not isinstance(node, str) or node not in self._nodes:
+            raise HelperError("node must be the name of another node of the group")
         unit = f"umbra-stonith@{node}.service"
         began, failed, result = time.time(), "", ""
         try:
@@ -480,7 +498,23 @@ async def _open(ports: Sequence[int], seconds: float) -> None:
         "flush set inet umbra_fence open_ports\n"
         f"add element inet umbra_fence open_ports {{ {elements} }}\n"
     )
-    await run("nft", "-f", "-", stdin=batch)
+    await _nft("-f", "-", batch=batch)
+
+
+async def _nft(*words: str, batch: str | None = None) -> None:
+    """Run nft on the fence. If that is gone, it is loaded first, which closes all service ports.
+
+    Whoever loads rules of his own by hand may have removed it: Debian's file of them begins with
+    ``flush ruleset``. Then every port is open until the agent next asks for something.
+    """
+    try:
+        await run("nft", *words, stdin=batch)
+    except HelperError as error:
+        if GONE not in str(error):
+            raise
+        log.error("somebody has removed the fence from the kernel; it is loaded again")
+        await run("nft", "-f", str(FENCE))
+        await run("nft", *words, stdin=batch)
 
 
 def _clock() -> float:
@@ -504,10 +538,18 @@ def _left(until: object) -> float:
     return left
 
 
+def _file(path: Path, flags: int) -> int:
+    """Open a file in a directory of another user's; OSError if something else stands there."""
+    number = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    return number
+
+
 def _write(files: Sequence[Path]) -> None:
     for path in files:
-        # O_NOFOLLOW: the directories belong to others.
-        number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        number = _file(path, os.O_WRONLY | os.O_CREAT)
         try:
             os.pwrite(number, f"{time.time():.3f}\n".encode(), 0)
             os.fdatasync(number)
@@ -516,9 +558,8 @@ def _write(files: Sequence[Path]) -> None:
 
 
 def _mark(path: Path, storage: str) -> None:
-    """Write a mark, durably. The directory belongs to another user, so no link is followed."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    number = os.open(path, flags, 0o600)
+    """Write a mark, durably."""
+    number = _file(path, os.O_WRONLY | os.O_CREAT)
     try:
         os.ftruncate(number, 0)
         os.write(number, f"{storage}\n".encode())
@@ -534,7 +575,7 @@ def _mark(path: Path, storage: str) -> None:
 
 def _marked(path: Path) -> str:
     try:
-        number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        number = _file(path, os.O_RDONLY)
     except FileNotFoundError:
         return ""
     try:
@@ -605,8 +646,20 @@ def _queue_ids(request: dict[str, Any]) -> Sequence[str]:
     return ids
 
 
-async def serve(helper: Helper, socket: Path, group: str) -> None:
-    """Listen until cancelled."""
+def _node(name: str) -> str:
+    """Return a name that can stand in the name of a unit; ValueError for another."""
+    if not NODE.match(name):
+        raise ValueError(name)
+    return name
+
+
+async def serve(helper: Helper, socket: Path, group: str, *, lease: bool = False) -> None:
+    """Listen until cancelled.
+
+    :param lease: the agent's right to act ends by itself, and what it has opened with it.
+    """
+    if lease:
+        helper.expect(LONGEST)
     with contextlib.suppress(FileNotFoundError):
         socket.unlink()
     server = await asyncio.start_unix_server(helper.serve, socket, limit=MAX_REQUEST)
@@ -628,11 +681,24 @@ def main() -> None:
         "--address", type=ip_address, action="append", default=[], metavar="ADDRESS",
         help="a service address, which the primary has",
     )  # fmt: skip
+    parser.add_argument(
+        "--lease", action="store_true",
+        help="another node may act when the agent is silent: Postfix is stopped then",
+    )  # fmt: skip
+    parser.add_argument(
+        "--node", type=_node, action="append", default=[], metavar="NAME",
+        help="a node that the administrator's hook may switch off",
+    )  # fmt: skip
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    os.environ["LC_ALL"] = "C"  # what programs say of an error is read
     os.umask(0o117)
     # Somebody opens a file while umbra.node.queue has its lease: the kernel tells by a signal.
     signal.signal(signal.SIGIO, signal.SIG_IGN)
-    helper = Helper(addresses=ServiceAddresses(options.address), runtime=options.socket.parent)
+    helper = Helper(
+        addresses=ServiceAddresses(options.address),
+        runtime=options.socket.parent,
+        nodes=options.node,
+    )
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(serve(helper, options.socket, options.group))
+        asyncio.run(serve(helper, options.socket, options.group, lease=options.lease))

@@ -8,12 +8,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import socket
 import ssl
+from collections import Counter as Counts
 from collections.abc import Awaitable, Callable, Collection, Mapping
+from contextlib import suppress
 from typing import Any
 
 from prometheus_client import Counter
 
+from umbra import listener
 from umbra.epoch import epoch_of
 from umbra.peer import frames
 from umbra.peer.connection import Connection, PeerError
@@ -27,6 +31,9 @@ Handler = Callable[[PeerIdentity, Mapping[str, Any], Exchange], Awaitable[dict[s
 EpochCheck = Callable[[str, str, int], Awaitable[None]]
 
 HELLO_TIMEOUT = 5.0
+# TLS handshakes of one address at a time, over all that a peer's pool begins at once.
+MAX_HANDSHAKES = 256
+BACKLOG = 100
 DRAIN_TIMEOUT = 1.0
 MAX_CONNECTIONS = 1024
 
@@ -77,18 +84,57 @@ class PeerServer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._running: dict[asyncio.Task[Any], tuple[str, int]] = {}
         self._senseless: dict[tuple[str, str], str] = {}
-        self._server: asyncio.Server | None = None
+        self._listener: socket.socket | None = None
+        self._listening: asyncio.Task[None] | None = None
+        self._handshakes: Counts[str] = Counts()
+        self._shaking: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         """Listen. OSError if the address is not there (is the tunnel up?) or taken."""
         self._identity.server.sslobject_class = _Handshake
-        self._server = await asyncio.get_running_loop().create_server(
-            lambda: Connection(self._made),
-            self._address,
-            self._port,
-            ssl=self._identity.server,
-            ssl_handshake_timeout=HELLO_TIMEOUT,
-        )
+        self._listener = listener.bound("link", self._address, self._port)
+        self._listener.listen(BACKLOG)
+        self._listening = asyncio.create_task(self._listen(self._listener), name="peer link")
+
+    async def _listen(self, listening: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, (address, *_) = await loop.sock_accept(listening)
+            except OSError as error:  # out of file descriptors, for example
+                log.warning("no peer can connect: %s", error)
+                await asyncio.sleep(1.0)
+                continue
+            if self._handshakes[address] >= MAX_HANDSHAKES:
+                self._overloaded(address, MAX_HANDSHAKES)
+                connection.close()
+            else:
+                task = loop.create_task(self._shake(connection, address))
+                self._shaking.add(task)
+                task.add_done_callback(self._shaking.discard)
+            await asyncio.sleep(
+                0
+            )  # who connects again and again must not keep the loop from others
+
+    async def _shake(self, connection: socket.socket, address: str) -> None:
+        self._handshakes[address] += 1
+        try:
+            with suppress(OSError):  # _Handshake has told
+                await asyncio.get_running_loop().connect_accepted_socket(
+                    lambda: Connection(self._made),
+                    connection,
+                    ssl=self._identity.server,
+                    ssl_handshake_timeout=HELLO_TIMEOUT,
+                )
+        finally:
+            self._handshakes[address] -= 1
+            if not self._handshakes[address]:
+                del self._handshakes[address]
+
+    @staticmethod
+    def _overloaded(address: object, most: int) -> None:
+        REFUSED.labels("overloaded").inc()
+        log.warning("peer connection from %s closed: there are %d already", address, most)
 
     def break_off(self, operations: Collection[str], below: float = math.inf) -> None:
         """End what runs of these operations under an epoch ``below`` that one.
@@ -101,20 +147,16 @@ class PeerServer:
 
     async def stop(self) -> None:
         """Close the listener and cancel what runs; clients see their exchanges as failed."""
-        if self._server is not None:
-            self._server.close()
-        for task in self._tasks:
+        tasks = [*self._tasks, *self._shaking, *([self._listening] if self._listening else [])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._listener is not None:
+            self._listener.close()
 
     def _made(self, connection: Connection) -> None:
         if len(self._tasks) >= MAX_CONNECTIONS:
-            REFUSED.labels("overloaded").inc()
-            log.warning(
-                "peer connection from %s closed: there are %d already",
-                connection.extra("peername"),
-                MAX_CONNECTIONS,
-            )
+            self._overloaded(connection.extra("peername"), MAX_CONNECTIONS)
             connection.close()
             return
         task = asyncio.get_running_loop().create_task(self._accept(connection))

@@ -66,9 +66,11 @@ class OnceServer:
     async def start(self) -> None:
         """Listen. OSError if the directory is not there."""
         listener = systemd.stored_socket(NAME)
-        if listener is None or not self._path.exists():
-            if listener is not None:
-                listener.close()  # nobody can find it any more
+        if listener is not None and not self._is_there(listener):
+            listener.close()
+            systemd.forget_socket(NAME)
+            listener = None
+        if listener is None:
             self._path.unlink(missing_ok=True)
             listener = socket.socket(socket.AF_UNIX)
             listener.bind(str(self._path))
@@ -78,6 +80,9 @@ class OnceServer:
         listener.setblocking(False)
         self._listener = listener
         self._accepting = asyncio.create_task(self._accept(listener), name="deliveries")
+
+    def _is_there(self, listener: socket.socket) -> bool:
+        return listener.getsockname() == str(self._path) and self._path.exists()
 
     async def stop(self) -> None:
         """Stop answering; who still waits asks the next agent. The path stays for it."""

@@ -72,7 +72,7 @@ class Paths(Protocol):
     @property
     def state(self) -> Path: ...  # noqa: D102
     @property
-    def run(self) -> Path: ...  # noqa: D102
+    def delivery(self) -> Path: ...  # noqa: D102
     @property
     def milter(self) -> Path: ...  # noqa: D102
 
@@ -147,7 +147,7 @@ class Messages:
         )
         resubmissions: dict[str, Resubmission] = {}
         self._once = Once(mailboxes.delivered)
-        self._once_server = OnceServer(paths.run / "delivery" / NAME, self._once)
+        self._once_server = OnceServer(paths.delivery / NAME, self._once)
         self._shadowing = Shadowing(
             config.node,
             _Face(group),

@@ -43,7 +43,7 @@ from umbra.transport.tracking import DISCARDED, DUPLICATE_DROPPED, RESUBMITTED, 
 
 log = logging.getLogger(__name__)
 
-HOST, PORT = "127.0.0.1", 10026
+HOST, PORT = "127.0.0.1", 24  # "any private mail system"; only root can listen there
 CONCURRENCY = 8
 FIRST_PAUSE, LONGEST_PAUSE = 2.0, 60.0
 
