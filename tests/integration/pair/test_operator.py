@@ -54,6 +54,8 @@ def test_the_tunnel_reads_and_changes_nothing(node: str) -> None:
     where = f"{lab.overlay_address(node)} 8687"
     for path in ("/health", "/status", "/metrics"):
         assert lab.ask(peer, path, where=where)[0] == 200
+    for path in ("/queue", "/merged"):  # they name users and messages
+        assert lab.ask(peer, path, where=where)[0] == 404
     for path in ("/switchover", "/failover", "/open"):
         assert lab.ask(peer, path, "POST", where)[0] in (404, 405)
 

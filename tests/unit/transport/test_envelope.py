@@ -75,7 +75,6 @@ def test_bytes_survive() -> None:
         {"recipients": [["\udc7f@example.org"]]},
         {"recipients": [["a@example.org", "ORCPT=\udd00"]]},
         {"sender_args": ["ENVID=\ud800"]},
-        {"helo": "\ud800"},
     ],
 )
 def test_untrusted_input_is_refused_in_words(change: dict[str, Any]) -> None:
@@ -121,8 +120,9 @@ def test_narrow_puts_what_an_alias_became_in_its_place() -> None:
 def test_no_informational_text_steers_a_terminal() -> None:
     """Of an older agent neither: what it has taken is not refused for that."""
     assert module.clean(b"<1\xc2\x9b2J@x>") == "<1?2J@x>"
-    value = ENVELOPE.to_object() | {"message_id": "<1\x9b2J@x>", "helo": "\x85"}
+    value = ENVELOPE.to_object() | {"message_id": "<1\x9b2J@x>", "helo": "\x85\ud800\udfff"}
     envelope = Envelope.from_object(value)
-    assert (envelope.message_id, envelope.helo) == ("<1?2J@x>", "?")
+    assert (envelope.message_id, envelope.helo) == ("<1?2J@x>", "???")
+    envelope.helo.encode("utf-8", "surrogateescape")
     # An address stays what it is: mail goes there.
     assert Envelope.from_object(value | {"sender": "a\x9b@x"}).sender == "a\x9b@x"

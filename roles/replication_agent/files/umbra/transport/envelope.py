@@ -20,8 +20,8 @@ MAX_TEXT = 2048  # Postfix reads no longer command line
 _to_json = json.JSONEncoder(separators=(",", ":")).encode
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-# What a terminal may take for a command, too.
-_UNSHOWN = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+# What a terminal may take for a command, too, and what no bytes stand for.
+_UNSHOWN = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udc7f\udd00-\udfff]")
 _UNSAFE_ARGUMENT = re.compile(r"[\x00-\x20\x7f]")
 
 
@@ -144,18 +144,23 @@ def recipient(value: object) -> str:
     return text
 
 
-def _text(name: str, value: object) -> str:
+def _line(name: str, value: object) -> str:
     if not isinstance(value, str) or len(value) > MAX_TEXT:
         raise EnvelopeError(f"{name} must be a text of at most {MAX_TEXT} characters")
     if _CONTROL.search(value):
         raise EnvelopeError(f"{name} holds control characters")
-    _check_bytes(name, value)
     return value
 
 
+def _text(name: str, value: object) -> str:
+    text = _line(name, value)
+    _check_bytes(name, text)
+    return text
+
+
 def _shown(name: str, value: object) -> str:
-    """Take an informational text: what only a terminal would mind is no reason to refuse mail."""
-    return _UNSHOWN.sub("?", _text(name, value))
+    """Take an informational text: what is odd in it is no reason to refuse mail."""
+    return _UNSHOWN.sub("?", _line(name, value))
 
 
 def _check_bytes(name: str, value: str) -> None:

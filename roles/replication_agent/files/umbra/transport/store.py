@@ -930,7 +930,7 @@ class ShadowWriter:
 def _envelope(database: sqlite3.Connection, shadow_id: str) -> Envelope | None:
     """Return the envelope of a row; None if it cannot be read, which whoever needs it tells."""
     [(text,)] = database.execute("SELECT envelope FROM message WHERE shadow_id = ?", (shadow_id,))
-    return envelope if isinstance(envelope := _read(text), Envelope) else None
+    return envelope if isinstance(envelope := _parsed(text), Envelope) else None
 
 
 def _change(database: sqlite3.Connection, shadow_id: str, envelope: Envelope) -> None:
@@ -950,12 +950,12 @@ def _meta(row: tuple[Any, ...]) -> Meta:
         stored,
         size,
         new_queue_id,
-        _read(envelope),
+        _parsed(envelope),
         file,
     )
 
 
-def _read(text: str) -> Envelope | EnvelopeError:
+def _parsed(text: str) -> Envelope | EnvelopeError:
     """Return the envelope of a row, or what is wrong with it."""
     try:
         if not text.isascii():  # it was written so
