@@ -46,7 +46,7 @@ def test_the_fence(tmp_path: Path) -> None:
     stage = Stage(tmp_path, "replication_agent")
     stage.write(
         "roles/replication_agent/tasks/end.yml",
-        (tmp_path / "roles/replication_agent/tasks/fence.yml")
+        (tmp_path / "roles/replication_agent/tasks/fence_load.yml")
         .read_text()
         .partition("- name: Close the service ports")[2]
         .join(["- name: Close the service ports", ""]),
