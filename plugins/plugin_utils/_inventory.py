@@ -31,8 +31,6 @@ REPLICATED = "mail_server_replicated"
 
 # Read by more than one role, so no single role's argument specs have them.
 SHARED_VARIABLES = frozenset({"umbra_group", "umbra_site", "umbra_role", "umbra_sites"})
-# Facts that the vpn role sets for the roles after it.
-EXPORTED_FACTS = frozenset({"vpn_address"})
 
 Variables = Mapping[str, Any]
 
@@ -414,7 +412,7 @@ def option_names(spec: Mapping[str, Any]) -> set[str]:
 def _variable_findings(
     inventory: Inventory, specs: Mapping[str, Mapping[str, Any]], allowed: Iterable[str]
 ) -> Iterator[str]:
-    known = set(SHARED_VARIABLES | EXPORTED_FACTS).union(*map(option_names, specs.values()))
+    known = set(SHARED_VARIABLES).union(*map(option_names, specs.values()))
     prefixes = ("umbra_", *(f"{role}_" for role in specs))
     users: dict[str, list[str]] = {}
     for host in inventory.hosts:

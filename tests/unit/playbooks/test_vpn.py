@@ -17,7 +17,7 @@ PREFLIGHT = """\
   tasks:
     - ansible.builtin.import_role: {name: umbra.mail.vpn, tasks_from: preflight}
     - ansible.builtin.debug:
-        msg: "{{ inventory_hostname }} goes on as {{ vpn_address }}"
+        msg: "{{ inventory_hostname }} goes on as {{ __vpn_plan[inventory_hostname].address }}"
     - ansible.builtin.debug:
         msg: "Closed: {{ vpn_protected_tcp_ports | sort | join(' ') }}"
 """

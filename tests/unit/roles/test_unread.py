@@ -59,7 +59,7 @@ def test_the_fence(tmp_path: Path) -> None:
 
 
 VPN = {
-    "vpn_hosts": ["a", "b"],
+    "__vpn_hosts": ["a", "b"],
     "vpn_timeout": 1,
     "__vpn_plan": {"a": {"address": "10.86.0.1"}, "b": {"address": "10.86.0.2"}},
 }

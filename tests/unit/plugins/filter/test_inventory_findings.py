@@ -504,11 +504,6 @@ def test_variables_of_ones_own(world: World) -> None:
     assert world.findings() == []
 
 
-def test_the_vpn_roles_fact_is_known(world: World) -> None:
-    world.set("vpn_address", "10.86.0.1", "mail-a")
-    assert world.findings() == []
-
-
 def test_all_findings_at_once(world: World) -> None:
     world.set("umbra_role", "primary", "mail-b")
     world.set("vpn_number", 0, "witness")
