@@ -15,7 +15,8 @@ from typing import Any
 # In characters that need no quoting in Postfix's tables, Dovecot's passwd-file or a file name.
 ADDRESS = re.compile(r"[A-Za-z0-9._=+-]+@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+")
 POSTMASTER = ("postmaster", "abuse", "root")
-HASH = re.compile(r"(\{[A-Z0-9.-]+\}|\$)[^:\s]+")
+# After the scheme its encoding, {SSHA512.b64}; Dovecot takes both in any case.
+HASH = re.compile(r"(\{[A-Za-z0-9.-]+\}|\$)[^:\s]+")
 
 
 def _address(item: Mapping[str, Any]) -> str:
