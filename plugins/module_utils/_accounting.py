@@ -542,7 +542,7 @@ def verdict_reasons(
     if not complete:
         reasons.append("The workload ended before it was told to.")
     if len(report["moves"]) != moves:
-        reasons.append(f"Only {len(report['moves'])} of {moves} moves were made.")
+        reasons.append(f"Only {len(report['moves'])} of {moves} moves were made under load.")
     return reasons
 
 
@@ -561,7 +561,8 @@ def _timed_moves(
     timed = []
     for number, move in enumerate(moves, 1):
         begin, end = at.get(f"move-{number}-begin"), at.get(f"move-{number}-end")
-        if begin is None or end is None:
+        # A move that nobody was there to notice has no outage, and proves nothing.
+        if begin is None or end is None or begin > last:
             continue
         # A gap after the move is its doing for a while, but not once the next move has begun.
         until = min(end + int(SETTLE_S * 1e9), at.get(f"move-{number + 1}-begin", last), last)

@@ -31,8 +31,6 @@ REPLICATED = "mail_server_replicated"
 
 # Read by more than one role, so no single role's argument specs have them.
 SHARED_VARIABLES = frozenset({"umbra_group", "umbra_site", "umbra_role", "umbra_sites"})
-# Facts that the vpn role sets for the roles after it.
-EXPORTED_FACTS = frozenset({"vpn_address"})
 
 Variables = Mapping[str, Any]
 
@@ -65,10 +63,16 @@ class Inventory:
 
     @property
     def sites(self) -> dict[str, list[Any]]:
-        """Return the optional map of site names to their local subnets."""
+        """Return the optional map of site names to their local subnets.
+
+        What has another shape is judged with the sites, and counts as no subnet.
+        """
         sites: dict[str, list[Any]] = {}
         for host in self.overlay:
-            sites.update(self.value(host, "umbra_sites") or {})
+            found = self.value(host, "umbra_sites")
+            if isinstance(found, Mapping):
+                for site, texts in found.items():
+                    sites[site] = texts if isinstance(texts, list) else []
         return sites
 
     def value(self, host: str, name: str) -> Any:
@@ -227,6 +231,7 @@ def _host_address_findings(inventory: Inventory) -> Iterator[str]:
 
 def _site_findings(inventory: Inventory) -> Iterator[str]:
     """Judge umbra_site and, where it is given, the map umbra_sites of sites to local subnets."""
+    yield from _site_shape_findings(inventory)
     sites = inventory.sites
     for host in inventory.overlay:
         site = inventory.value(host, "umbra_site")
@@ -252,6 +257,30 @@ def _site_findings(inventory: Inventory) -> Iterator[str]:
                         " correct umbra_sites."
                     )
             seen.append((site, subnet))
+
+
+def _site_shape_findings(inventory: Inventory) -> Iterator[str]:
+    said: list[Any] = []
+    for host in inventory.overlay:
+        found = inventory.value(host, "umbra_sites")
+        # Most often all hosts have the same.
+        if found in said:
+            continue
+        said.append(found)
+        if not isinstance(found, Mapping):
+            if found is not None:
+                yield (
+                    f"umbra_sites of {host} is {found!s}; write a map of sites to lists of subnets,"
+                    " for example {alpha: [192.0.2.0/24]}."
+                )
+            continue
+        for site, texts in found.items():
+            if not isinstance(texts, list):
+                what = "nothing" if texts is None else texts
+                yield (
+                    f"umbra_sites, {site}: {what!s} is no list; write a list of subnets, for"
+                    " example [192.0.2.0/24]."
+                )
 
 
 def _overlay_findings(inventory: Inventory) -> Iterator[str]:
@@ -414,7 +443,7 @@ def option_names(spec: Mapping[str, Any]) -> set[str]:
 def _variable_findings(
     inventory: Inventory, specs: Mapping[str, Mapping[str, Any]], allowed: Iterable[str]
 ) -> Iterator[str]:
-    known = set(SHARED_VARIABLES | EXPORTED_FACTS).union(*map(option_names, specs.values()))
+    known = set(SHARED_VARIABLES).union(*map(option_names, specs.values()))
     prefixes = ("umbra_", *(f"{role}_" for role in specs))
     users: dict[str, list[str]] = {}
     for host in inventory.hosts:

@@ -1,6 +1,9 @@
 # Copyright: umbra.mail contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
-"""Judges mailboxes and aliases: from lists of both to sentences, which hold no password hash."""
+"""Judges mailboxes and aliases, and says who may send as which address.
+
+From lists of both to sentences, which hold no password hash, and to a table of senders.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from typing import Any
 # In characters that need no quoting in Postfix's tables, Dovecot's passwd-file or a file name.
 ADDRESS = re.compile(r"[A-Za-z0-9._=+-]+@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+")
 POSTMASTER = ("postmaster", "abuse", "root")
-HASH = re.compile(r"(\{[A-Z0-9.-]+\}|\$)[^:\s]+")
+# After the scheme its encoding, {SSHA512.b64}; Dovecot takes both in any case.
+HASH = re.compile(r"(\{[A-Za-z0-9.-]+\}|\$)[^:\s]+")
 
 
 def _address(item: Mapping[str, Any]) -> str:
@@ -98,3 +102,41 @@ def mailbox_findings(
     elif postmaster and _goes_nowhere(postmaster, names, {*boxes, *others}):
         sentences.append(f"mail_server_postmaster {postmaster} is no mailbox or alias here.")
     return list(dict.fromkeys(sentences))
+
+
+def sender_logins(
+    mailboxes: Iterable[Mapping[str, Any]],
+    aliases: Iterable[Mapping[str, Any]],
+    domains: Iterable[str],
+    postmaster: str = "",
+) -> dict[str, list[str]]:
+    """Return for each address the mailboxes that it leads to, as Postfix delivers: who may send so.
+
+    What leads to nobody here is left out.
+    """
+    boxes = {_address(item).lower() for item in mailboxes}
+    leads = {
+        _address(item).lower(): [str(goal).lower() for goal in item.get("destinations") or []]
+        for item in aliases
+    }
+    if postmaster:
+        for domain in domains:
+            for name in POSTMASTER:
+                address = f"{name}@{domain}".lower()
+                if address not in boxes:
+                    leads.setdefault(address, [postmaster.lower()])
+
+    def owners(address: str, passed: frozenset[str]) -> Iterator[str]:
+        name, _at, domain = address.partition("@")
+        plain = f"{name.partition('+')[0]}@{domain}"
+        alias = address if address in leads else plain
+        if alias in leads:
+            if alias not in passed:
+                for goal in leads[alias]:
+                    yield from owners(goal, passed | {alias})
+        elif plain in boxes:
+            yield plain
+
+    found = {box: [box] for box in sorted(boxes)}
+    found |= {alias: list(dict.fromkeys(owners(alias, frozenset()))) for alias in leads}
+    return {address: logins for address, logins in found.items() if logins}

@@ -1,8 +1,10 @@
 """What makes a host a voter of a cluster that runs already."""
 
 import json
+from pathlib import Path
 
 import pytest
+from roles.coordinator.files.umbra_voter import join as program
 from roles.coordinator.files.umbra_voter.join import JoinError, Member, Plan, decide, joining, parse
 
 VOTERS = {
@@ -39,6 +41,31 @@ def test_each_step_follows_from_what_is_there(
     members: list[Member], has_data: bool, plan: Plan
 ) -> None:
     assert decide(members, VOTERS, "w", has_data) == plan
+
+
+def test_who_died_after_the_vote_is_tidied_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"ID": number, "name": name, "peerURLs": [url]}
+        for number, (name, url) in enumerate(VOTERS.items(), 1)
+    ]
+    called = []
+
+    def run(*argv: str) -> str:
+        called.append(argv[:2])
+        return json.dumps({"members": rows})
+
+    monkeypatch.setattr(program, "run", run)
+    monkeypatch.setattr(program, "DROP_IN", tmp_path / "join.conf")
+    (tmp_path / "member" / "wal").mkdir(parents=True)
+    (tmp_path / "member" / "wal" / "0.wal").touch()
+    for name in ("join.conf", "join.yml"):
+        (tmp_path / name).touch()
+    assert program.join(VOTERS, "w", "others", tmp_path, tmp_path, 1.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["member"]
+    assert called[-1] == ("systemctl", "daemon-reload")
+    assert not program.join(VOTERS, "w", "others", tmp_path, tmp_path, 1.0)
 
 
 def test_one_member_is_replaced_at_a_time() -> None:

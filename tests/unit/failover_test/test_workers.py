@@ -1,5 +1,6 @@
 """The workers against servers that are played: what they note for each end of a request."""
 
+import dataclasses
 import imaplib
 import json
 import smtplib
@@ -369,6 +370,21 @@ class TestRun:
             __main__.run(settings)
         assert time.monotonic() - began < settings.max_s / 2
         assert [record["type"] for record in log(settings)] == ["begin"]
+
+    @pytest.mark.parametrize("told", [False, True])
+    def test_a_load_whose_time_is_up_has_no_end(
+        self, settings: Settings, monkeypatch: pytest.MonkeyPatch, told: bool
+    ) -> None:
+        def steady(*common: Any) -> None:
+            while not common[3]():
+                time.sleep(0.01)
+
+        monkeypatch.setattr(__main__, "send_steadily", steady)
+        monkeypatch.setattr(__main__, "change_steadily", steady)
+        if told:
+            (settings.directory / "stop").touch()
+        __main__.run(dataclasses.replace(settings, max_s=0.1))
+        assert [record["type"] for record in log(settings)] == ["begin", "end"][: 1 + told]
 
 
 class TestPace:

@@ -71,6 +71,7 @@ def test_what_postfix_refuses_does_not_replace_what_works(tmp_path: Path) -> Non
         "bin/postfix",
         'test -e "${2-etc/postfix}/master.cf" && ! grep refused "${2-etc/postfix}/main.cf"',
     )
+    stage.program("bin/systemctl", "")
     live = stage.write("etc/postfix/main.cf", "works")
     stage.write("etc/postfix/master.cf", "works")
     variables = {

@@ -509,7 +509,13 @@ class TestReport:
     def test_missing_move(self, worker: Worker) -> None:
         log, marks, view = run(worker)
         result = report(log, marks[:2], view)
-        assert result["reasons"] == ["Only 1 of 2 moves were made."]
+        assert result["reasons"] == ["Only 1 of 2 moves were made under load."]
+
+    def test_a_move_after_the_load_is_none(self, worker: Worker) -> None:
+        log, marks, view = run(worker, messages=12)
+        result = report(log, marks, view)
+        assert result["reasons"] == ["Only 1 of 2 moves were made under load."]
+        assert len(result["moves"]) == 1
 
     @pytest.mark.parametrize(
         "key", ["altered", "unexpected", "refused_but_present", "nodes_differ"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from .conftest import ROOT, Play
+from .conftest import INVENTORY, ROOT, Play
 
 
 @pytest.mark.parametrize(
@@ -40,6 +42,30 @@ def test_a_limited_run(play: Play, playbook: str, arguments: list[str], words: s
     run = play(f"umbra.mail.{playbook}", *arguments)
     assert run.code != 0
     assert words in run.words
+
+
+def test_seeding_leaves_other_groups_alone(play: Play) -> None:
+    groups = {"mail-a": "mail", "mail-b": "mail", "post-a": "post", "post-b": "post"}
+    hosts = ", ".join(f"{host}: {{umbra_group: {group}}}" for host, group in groups.items())
+    inventory = INVENTORY.replace(
+        "{mail-a: {umbra_role: primary}, mail-b: {umbra_role: shadow}}", f"{{{hosts}}}"
+    )
+    run = play("umbra.mail.seed", "-e", "seed_node=mail-b", inventory=inventory)
+    asked = re.findall(r"(?m)^fatal: \[(\S+)\]: UNREACHABLE", run.output)
+    assert asked == ["mail-a"], run.output
+    run = play(
+        "umbra.mail.seed", "-e", "seed_node=mail-b", "--limit", "!mail-a", inventory=inventory
+    )
+    assert "the primary seeds the node; leave out --limit." in run.words
+
+
+def test_a_snapshot_is_looked_for_where_the_command_is_given(play: Play, tmp_path: Path) -> None:
+    said = ("-e", "coordinator_restore_primary=mail-a", "-e", "coordinator_restore_file=x.db")
+    assert "Name a snapshot on this machine" in play("umbra.mail.coordinator_restore", *said).words
+    (tmp_path / "x.db").touch()
+    run = play("umbra.mail.coordinator_restore", *said)
+    assert "Name a snapshot on this machine" not in run.words
+    assert "UNREACHABLE" in run.words
 
 
 def test_health_without_limit_shows_every_node(play: Play) -> None:

@@ -38,6 +38,11 @@ PREFLIGHT = """\
         ('"umbra_group": "mail", "mail_server_notify_timeout": 29', "make it 30 or more"),
         ('"mail_server_notify_timeout": 29', ""),
         ('"umbra_group": "mail", "mail_server_notify_timeout": "30"', ""),
+        (
+            '"mail_server_tls_valid_days": "60"',
+            "mail_server_tls_valid_days is 60 and has to be more",
+        ),
+        ('"mail_server_tls_valid_days": 60, "mail_server_tls_renew_days": "59"', ""),
     ],
 )
 def test_a_setting(play: Play, settings: str, words: str) -> None:
@@ -64,6 +69,8 @@ def make(path: Path, name: str, days: str) -> None:
 @pytest.mark.parametrize(
     ("certificate", "key", "on_host", "words"),
     [
+        ("none.crt", "good.key", False, "none.crt is no file on the controller; write the full"),
+        ("good.crt", "none.key", False, "none.key is no file on the controller; write the full"),
         ("good.crt", "good.key", True, ""),
         ("good.crt", "good.key", False, ""),
         ("good.crt", "other.key", False, "other.key (mail_server_tls_key) is not the key of"),

@@ -101,6 +101,16 @@ def test_a_new_certificate_needs_it(world: World) -> None:
     assert world.certificate("mail-b") != before
 
 
+def test_a_key_that_is_lost(world: World) -> None:
+    before = world.certificate("mail-b")
+    (world.place("mail-b") / "mail.key").unlink()
+    run = world.run("--limit", "mail-b")
+    assert run.code == 0, run.output
+    assert world.certificate("mail-b") != before
+    run = world.run("--limit", "mail-b")
+    assert (run.code, run.changed) == (0, False), run.output
+
+
 def test_another_first_host_makes_no_second_authority(world: World) -> None:
     world.hosts = {"mail-c": LOCAL, **world.hosts}
     world.place("mail-c")

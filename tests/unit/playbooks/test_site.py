@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+import yaml
 
 from .conftest import INVENTORY, ROOT, Play
 
 ROLES = ("vpn", "mail_server", "replication_agent", "coordinator")
+
+
+PLAYS: Any = yaml.safe_load((ROOT / "playbooks" / "site.yml").read_text())
 
 
 class Task(NamedTuple):
@@ -46,10 +50,74 @@ def places(found: list[Task], words: str) -> list[int]:
 )
 def test_no_mail_service_is_there_before_the_fence(play: Play, arguments: list[str]) -> None:
     found = tasks(play, *arguments)
-    (fence,) = places(found, "Close the service ports, now and at every boot")
+    fence = min(places(found, "Close the service ports, now and at every boot"))
     services = [*places(found, "Install Postfix and Dovecot"), *places(found, "Start Dovecot")]
     assert services
     assert fence < min(services)
+
+
+def test_a_host_that_fails_ends_the_run_before_the_primary_has_its_turn() -> None:
+    names = [play["name"] for play in PLAYS]
+    early = PLAYS[1 : names.index("Bring the mail hosts up, one by one")]
+    assert len(early) == 4
+    # Which counts failed hosts, and not those that are down.
+    assert [play.get("max_fail_percentage") for play in early] == [0] * 4
+
+
+def test_what_was_protected_is_asked_before_anything_is_changed() -> None:
+    names = [play["name"] for play in PLAYS]
+    assert names[:2] == ["Judge the inventory", "Find out who is primary now"]
+
+
+def test_what_has_changed_is_applied_before_protection_is_waited_for(play: Play) -> None:
+    found = tasks(play, "--tags", "configure")
+    (wait,) = places(found, "Wait until the group is protected")
+    assert found[wait - 1].name == "Apply what has changed"
+
+
+ORDER = yaml.safe_dump(
+    [
+        {
+            "name": "Order",
+            "hosts": "umbra_nodes",
+            "gather_facts": False,
+            "tasks": [task for task in PLAYS[1]["tasks"] if "group_by" in str(task)][:1],
+        },
+        {
+            "name": "Say",
+            "hosts": "__umbra_primary",
+            "gather_facts": False,
+            "tasks": [{"ansible.builtin.debug": {"msg": "{{ inventory_hostname }} is the last"}}],
+        },
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "last"),
+    [
+        ({}, {}, "mail-a"),
+        ({}, {"primary": "mail-b", "epoch": 2}, "mail-b"),
+        ({"primary": None, "epoch": 1}, {"primary": "mail-b", "epoch": 2}, "mail-b"),
+        ({"primary": "mail-a", "epoch": 1}, {"primary": "mail-b", "epoch": 2}, "mail-b"),
+        ({}, {"primary": None, "epoch": 2}, "mail-a"),
+        ({}, {"primary": "mail-b", "epoch": 2, "group": "post"}, "mail-a"),
+    ],
+)
+def test_the_primary_is_whom_any_node_knows(
+    play: Play, a: dict[str, Any], b: dict[str, Any], last: str
+) -> None:
+    hosts: dict[str, Any] = {
+        "mail-a": {"umbra_role": "primary"},
+        "mail-b": {"umbra_role": "shadow"},
+    }
+    for host, answer in zip(hosts.values(), (a, b), strict=True):
+        host["site_status"] = {"status": -1}
+        if answer:
+            host["site_status"] = {"status": 200, "json": {"group": "mail", **answer}}
+    groups = {"umbra_nodes": {"hosts": hosts, "vars": {"umbra_group": "mail"}}}
+    run = play(ORDER, inventory=yaml.safe_dump(groups))
+    assert re.findall(r"(mail-.) is the last", run.output) == [last], run.output
 
 
 def test_groups_of_an_inventory_that_are_called_like_ours(play: Play) -> None:
@@ -85,6 +153,8 @@ def test_what_can_be_refused_comes_before_what_is_installed(play: Play) -> None:
     first = min(places(agent, "Pin the certificates") + places(agent, "Install the agent"))
     assert places(agent, "Refuse")
     assert max(places(agent, "Refuse")) < first
+    (settings,) = places(found, "Refuse what the agent would refuse")
+    assert settings < min(places(found, "Install the mail packages"), default=10**6)
     (command,) = places(found, "Refuse a command that could not run")
     assert command < min(places(found, "Install the mail packages") + places(found, "Install Post"))
 
@@ -148,6 +218,57 @@ def test_a_command_that_could_not_run(play: Play, command: str, words: str) -> N
     )
     assert run.code != 0
     assert words in run.words
+
+
+PAIR = """\
+all: {vars: {vpn_overlay_subnet: 10.86.0.0/24, umbra_group: mail, umbra_site: alpha}}
+umbra_nodes: {hosts: {mail-a: {umbra_role: primary}, mail-b: {umbra_role: shadow}}}
+"""
+AGENT = "replication_agent_"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("", ""),
+        (f'"{AGENT}heartbeat_timeout": 0.5', "heartbeat.timeout is 0.5 s; it must be over"),
+        (f'"{AGENT}fence_hold": 1', "fence.hold is 1 s; under 2 s a busy agent would close"),
+        (f'"{AGENT}shadow_copies": 2', "transport.shadow_copies is 2, but only 1 of the peers"),
+        (f'"{AGENT}shadow_timeout": 61', "transport.shadow_timeout is 61 s; over 60 s Postfix"),
+        (f'"{AGENT}mirror_workers": 65', "mailbox.mirror_workers is 65; it must be 0 to 64"),
+        (f'"{AGENT}client_probes": ["gateway"]', "handover.client_probes has 'gateway'; it must"),
+        (f'"{AGENT}handover_free": -1', "handover.free must be a whole number from 0, not -1."),
+        (f'"{AGENT}fence_ports": [25, "465"]', "fence.ports must be a whole number from 0, not '4"),
+        ('"umbra_group": 7', "group must be a text, not 7."),
+        ('"umbra_site": 1', "site must be a text, not 1."),
+        (f'"{AGENT}coordinator": "etcd"', "coordinator.endpoints names 2 voters; coordinator.kin"),
+    ],
+)
+def test_what_the_agent_refuses_is_refused_first(play: Play, settings: str, words: str) -> None:
+    start = ("--start-at-task", "Ask the agent's own code whether it can work with the settings")
+    run = play(COMMAND, *start, "--check", "-e", f"{{{settings}}}", inventory=PAIR)
+    refused = "The names are those in agent.yml" in run.words
+    assert (refused, words in run.words) == (bool(words), True), run.output
+
+
+@pytest.mark.parametrize("own", ["mail", "{{ inventory_hostname }}"])
+def test_two_nodes_of_one_name(play: Play, own: str) -> None:
+    role = ROOT / "roles" / "replication_agent"
+    found = yaml.safe_load((role / "tasks" / "preflight.yml").read_text())
+    judge = next(
+        task for task in found if task["name"].startswith("Refuse two nodes with one name")
+    )
+    names = {
+        "name": "Names",
+        "hosts": "umbra_nodes",
+        "connection": "local",
+        "gather_facts": False,
+        "vars_files": [str(role / folder / "main.yml") for folder in ("defaults", "vars")],
+        "tasks": [{"ansible.builtin.set_fact": {"hostname": own, "cacheable": True}}, judge],
+    }
+    run = play(yaml.safe_dump([names]), inventory=PAIR)
+    assert ("mail-a and mail-b both call themselves mail" in run.words) is (own == "mail")
+    assert (run.code != 0) is (own == "mail"), run.output
 
 
 PROFILE = """\

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Play, Run
+from .conftest import ROOT, Play, Run
 
 PREFLIGHT = """\
 - name: Preflight
@@ -17,7 +17,7 @@ PREFLIGHT = """\
   tasks:
     - ansible.builtin.import_role: {name: umbra.mail.vpn, tasks_from: preflight}
     - ansible.builtin.debug:
-        msg: "{{ inventory_hostname }} goes on as {{ vpn_address }}"
+        msg: "{{ inventory_hostname }} goes on as {{ __vpn_plan[inventory_hostname].address }}"
     - ansible.builtin.debug:
         msg: "Closed: {{ vpn_protected_tcp_ports | sort | join(' ') }}"
 """
@@ -112,6 +112,28 @@ def test_another_subnet(preflight: Preflight) -> None:
     assert "10.86.0.1 is not in vpn_overlay_subnet 10.87.0.0/24, so set back that one" in run.words
     wider = inventory("mail-a", "mail-b", subnet="10.86.0.0/16")
     assert preflight(wider).code == 0
+
+
+FIREWALL = f"""\
+- name: Firewall
+  hosts: mail-a
+  connection: local
+  gather_facts: false
+  vars: {{__vpn_interface: umbra0, template: {ROOT}/roles/vpn/templates/firewall.nft.j2}}
+  tasks:
+    - ansible.builtin.debug:
+        msg: "{{{{ lookup('ansible.builtin.template', template) }}}}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("ports", "words"),
+    [("[]", "policy accept;"), ("[2379, 22]", "dport { 22, 2379 } counter drop")],
+)
+def test_what_the_firewall_closes(play: Play, ports: str, words: str) -> None:
+    run = play(FIREWALL, "-e", f'{{"vpn_protected_tcp_ports": {ports}}}')
+    assert words in run.output
+    assert ("dport" in run.output) is (ports != "[]")
 
 
 def test_ports_that_the_inventory_moves_stay_closed(preflight: Preflight) -> None:

@@ -22,6 +22,9 @@ class Stage:
 
     def __init__(self, root: Path, role: str) -> None:
         self.root, self.role = root, role
+        collection = root / "collections" / "ansible_collections" / "umbra" / "mail"
+        collection.parent.mkdir(parents=True)
+        collection.symlink_to(ROOT)  # for its filters
         for source in (ROOT / "roles" / role).rglob("*"):
             place = source.relative_to(ROOT / "roles")
             if source.is_file() and place.parts[1] in ("defaults", "vars", "templates"):
@@ -72,6 +75,7 @@ class Stage:
                 **os.environ,
                 "PATH": f"{self.root}/bin:{self.root}/usr/sbin:{os.environ['PATH']}",
                 "ANSIBLE_HOME": f"{self.root}/ansible",
+                "ANSIBLE_COLLECTIONS_PATH": f"{self.root}/collections",
                 "ANSIBLE_ROLES_PATH": f"{self.root}/roles",
                 "ANSIBLE_CALLBACK_RESULT_FORMAT": "json",  # which folds no lines
                 "ANSIBLE_PIPELINING": "1",

@@ -19,7 +19,7 @@ A, B, W = (
 D = {"ID": 0xC1A551F1ED, "name": "d", "peerURLs": ["https://10.86.0.4:2380"]}
 E = {"ID": 0xBADC0DE, "name": "e", "peerURLs": ["https://10.86.0.5:2380"]}
 VARIABLES: dict[str, Any] = {
-    "coordinator_hosts": HOSTS,
+    "__coordinator_hosts": HOSTS,
     "coordinator_timeout": 1,
     "__coordinator_plan": {host: {"address": address} for host, address in ADDRESSES.items()},
     "__coordinator_data": "{{ playbook_dir }}/data/{{ inventory_hostname }}",
@@ -78,7 +78,7 @@ def test_voters_are_taken_off_the_list_before_they_are_forgotten(
     members(stage, A, B, W, D, E)
     code, text = judged(stage, coordinator_replace=replace)
     assert code != 0
-    assert "counts in d and e, and coordinator_hosts does not" in text
+    assert "counts in d and e, and the inventory does not" in text
     assert (
         "`umbra-etcdctl member remove c1a551f1ed`, `umbra-etcdctl member remove badc0de`;" in text
     )
@@ -143,9 +143,9 @@ def test_all_voters_have_one_token(stage: Stage) -> None:
     )
     for host, group in (("a", "mail"), ("b", "post")):
         stage.write(f"host_vars/{host}.yml", f"umbra_group: {group}\n")
-    _, text = stage.play(HOSTS, ["say"], {"coordinator_hosts": HOSTS})
+    _, text = stage.play(HOSTS, ["say"], {"__coordinator_hosts": HOSTS})
     assert [f"{host}=mail;" in text for host in HOSTS] == [True] * 3, text
-    _, text = stage.play(HOSTS, ["say"], {"coordinator_hosts": ["w", "a", "b"]})
+    _, text = stage.play(HOSTS, ["say"], {"__coordinator_hosts": ["w", "a", "b"]})
     assert [f"{host}=umbra;" in text for host in HOSTS] == [True] * 3, text
-    _, text = stage.play(HOSTS, ["say"], {"coordinator_hosts": []})
+    _, text = stage.play(HOSTS, ["say"], {"__coordinator_hosts": []})
     assert "a=umbra;" in text

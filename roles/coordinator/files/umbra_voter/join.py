@@ -114,7 +114,12 @@ def join(
     has_data = any((data / "member" / "wal").glob("*"))
     plan = decide(members(), voters, name, has_data)
     if plan == Plan():
-        return False
+        # Who died between the vote and the end has left the first start's configuration.
+        left = DROP_IN.exists()
+        if left:
+            finish(etc)
+            print(f"{name} votes already, and starts like any other from now on")
+        return left
     for member in plan.remove:
         change(timeout, "remove", member.id, "--endpoints", others)
         print(f"{member.name or member.url} is taken off the list")

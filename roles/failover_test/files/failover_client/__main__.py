@@ -55,7 +55,9 @@ def _load(settings: Settings, journal: Journal) -> None:
         stop.abort()
     for worker in running:
         worker.result()
-    journal.write({"type": "end", **stamp()})
+    # Without it the account says that the load did not last: its time was up.
+    if stop.told():
+        journal.write({"type": "end", **stamp()})
 
 
 def send_steadily(

@@ -27,11 +27,15 @@ class Stop:
         """End the run now."""
         self._aborted = True
 
+    def told(self) -> bool:
+        """Return True when somebody has ended the run."""
+        return self._file.exists()
+
     def __call__(self) -> bool:
         """Return True when the worker shall end."""
         if self._aborted or time.monotonic() >= self._deadline:
             return True
-        return self._enough() and self._file.exists()
+        return self._enough() and self.told()
 
 
 class Pace:

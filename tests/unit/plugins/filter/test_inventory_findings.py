@@ -472,6 +472,27 @@ def test_a_site_whose_subnet_is_none(world: World) -> None:
     assert world.only().startswith("umbra_sites, gamma: 203.0.113.10 has no prefix length")
 
 
+@pytest.mark.parametrize(
+    ("sites", "words"),
+    [
+        ("192.0.2.0/24", "umbra_sites of mail-a is 192.0.2.0/24; write a map of sites to lists of"),
+        (["192.0.2.0/24"], "umbra_sites of mail-a is ['192.0.2.0/24']; write a map of sites to"),
+        ({**SITES, "beta": "198.51.100.0/24"}, "umbra_sites, beta: 198.51.100.0/24 is no list; "),
+        ({**SITES, "beta": None}, "umbra_sites, beta: nothing is no list; write a list of subnets"),
+        ({**SITES, "beta": {"a": 1}}, "umbra_sites, beta: {'a': 1} is no list; write a list of"),
+    ],
+)
+def test_sites_of_another_shape(world: World, sites: Any, words: str) -> None:
+    world.set("umbra_sites", sites)
+    assert world.only().startswith(words)
+
+
+@pytest.mark.parametrize("sites", [None, {}, {**SITES, "beta": []}])
+def test_sites_without_subnets(world: World, sites: Any) -> None:
+    world.set("umbra_sites", sites)
+    assert world.findings() == []
+
+
 def test_ipv4_and_ipv6_do_not_overlap(world: World) -> None:
     world.set("umbra_sites", {**SITES, "gamma": ["::/0"]})
     assert world.findings() == []
@@ -501,11 +522,6 @@ def test_variables_of_ones_own(world: World) -> None:
     world.set("vpn_office", "x", "mail-a")
     world.set("office_vpn", "x", "mail-a")
     world.allowed = ["vpn_office"]
-    assert world.findings() == []
-
-
-def test_the_vpn_roles_fact_is_known(world: World) -> None:
-    world.set("vpn_address", "10.86.0.1", "mail-a")
     assert world.findings() == []
 
 

@@ -20,6 +20,12 @@ def alias(address: str, *destinations: str) -> dict[str, Any]:
     return {"address": address, "destinations": list(destinations)}
 
 
+@pytest.mark.parametrize("scheme", ["{SSHA512.b64}", "{plain-md5.hex}", "$2y$05$"])
+def test_hashes_as_dovecot_writes_them(scheme: str) -> None:
+    box = mailbox("ann@example.org", password_hash=f"{scheme}secret")
+    assert findings([box], [], ["example.org"]) == []
+
+
 def test_sound_ones() -> None:
     boxes = [mailbox("Ann@Example.org"), mailbox("bob@example.net", name="Bob B.")]
     boxes[1]["password_hash"] = "$6$salt$secret"
