@@ -14,7 +14,7 @@ from pathlib import Path
 QUEUES = ("maildrop", "incoming", "active", "deferred", "hold", "corrupt")
 ARRIVING = "arriving"
 _FAILED = b"recipient="
-# A log with more is none of Postfix's: 100,000 recipients that failed take a third of it.
+# A log with more is none of Postfix's: 100,000 recipients that failed take less than half.
 MAX_LOG = 64 * 1024 * 1024
 
 
