@@ -272,8 +272,16 @@ def main(names: list[str]) -> int:
     REPORTS.mkdir(parents=True, exist_ok=True)
     os.environ["MOLECULE_COMMAND_BORDERS"] = "false"  # or pytest's closing line is not at its place
     os.environ["NO_COLOR"] = "1"
-    # Leave by way of `finally`, so that a stopped run removes its lab.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    told: list[int] = []
+
+    def leave(number: int, _: object) -> None:
+        # By way of `finally`, so that a stopped run removes its lab. Where nobody sees the
+        # exception, as in a destructor, the run ends all the same.
+        told.append(number)
+        stop()
+        sys.exit(143)
+
+    signal.signal(signal.SIGTERM, leave)
     results: dict[str, tuple[Count, float]] = {}
     try:
         for lanes in stages(names):
@@ -289,6 +297,8 @@ def main(names: list[str]) -> int:
         stopped.clear()  # every lane has ended
         if IN_LAB & set(names):
             destroy()
+    if told:
+        return 143
     if failures:
         print("\n=== failures ===", *failures, sep="\n")
     print("\n=== summary ===")

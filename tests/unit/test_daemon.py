@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from umbra import daemon
+from umbra.daemon import sole
 
 
 async def test_a_report_that_fails_is_told_and_ends_nothing(
@@ -44,3 +46,11 @@ async def test_a_report_that_fails_is_told_and_ends_nothing(
     assert said[1] == said[2] == "no report can be made: ValueError('odd')"
     assert caplog.text.count("Traceback") == 1
     assert "systemd is busy" in caplog.text
+
+
+def test_two_agents_never_share_a_node(tmp_path: Path) -> None:
+    """One that a disk keeps from ending has the ports still, and systemd starts the next."""
+    with sole(tmp_path), pytest.raises(OSError, match="another agent"), sole(tmp_path):
+        pass
+    with sole(tmp_path):
+        pass

@@ -14,7 +14,7 @@ from tests.unit.cluster.quorum_field import TIMING, D, Field, Node, Play, clock
 
 from umbra.api.report import Check
 from umbra.cluster import protocol as p
-from umbra.cluster import words
+from umbra.cluster import said, words
 from umbra.cluster.machine import NotNow
 from umbra.cluster.quorum import GUARDED, OPENING_FAILS
 from umbra.cluster.static import StateError
@@ -830,6 +830,9 @@ def test_a_pause_stops_a_takeover_and_survives_restarts(group: Play) -> None:
         field.b.start()
         await asyncio.sleep(2 * D)
         assert field.b.group.describe()["paused"]
+        # Nobody reads these of another node; what somebody does, ``said`` has to let through.
+        unread = {"profile", "paused", "holder", "protected_set"}
+        assert field.b.group.describe().keys() - said._KINDS.keys() == unread
         assert await words.pause(field.b.group.driver, False)
         await field.until(lambda: field.b.serves, 2 * D)
 

@@ -110,6 +110,15 @@ def test_whatever_comes_is_refused_or_can_be_reported(name: str, value: Any) -> 
     asyncio.run(play())
 
 
+def test_nothing_that_is_told_gets_lost_unnoticed() -> None:
+    group = Group(CONFIG, cast(StateFile, Memory()), NodeHelper(Path("/nonexistent")))
+    nothing: dict[str, Any] = {}
+    composer = Composer(
+        CONFIG, group, lambda: (0, 0), str, lambda: nothing, list, service=lambda: nothing
+    )
+    assert composer.node_status().keys() - _KINDS.keys() == {"node", "clock"}
+
+
 ADDRESSED = SimpleNamespace(
     node="a", service=SimpleNamespace(addresses=("192.0.2.20",)), fence=SimpleNamespace(ports=(25,))
 )  # type: Any

@@ -251,19 +251,20 @@ async def test_notes_that_cannot_be_read_end_nothing_and_are_told_once(
         await asyncio.gather(following, return_exceptions=True)
 
 
-async def test_a_note_that_stays_has_its_user_copied_again_and_again(
+async def test_a_note_that_stays_makes_the_group_degraded_with_each_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But it makes the group degraded once: else it would never be protected again."""
+    """And not with each look: else it would never be protected again."""
     async with protected(tmp_path) as world:
-        world.carrier.seconds = 0.0
-        world.mailboxes._notes._stuck = {"a%40example.org": USER}
-        (tmp_path / "missed" / "a%40example.org").touch()
+        world.mailboxes._notes._stuck = {"a%40example.org": (USER, 0)}
+        note = tmp_path / "missed" / "a%40example.org"
+        note.touch()
         monkeypatch.setattr(os, "unlink", refuse)
-        for count in (1, 2):
-            await world.mailboxes._take_notes(permitted=False)
-            await until(lambda count=count: len(world.carrier.synced) == count)  # type: ignore[misc]
+        assert await world.mailboxes._take_notes(permitted=False) == 0
         assert not world.group.degraded
+        note.write_text(".")
+        assert await world.mailboxes._take_notes(permitted=False) == 1
+        assert world.group.degraded
         [check] = [item for item in world.mailboxes.checks() if item.name == "noted changes"]
         assert (check.passed, check.value) == (False, 1)
         assert USER in check.message

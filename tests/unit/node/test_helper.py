@@ -354,9 +354,14 @@ async def test_a_helper_that_starts_stops_a_postfix_whose_agent_does_not_come_ba
     host = Helper(Path("/nonexistent"))
     host.expect(0.1)
     await asyncio.sleep(0.3)
-    assert said == (["is-active", "stop"] if runs else ["is-active"])
+    assert said == ["is-active", "stop"]
+    # An agent that has started Postfix may die before it renews.
+    host.expect(0.1)
+    await host.answer(b'{"do": "postfix-start"}')
+    said.clear()
+    await asyncio.sleep(0.3)
+    assert said == ["is-active", "stop"]
     for request in (
-        {"do": "postfix-start"},
         {"do": "ports-open", "ports": [25], "hold": 10},
         {"do": "postfix-stop"},
     ):
@@ -681,7 +686,7 @@ async def test_only_the_groups_other_nodes_are_switched_off(ran: Ran) -> None:
     assert ran == []
 
 
-@pytest.mark.parametrize("name", ["-f", "a/b", "a b", "", "a" * 254])
+@pytest.mark.parametrize("name", ["-f", "a/b", "a b", "", "a" * 234])
 def test_a_node_has_a_name_that_fits_into_a_units(name: str) -> None:
     assert helper._node("mail-a." + "x" * 60 + ".example.org")
     with pytest.raises(ValueError):  # noqa: PT011 - argparse says which

@@ -154,6 +154,36 @@ async def test_an_agent_that_starts_learns_what_the_shadow_takes_to_be_on_hold(
     assert await on_hold(shadow) == ["q2"]
 
 
+async def test_what_is_still_on_its_way_to_a_shadow_is_told_again(
+    shadow: ShadowStore, link: FakeLink, queue: Queue, discarder: Discarder
+) -> None:
+    queue.files = queue.on_hold = {"q1"}
+    shadow_id = ids.new()
+    discarder.add("b", "q1", shadow_id, sure=False)
+    await discarder.discard()
+    writer = shadow.begin(shadow_id, origin="a", queue_id="q1", envelope=ENVELOPE, epoch=1)
+    await writer.commit()
+    await discarder.discard()
+    assert await on_hold(shadow) == ["q1"]
+    await discarder.discard()
+    assert link.ops == ["shadow-hold"] * 2
+
+
+async def test_an_agent_of_before_is_not_told_each_second(
+    shadow: ShadowStore, link: FakeLink, queue: Queue, discarder: Discarder
+) -> None:
+    queue.files = queue.on_hold = {"q1"}
+    discarder.add("b", "q1", await held(shadow, "q1"))
+    link.fail = lambda op: PeerError("refused", "unknown operation 'shadow-hold'")
+    for _ in range(3):
+        await discarder.discard()
+    assert link.ops == ["shadow-hold"]
+    link.fail = lambda op: None
+    await discarder.reconcile("b")
+    await discarder.discard()
+    assert await on_hold(shadow) == ["q1"]
+
+
 async def test_who_is_no_primary_tells_nobody_what_is_on_hold(
     shadow: ShadowStore, link: FakeLink, queue: Queue
 ) -> None:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import fcntl
 import logging
 import os
 import signal
 import sys
 import time
-from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, aclosing, closing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import AsyncExitStack, aclosing, closing, contextmanager
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -486,6 +487,21 @@ def _check_host(config: Config) -> int:
     return 1 if found.problems else 0
 
 
+@contextmanager
+def sole(state: Path) -> Iterator[None]:
+    """Have this directory to oneself; OSError while another agent's process has it.
+
+    Two would share the node's ports. systemd starts the next one also when a disk that hangs keeps
+    the one before from ending.
+    """
+    with (state / "lock").open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OSError(error.errno, "another agent works with it", str(state)) from None
+        yield
+
+
 def main() -> int:
     """Entry point of ``umbra-agent``."""
     parser = argparse.ArgumentParser(
@@ -509,7 +525,9 @@ def main() -> int:
     # The format needs none of this, and each message in transit has its line.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     try:
-        uvloop.run(Agent(config, Paths(config=options.config)).run())
+        paths = Paths(config=options.config)
+        with sole(paths.state):
+            uvloop.run(Agent(config, paths).run())
     except (StateError, DocumentError, OSError, ExceptionGroup) as error:
         log.error("umbra-agent ends: %s", error, exc_info=isinstance(error, ExceptionGroup))
         return 1

@@ -60,12 +60,12 @@ class Notes:
         self._permit = permit
         self._till = 0.0
         self._taken: list[str] = []
-        self._stuck: dict[str, str] = {}
+        self._stuck: dict[str, tuple[str, int]] = {}  # user and length by name
 
     @property
     def stuck(self) -> Sequence[str]:
-        """Users whose name could not be removed and was returned before: any change may be new."""
-        return sorted(filter(None, self._stuck.values()))
+        """Users whose name cannot be removed."""
+        return sorted(user for user, _ in self._stuck.values() if user)
 
     def permit(self) -> None:
         """Let changes go unasked for a while; OSError if that cannot be written."""
@@ -84,10 +84,11 @@ class Notes:
     def take(self) -> list[str]:
         """Remove the names and return them. A change that is noted meanwhile leaves a new one.
 
-        One that cannot be removed is returned once, and is ``stuck`` from then on. OSError if the
-        names cannot be read; what was removed by then is returned the next time.
+        One that cannot be removed is ``stuck``, and returned again when it has grown: each change
+        makes it longer. OSError if the names cannot be read; what was removed by then is returned
+        the next time.
         """
-        stuck: dict[str, str] = {}
+        stuck: dict[str, tuple[str, int]] = {}
         with os.scandir(self._names) as entries:
             for entry in entries:
                 user = unquote(entry.name)
@@ -98,8 +99,8 @@ class Notes:
                 except FileNotFoundError:
                     continue
                 except OSError as error:
-                    stuck[entry.name] = user
-                    if entry.name in self._stuck:
+                    stuck[entry.name] = user, entry.stat(follow_symlinks=False).st_size
+                    if self._stuck.get(entry.name) == stuck[entry.name]:
                         continue
                     log.error("%r in %s stays there: %s", entry.name, self._names, error.strerror)
                 if user:

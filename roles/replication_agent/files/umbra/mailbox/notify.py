@@ -132,6 +132,6 @@ async def _notification(request: web.BaseRequest) -> tuple[str, list[str]] | Non
     try:
         raw = json.loads(body)
         user, events = raw["user"], list(map(str, raw.get("events", ())))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return (user, events) if valid_user(user) else None

@@ -345,8 +345,6 @@ class Mailboxes:
                 peer.follow(names)
             elif names:
                 await peer.missed(names)
-            if stuck := self._notes.stuck:
-                peer.follow(stuck)
         return len(names)
 
     async def confirm(self, to: str) -> None:

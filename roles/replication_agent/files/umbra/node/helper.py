@@ -39,7 +39,7 @@ from umbra.systemd import notify
 log = logging.getLogger("umbra.helper")
 
 STORAGE = re.compile(r"[0-9a-f]{1,64}\Z")
-NODE = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,252}\Z")
+NODE = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,232}\Z")  # systemd takes 255 characters of unit
 STONITH_TIMEOUT = 35.0  # its unit's own is 30 s at most
 QUEUE_ID = re.compile(r"[0-9A-Za-z]{5,30}\Z")
 ID_HEADER = re.compile(r"^X-Umbra-Id:[ \t]*(\S*)", re.MULTILINE | re.IGNORECASE)
@@ -184,6 +184,7 @@ class Helper:
         self._arm(seconds)
 
     def _arm(self, seconds: float) -> None:
+        self._disarm()
         loop = asyncio.get_running_loop()
         self._dead_man = loop.call_later(seconds, self._begin_silence)
 
@@ -200,9 +201,9 @@ class Helper:
 
         So nothing goes out or into mailboxes from here. The ports have closed by themselves.
         """
-        if not await _postfix_is("active"):
-            return
-        log.error("the agent has not renewed the lease of the ports; Postfix is stopped")
+        if await _postfix_is("active"):
+            log.error("the agent has not renewed the lease of the ports; Postfix is stopped")
+        # Also if it only seems not to run: it may be starting, or systemd may not have answered.
         with contextlib.suppress(HelperError):
             await run("systemctl", "stop", "postfix.service")
 
@@ -292,7 +293,6 @@ class Helper:
 
     async def do_postfix_start(self, request: dict[str, Any]) -> dict[str, Any]:
         """Start Postfix; harmless if it runs."""
-        self._disarm()  # the agent lives
         try:
             await run("systemctl", "start", "postfix.service")
         except HelperError:

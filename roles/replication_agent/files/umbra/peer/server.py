@@ -112,9 +112,8 @@ class PeerServer:
                 task = loop.create_task(self._shake(connection, address))
                 self._shaking.add(task)
                 task.add_done_callback(self._shaking.discard)
-            await asyncio.sleep(
-                0
-            )  # who connects again and again must not keep the loop from others
+            # Who connects again and again must not keep the loop from others.
+            await asyncio.sleep(0)
 
     async def _shake(self, connection: socket.socket, address: str) -> None:
         self._handshakes[address] += 1

@@ -97,8 +97,8 @@ class Holder(Protocol):
         """
         ...
 
-    async def hold(self, shadow_ids: list[str], *, held: bool) -> None:
-        """These are on hold in the queue now, or are no more; ids that are not there do no harm."""
+    async def hold(self, shadow_ids: list[str], *, held: bool) -> Set[str]:
+        """These are on hold in the queue now, or are no more; return which of them are there."""
         ...
 
 
@@ -132,10 +132,14 @@ class PeerHolder:
         args = {"shadow_ids": shadow_ids, "delivered": delivered}
         await self._link.request("shadow-discard", args, timeout=TIMEOUT)
 
-    async def hold(self, shadow_ids: list[str], *, held: bool) -> None:
+    async def hold(self, shadow_ids: list[str], *, held: bool) -> Set[str]:
         """Tell by ``shadow-hold``."""
         args = {"shadow_ids": shadow_ids, "held": held}
-        await self._link.request("shadow-hold", args, timeout=TIMEOUT)
+        answer = await self._link.request("shadow-hold", args, timeout=TIMEOUT)
+        known = answer.get("known")
+        if not isinstance(known, list):
+            raise PeerError("protocol", f"{self.name} does not say what it has put on hold")
+        return set(shadow_ids) & set(map(str, known))
 
 
 class LocalHolder:
@@ -167,8 +171,9 @@ class LocalHolder:
                 f"origin={self.name}",
             )
 
-    async def hold(self, shadow_ids: list[str], *, held: bool) -> None:
+    async def hold(self, shadow_ids: list[str], *, held: bool) -> Set[str]:
         """Nothing to do: the queue file itself is here."""
+        return set(shadow_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,6 +352,7 @@ class Discarder:
         self._acts = acts
         self._interval = interval
         self._doubt = False
+        self._deaf: set[str] = set()  # until they are compared with
 
     def add(self, holder: str, queue_id: str, shadow_id: str, *, sure: bool = True) -> None:
         """``holder`` has a copy of the message in the queue file ``queue_id``, which exists.
@@ -438,15 +444,21 @@ class Discarder:
         self._before = present
 
     async def _tell_held(self, name: str, copies: Copies, queue: Mapping[str, str]) -> None:
+        if name in self._deaf:
+            return
         for held, told in zip((True, False), copies.holds(queue), strict=True):
             for start in range(0, len(told), BATCH):
                 batch = told[start : start + BATCH]
                 try:
-                    await self._holders[name].hold(batch, held=held)
+                    known = await self._holders[name].hold(batch, held=held)
                 except (PeerError, StoreError) as error:
                     log.info("%s is told later what is on hold: %s", name, error)
+                    if getattr(error, "code", "") == "refused":  # an agent of before
+                        self._deaf.add(name)
                     return
-                copies.heard(batch, held=held)
+                # What is still on its way there is told again; what is not there any more is not
+                # on hold either.
+                copies.heard(known if held else batch, held=held)
 
     async def _gone(
         self, copies: Copies, ripe: dict[str, str], present: set[str]
@@ -501,6 +513,7 @@ class Discarder:
         it cannot be asked.
         """
         copies = self._copies[holder]
+        self._deaf.discard(holder)
         before = copies.sure()  # what is on its way may come after the answer
         said = await self._holders[holder].listing()
         missing = copies.compare(before, said)

@@ -158,14 +158,13 @@ class ShadowService:
     ) -> dict[str, Any]:
         """``shadow-hold``: messages of the asking node are on hold in its queue, or are no more.
 
-        Ids that are not here do no harm.
+        Answered with those that are here.
         """
         shadow_ids, held = _ids(args.get("shadow_ids")), args.get("held")
         if not isinstance(held, bool):
             raise PeerError("protocol", "held must be true or false")
         with _told():
-            await self._store.hold(shadow_ids, held, origin=peer.node)
-        return {}
+            return {"known": await self._store.hold(shadow_ids, held, origin=peer.node)}
 
     async def fetch(
         self, peer: PeerIdentity, args: Mapping[str, Any], exchange: Exchange

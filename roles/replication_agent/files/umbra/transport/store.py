@@ -406,10 +406,14 @@ class ShadowStore:
 
         return await self._write(run, settled=self._unlink)
 
-    async def hold(self, shadow_ids: Sequence[str], held: bool, *, origin: str) -> None:
-        """Note of what is held for ``origin`` whether it is on hold in that node's queue."""
+    async def hold(self, shadow_ids: Sequence[str], held: bool, *, origin: str) -> list[str]:
+        """Note of what is held for ``origin`` whether it is on hold in that node's queue.
 
-        def run(database: sqlite3.Connection) -> None:
+        Return which of them are here.
+        """
+
+        def run(database: sqlite3.Connection) -> list[str]:
+            found = []
             for shadow_id in shadow_ids:
                 if (
                     database.execute(
@@ -419,8 +423,10 @@ class ShadowStore:
                     and (envelope := _envelope(database, shadow_id)) is not None
                 ):
                     _change(database, shadow_id, replace(envelope, held=held))
+                    found.append(shadow_id)
+            return found
 
-        await self._write(run)
+        return await self._write(run)
 
     async def give_back(self) -> int:
         """Take ``claim`` back: hold for its origin what is not resubmitted yet; return how much.
