@@ -101,8 +101,14 @@ def test_ports_on_the_host_are_for_those_who_need_them() -> None:
     fence = rendered("replication_agent", "fence.nft.j2")
     output = fence[fence.rindex("chain output") :]
     assert output.index('oifname "lo" accept') > output.index("drop")
-    assert 'oifname "lo" tcp dport 8688 meta skuid != { root, 5000 } reject' in output
-    assert 'oifname "lo" tcp dport 24 meta skuid != { root, umbra } reject' in output
+    assert (
+        'oifname "lo" ip daddr 127.0.0.1 tcp dport 8688 meta skuid != { root, 5000 } reject'
+        in output
+    )
+    assert (
+        'oifname "lo" ip daddr 127.0.0.1 tcp dport 24 meta skuid != { root, umbra } reject'
+        in output
+    )
     assert "tcp sport { 8686, 8687, 8688 } meta skuid != { root, umbra } drop" in output
 
 
