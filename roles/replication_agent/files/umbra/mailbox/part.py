@@ -340,10 +340,10 @@ class Mailboxes:
 
     async def _noted(self, names: Sequence[str], *, permitted: bool) -> int:
         # If the agent dies here, the one that starts compares all users.
-        for peer in self._peers.values():
-            if permitted and names:
+        for peer in self._peers.values() if names else ():
+            if permitted:
                 peer.follow(names)
-            elif names:
+            else:
                 await peer.missed(names)
         return len(names)
 
