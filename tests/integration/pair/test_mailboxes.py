@@ -100,6 +100,56 @@ def test_mailboxes(session: imaplib.IMAP4, shadow: str) -> None:
     assert on(shadow, mail) == ""
 
 
+def alone(primary: str) -> float:
+    """How often a mailbox was synced without the user's others."""
+    return sum(
+        value
+        for key, value in lab.metrics(primary).items()
+        if key.startswith("umbra_mirror_foretold_total") and 'how="mailbox"' in key
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["INBOX", "Sent", "Gr&APw-n/a b", "Gr&APw-n", "R&-D", 'say \\"no\\"', "-m", "a.b/c/d"]
+)
+def test_flags_and_expunges_are_of_their_mailbox_alone(
+    session: imaplib.IMAP4, primary: str, shadow: str, name: str
+) -> None:
+    mailbox = f'"{name}"'
+    session.create(mailbox)
+    mail, uid = append(session, mailbox)
+    other, other_uid = append(session, mailbox)
+    ok(session.select(mailbox))
+    before = alone(primary)
+    ok(session.uid("STORE", uid, "+FLAGS", r"(\Flagged $Label2)"))
+    assert r"\Flagged" in on(shadow, mail)
+    assert "$Label2" in on(shadow, mail)
+    ok(session.uid("STORE", uid, "-FLAGS", r"($Label2)"))
+    assert "$Label2" not in on(shadow, mail)
+    ok(session.uid("STORE", other_uid, "+FLAGS", r"(\Deleted)"))
+    ok(session.uid("EXPUNGE", other_uid))
+    assert on(shadow, other) == ""
+    assert alone(primary) == before + 4
+    assert lab.contents(shadow)[USER] == lab.contents(primary)[USER]
+
+
+def test_a_mailbox_that_another_session_renames_is_the_same_one(
+    session: imaplib.IMAP4, primary: str, shadow: str
+) -> None:
+    first, second = (f"box-{uuid.uuid4().hex[:8]}" for _ in range(2))
+    ok(session.create(first))
+    mail, uid = append(session, first)
+    ok(session.select(first))
+    with lab.imap(primary, USER) as other:
+        ok(other.rename(first, second))
+        ok(other.create(first))
+    # This session still calls it by its former name, which is another mailbox's now.
+    if session.uid("STORE", uid, "+FLAGS", r"(\Flagged)")[0] == "OK":
+        assert r"\Flagged" in on(shadow, mail)
+    assert on(shadow, mail).split() == on(primary, mail).split()
+    assert lab.contents(shadow)[USER] == lab.contents(primary)[USER]
+
+
 def test_many_changes_at_once_end_equal(primary: str, shadow: str) -> None:
     """Two sessions change one mailbox in turn; each OK is kept, and the nodes end equal."""
     with lab.imap(primary, USER) as one, lab.imap(primary, USER) as two:

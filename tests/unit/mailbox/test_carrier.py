@@ -125,6 +125,7 @@ class FakeDoveadm:
 
     def __init__(self, talk: Callable[..., Awaitable[Outcome]], user: str = USER) -> None:
         self.talk, self.user = talk, user
+        self.state: str | None = None
 
     async def sync(
         self,
@@ -135,6 +136,7 @@ class FakeDoveadm:
         *,
         merge: bool = False,
         apart: Sequence[str] = (),
+        only: str = "",
     ) -> SyncResult:
         reader, writer = await asyncio.open_unix_connection(destination.removeprefix("tcp:"))
         try:
@@ -143,7 +145,7 @@ class FakeDoveadm:
                 return SyncResult(Outcome.FAILED, reason="no hello")
             writer.write(OPTION + b"\n" + COMMAND.replace(USER.encode(), self.user.encode()))
             writer.write(b"\n")
-            return SyncResult(await self.talk(reader, writer), reason="talk")
+            return SyncResult(await self.talk(reader, writer), self.state, "talk")
         finally:
             writer.close()
 

@@ -30,6 +30,7 @@ from umbra.mailbox.foretell import (
     Lines,
     Mode,
     Surprise,
+    Whole,
     encode,
     fields,
     packet,
@@ -39,11 +40,14 @@ DIALOGUES = Path(__file__).parent / "dialogues"
 NAMES = sorted(path.stem for path in DIALOGUES.glob("*.here"))
 HERE = {name: (DIALOGUES / f"{name}.here").read_bytes() for name in NAMES}
 THERE = {name: (DIALOGUES / f"{name}.there").read_bytes() for name in NAMES}
+# Of one mailbox, and the sync of all of them that was before it.
+SINGLE = {"single": "nested"}
 
 
 @cache
 def known(name: str) -> tuple[bytes, bytes]:
     """Return the hello and the tree, as a sync that was heard teaches them."""
+    name = SINGLE.get(name, name)
     plain = Foretelling(b"", b"", quiet)
     assert plain.greet() == b""
     assert plain.feed_local(HERE[name]) == (b"", HERE[name])
@@ -60,7 +64,7 @@ def quiet(level: int, text: str) -> None:
 
 def begin(name: str) -> Foretelling:
     """Return a sync that is about to be foretold."""
-    return Foretelling(*known(name), quiet)
+    return Foretelling(*known(name), quiet, single=name in SINGLE)
 
 
 def unpacked(data: bytes) -> bytes:
@@ -209,6 +213,43 @@ def tolerated(name: str) -> Iterator[bytes]:
 def test_what_each_node_has_for_itself_is_none(name: str) -> None:
     for there in tolerated(name):
         run(HERE[name], there, begin(name))
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_one_mailbox_is_synced_as_it_is_known_or_not_at_all(name: str) -> None:
+    hello, tree = known(name)
+    for nothing in ((b"", tree), (hello, b""), (b"", b"")):
+        with pytest.raises(Whole):
+            Foretelling(*nothing, quiet, single=True)
+    here = HERE[name]
+    (row,) = [row for row in here.split(b"\n") if row[:2] == b"NT" and b"\ty\t" in row]
+    node = fields(row)
+
+    def other(**changes: bytes) -> bytes:
+        return encode(b"N", {**node, **changes})
+
+    unlike = [
+        b"",  # gone, which dsync takes for nothing to do
+        other(name=b"Work"),  # another one has its name now
+        other(mailbox_guid=b"0" * 32),
+        other(uid_validity=b"7"),
+        other(existence=b"d"),
+        other(subscribed=b"y"),
+        other() + other(name=b"Work"),
+        other(existence=b"n"),
+    ]
+    for rows in unlike:
+        told = begin(name)
+        with pytest.raises(Whole):
+            told.feed_local(here.replace(row + b"\n", rows))
+    state = next(row for row in here.split(b"\n") if row.startswith(b"S" + node["mailbox_guid"]))
+    for no_state in (here.replace(state + b"\n", b""), HERE[SINGLE[name]], b"nonsense\n"):
+        with pytest.raises(Whole):
+            begin(name).feed_local(no_state)
+    # And the other way round: what is of one mailbox only is not foretold as one of all.
+    told = Foretelling(hello, tree, quiet)
+    told.feed_local(here)
+    assert told.mode is Mode.PLAIN
 
 
 def test_names_may_come_in_another_order() -> None:

@@ -10,12 +10,16 @@ from pathlib import Path
 
 import pytest
 from tests.unit.mailbox.test_carrier import USER, Disk, FakeDoveadm, pair, server
-from tests.unit.mailbox.test_foretell import HERE, THERE
+from tests.unit.mailbox.test_foretell import HERE, NAMES, SINGLE, THERE
+
+from tests.unit.mailbox.test_states import SINGLE as SINGLE_STATE
+from tests.unit.mailbox.test_states import WHOLE
 
 from umbra.mailbox import carrier as module
 from umbra.mailbox.carrier import DsyncCarrier, DsyncHandler
 from umbra.mailbox.doveadm import Outcome, SyncResult
 from umbra.mailbox.foretell import LOG, packet
+from umbra.mailbox.states import joined
 
 
 class World:
@@ -35,6 +39,7 @@ class World:
         self.told = b""  # to dsync here
         self.outcome = Outcome.SYNCED
         self.breaks: int | None = None  # dsync here says so much, and closes
+        self.doveadm = FakeDoveadm(self.here)
 
     async def here(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Outcome:
         """Play dsync here, which says what it was recorded to say whatever it is told."""
@@ -68,7 +73,7 @@ class World:
 async def both(path: Path, world: World) -> AsyncIterator[DsyncCarrier]:
     async with server(path, world.shadow) as socket:
         handler = DsyncHandler(lambda: False, Disk(world.settled), socket)
-        async with pair(path, FakeDoveadm(world.here), handler) as carrier:
+        async with pair(path, world.doveadm, handler) as carrier:
             yield carrier
 
 
@@ -81,7 +86,7 @@ async def learn(carrier: DsyncCarrier) -> None:
     assert (await sync(carrier, "")).outcome is Outcome.SYNCED
 
 
-@pytest.mark.parametrize("name", sorted(HERE))
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in SINGLE])
 async def test_the_shadow_is_heard_after_all_is_said(tmp_path: Path, name: str) -> None:
     world = World()
     world.name = name
@@ -241,3 +246,56 @@ async def test_only_the_last_users_mailboxes_are_kept(
         carrier._trees["b@example.org"] = b"tree"
         await learn(carrier)
         assert set(carrier._trees) == {USER}
+
+
+@pytest.mark.parametrize("name", SINGLE)
+async def test_one_mailbox_after_all_of_them(tmp_path: Path, name: str) -> None:
+    world = World()
+    world.name = SINGLE[name]
+    async with both(tmp_path, world) as carrier:
+        assert await carrier.sync_mailbox(USER, WHOLE, "Team/a") is None, "nothing is known yet"
+        await learn(carrier)
+        world.name = name
+        for _ in range(2):  # what is known of the others stays
+            world.doveadm.state = SINGLE_STATE
+            result = await asyncio.wait_for(carrier.sync_mailbox(USER, WHOLE, "Team/a"), 5)
+            assert result == SyncResult(Outcome.SYNCED, joined(WHOLE, SINGLE_STATE), "talk")
+            assert world.got == HERE[name]
+            world.got = b""
+        world.doveadm.state = "nonsense"
+        result = await asyncio.wait_for(carrier.sync_mailbox(USER, WHOLE, "Team/a"), 5)
+        assert result == SyncResult(Outcome.SYNCED, None, "talk"), "from scratch the next time"
+        # Another sync of all is foretold after that.
+        world.name = SINGLE[name]
+        world.got = b""
+        assert (await sync(carrier)).outcome is Outcome.SYNCED
+        assert world.got == HERE[world.name]
+
+
+@pytest.mark.parametrize("name", SINGLE)
+async def test_a_mailbox_that_is_not_as_it_was_is_left_to_a_sync_of_all(
+    tmp_path: Path, name: str
+) -> None:
+    world = World()
+    world.name = SINGLE[name]
+    async with both(tmp_path, world) as carrier:
+        await learn(carrier)
+        world.got = b""
+        # What dsync here says is of all mailboxes, so none of it may get there.
+        assert await asyncio.wait_for(carrier.sync_mailbox(USER, WHOLE, "Team/a"), 15) is None
+        assert world.got == b""
+        assert (await sync(carrier)).outcome is Outcome.SYNCED
+
+
+@pytest.mark.parametrize("name", SINGLE)
+async def test_a_surprise_in_one_mailbox_is_one(tmp_path: Path, name: str) -> None:
+    world = World()
+    world.name = SINGLE[name]
+    async with both(tmp_path, world) as carrier:
+        await learn(carrier)
+        world.name = name
+        world.there = THERE[name].replace(b"\nF\n", b"\nF\t\t\n")
+        result = await asyncio.wait_for(carrier.sync_mailbox(USER, WHOLE, "Team/a"), 15)
+        assert result is not None
+        assert result.outcome is Outcome.SURPRISED
+        assert await carrier.sync_mailbox(USER, WHOLE, "Team/a") is None

@@ -48,6 +48,8 @@ class World:
         self.most = 0
         self.syncs: list[tuple[str, str]] = []
         self.kinds: list[tuple[str, bool]] = []
+        self.single: list[tuple[str, str]] = []
+        self.whole = False  # no sync of a single mailbox can be made
         self.cuts = 0
         self.moved = 0.0
 
@@ -98,6 +100,11 @@ class World:
             self.remote[user] = max(self.remote[user], seen)
         return SyncResult(outcome, "state", outcome.value)
 
+    async def sync_mailbox(self, user: str, state: str, mailbox: str) -> SyncResult | None:
+        assert state
+        self.single.append((user, mailbox))
+        return None if self.whole else await self.sync(user, state)
+
     def progress(self, user: str) -> float:
         return self.moved
 
@@ -111,7 +118,9 @@ async def mirror(
 ) -> AsyncIterator[PeerMirror]:
     ledger = Ledger(path, path)
     await ledger.open()
-    peer = PeerMirror("mail-b", world, ledger, world, world, workers=workers, timeout=patience)
+    peer = PeerMirror(
+        "mail-b", world, ledger, world, world, world, workers=workers, timeout=patience
+    )
     task = asyncio.create_task(peer.run())
     await asyncio.sleep(0)
     try:
@@ -124,11 +133,11 @@ async def mirror(
         await ledger.close()
 
 
-async def change(world: World, peer: PeerMirror, user: str) -> Verdict:
+async def change(world: World, peer: PeerMirror, user: str, mailbox: str = "") -> Verdict:
     """Commit a change and check what the answer promises."""
     world.local[user] += 1
     mine = world.local[user]
-    verdict = await peer.changed(user)
+    verdict = await peer.changed(user, mailbox)
     if verdict is Verdict.MIRRORED:
         assert world.remote[user] >= mine, "acknowledged as mirrored, and it is not there"
     else:
@@ -142,6 +151,53 @@ async def test_mirrored_before_ok(tmp_path: Path) -> None:
         world.delay = lambda user: 0.01
         assert await change(world, peer, "u1") is Verdict.MIRRORED
         assert peer.lag() == (0, 0.0)
+
+
+async def test_messages_of_one_mailbox_are_synced_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World()
+    async with mirror(world, tmp_path) as peer:
+        assert await change(world, peer, "u1", "INBOX") is Verdict.MIRRORED
+        assert world.single == [("u1", "INBOX")]
+        # Together with others, and where it cannot be done, all are synced.
+        world.syncs.clear()
+        await asyncio.gather(*(change(world, peer, "u1", box) for box in ("INBOX", "INBOX", "Sent")))
+        assert world.single == [("u1", "INBOX")] * 2
+        assert len(world.syncs) == 2
+        world.whole = True
+        world.syncs.clear()
+        assert await change(world, peer, "u1", "INBOX") is Verdict.MIRRORED
+        assert len(world.syncs) == 1
+        # What failed is done again with all of them.
+        world.whole = False
+        world.single.clear()
+        outcomes = iter([Outcome.CHANGED, Outcome.SYNCED])
+        world.outcome = lambda user: next(outcomes)
+        assert await change(world, peer, "u1", "INBOX") is Verdict.MIRRORED
+        assert world.single == [("u1", "INBOX")]
+        # And now and then without need, for what nobody has told.
+        world.outcome = lambda user: Outcome.SYNCED
+        monkeypatch.setattr(module, "WHOLE_PERIOD", 0.1)
+        for pause, syncs in ((0.0, 1), (0.2, 2), (0.0, 1)):
+            await asyncio.sleep(pause)
+            world.syncs.clear()
+            assert await change(world, peer, "u1", "INBOX") is Verdict.MIRRORED
+            while not peer.equal:
+                await asyncio.sleep(0.01)
+            assert len(world.syncs) == syncs
+        assert len(world.single) == 4
+
+
+async def test_without_a_state_all_mailboxes_are_synced(tmp_path: Path) -> None:
+    world = World()
+    async with mirror(world, tmp_path) as peer:
+        world.outcome = lambda user: Outcome.FAILED if len(world.syncs) == 6 else Outcome.SYNCED
+        await change(world, peer, "u1")
+        assert [state for user, state in world.syncs if user == "u1"][-1] == ""
+        peer._ledger.keep("mail-b", "u2", None)
+        assert await change(world, peer, "u2", "INBOX") is Verdict.MIRRORED
+        assert world.single == []
 
 
 @pytest.mark.parametrize(("refusals", "acknowledged"), [(0, True), (2, True), (99, False)])

@@ -149,6 +149,39 @@ def test_a_change_during_a_sync_waits_for_the_next() -> None:
     assert queue.done("user")[0] == [2]
 
 
+def test_a_sync_is_of_one_mailbox_if_it_covers_nothing_else() -> None:
+    queue: MirrorQueue[int] = MirrorQueue(4)
+
+    def place(*mailboxes: str, noted: bool = False) -> str:
+        for mailbox in mailboxes:
+            queue.wait("user", 1, mailbox)
+        if noted:
+            queue.note(["user"])
+        assert queue.start() == "user"
+        return queue.place("user")
+
+    assert place("INBOX", "INBOX") == "INBOX"
+    queue.wait("user", 2, "Sent")
+    assert queue.place("user") == "INBOX", "it is the next one's"
+    queue.done("user")
+    assert place() == "Sent"
+    queue.done("user")
+    for whole in (("INBOX", "Sent"), ("INBOX", ""), ("",)):
+        assert place(*whole) == ""
+        queue.done("user")
+    assert place("INBOX", noted=True) == ""
+    queue.done("user")
+    # Whatever it was that went wrong: all the next time.
+    assert place("INBOX") == "INBOX"
+    queue.again("user")
+    assert place("INBOX") == ""
+    queue.done("user")
+    assert place("INBOX") == "INBOX"
+    assert queue.withdraw() == {"user": [1]}
+    queue.done("user")
+    assert place("INBOX") == ""
+
+
 def turns_of(queue: MirrorQueue[int], most: int) -> list[str]:
     order: list[str] = []
     while len(order) < most and (user := queue.start()) is not None:

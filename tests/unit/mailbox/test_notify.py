@@ -28,7 +28,7 @@ def free_port() -> int:
 
 @asynccontextmanager
 async def entrance(
-    changed: Callable[[str], Awaitable[Verdict]],
+    changed: Callable[[str, str], Awaitable[Verdict]],
 ) -> AsyncIterator[Callable[..., Awaitable[tuple[int, str]]]]:
     port = free_port()
     server = NotifyServer("127.0.0.1", port, TOKEN, changed)
@@ -51,14 +51,14 @@ async def entrance(
         await server.stop()
 
 
-async def mirrored(user: str) -> Verdict:
+async def mirrored(user: str, mailbox: str) -> Verdict:
     return Verdict.MIRRORED
 
 
 async def test_answers() -> None:
     seen = []
 
-    async def changed(user: str) -> Verdict:
+    async def changed(user: str, mailbox: str) -> Verdict:
         seen.append(user)
         return Verdict.RECORDED if user.startswith("r") else Verdict.MIRRORED
 
@@ -69,10 +69,38 @@ async def test_answers() -> None:
         assert seen == ["a@example.org", "r@example.org"]
 
 
+@pytest.mark.parametrize(
+    ("said", "mailbox"),
+    [
+        (b'"mailbox": "INBOX"', "INBOX"),
+        (b'"mailbox": "Gr\xc3\xbc\xc3\x9fe/\\u0022a\\u0022", "events": []', 'Gr\xfc\xdfe/"a"'),
+        # What is none, or dsync would take for another, stands for all mailboxes.
+        (b'"mailbox": "INBOX", "events": ["MailboxRename"]', ""),
+        (b'"mailbox": "50%"', ""),
+        (b'"mailbox": "a*"', ""),
+        (b'"mailbox": "\\\\Sent"', ""),
+        (b'"mailbox": "\\ud800"', ""),
+        (b'"mailbox": 7', ""),
+        (b'"mailbox": null', ""),
+        (b'"events": []', ""),
+    ],
+)
+async def test_a_change_may_be_of_one_mailbox(said: bytes, mailbox: str) -> None:
+    seen = []
+
+    async def changed(user: str, mailbox: str) -> Verdict:
+        seen.append(mailbox)
+        return Verdict.MIRRORED
+
+    async with entrance(changed) as post:
+        assert (await post(b'{"user": "a@example.org", ' + said + b"}"))[0] == 200
+    assert seen == [mailbox]
+
+
 async def test_waits_for_the_mirror() -> None:
     gate = asyncio.Event()
 
-    async def changed(user: str) -> Verdict:
+    async def changed(user: str, mailbox: str) -> Verdict:
         await gate.wait()
         return Verdict.MIRRORED
 
@@ -86,7 +114,7 @@ async def test_waits_for_the_mirror() -> None:
 
 @pytest.mark.parametrize("error", [NotPrimary(), OSError("disk full"), RuntimeError("a bug")])
 async def test_no_ok_when_it_cannot_be_acknowledged(error: Exception) -> None:
-    async def changed(user: str) -> Verdict:
+    async def changed(user: str, mailbox: str) -> Verdict:
         raise error
 
     async with entrance(changed) as post:

@@ -30,7 +30,7 @@ import os
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import monotonic
 from typing import Any, Protocol
@@ -48,8 +48,9 @@ from umbra.mailbox.doveadm import (
     unescape,
 )
 from umbra.mailbox.expunged import Expunged
-from umbra.mailbox.foretell import Foretelling, Mode, Surprise
+from umbra.mailbox.foretell import Foretelling, Mode, Surprise, Whole
 from umbra.mailbox.seeding import Pacer
+from umbra.mailbox.states import joined
 from umbra.peer.exchange import PeerError
 from umbra.peer.identity import PeerIdentity
 
@@ -316,9 +317,43 @@ class DsyncCarrier:
 
         ``merge`` and ``apart``: see ``Doveadm.sync``. LOST if the link is why it failed.
         """
+        told = self._foretelling(user, state)
+        return await self._sync(user, state, told, merge=merge, apart=apart)
+
+    async def sync_mailbox(self, user: str, state: str, mailbox: str) -> SyncResult | None:
+        """Sync one mailbox, of which messages have changed; the others cost nothing then.
+
+        Only as it was foretold, so that the name means the same mailbox on both nodes. Else None:
+        nothing was done, and all of the user's mailboxes have to be synced.
+
+        :param mailbox: a name for which ``listable`` holds.
+        """
+        try:
+            told = self._foretelling(user, state, single=True)
+            result = await self._sync(user, state, told, only=mailbox)
+        except Whole:
+            return None
+        if result.state is None:
+            return result
+        try:
+            return replace(result, state=joined(state, result.state))
+        except ValueError as error:
+            log.warning("the state of %s of %s: %s", mailbox, user, error)
+            return replace(result, state=None)
+
+    async def _sync(
+        self,
+        user: str,
+        state: str,
+        told: Foretelling,
+        *,
+        merge: bool = False,
+        apart: Sequence[str] = (),
+        only: str = "",
+    ) -> SyncResult:
         loop = asyncio.get_running_loop()
         local, settled = loop.create_future(), loop.create_future()
-        stream = self._expected[user] = _Stream(local, self._foretelling(user, state), monotonic())
+        stream = self._expected[user] = _Stream(local, told, monotonic())
         stream.task = task = asyncio.create_task(
             self._carry(user, stream, settled), name=f"dsync {user}"
         )
@@ -326,7 +361,7 @@ class DsyncCarrier:
         task.add_done_callback(self._ended)
         try:
             result = await self._doveadm.sync(
-                user, f"tcp:{self._path}", state, SYNC_LIMIT, merge=merge, apart=apart
+                user, f"tcp:{self._path}", state, SYNC_LIMIT, merge=merge, apart=apart, only=only
             )
             if result.outcome in (Outcome.SYNCED, Outcome.CHANGED):
                 # The peer's disk has it, or the stream has ended without.
@@ -346,23 +381,29 @@ class DsyncCarrier:
                 return SyncResult(Outcome.LOST if lost else Outcome.FAILED, reason=error.text)
             if isinstance(error, Surprise):
                 return self._surprised(user, error)
+            if isinstance(error, Whole):
+                raise error
             if result.outcome in (Outcome.SYNCED, Outcome.CHANGED):
                 return SyncResult(Outcome.LOST, reason="the end of the sync was not confirmed")
         elif result.outcome in (Outcome.SYNCED, Outcome.CHANGED):
             self._learn(user, stream.told, merge=merge)
         return result
 
-    def _foretelling(self, user: str, state: str) -> Foretelling:
+    def _foretelling(self, user: str, state: str, *, single: bool = False) -> Foretelling:
         """Return what is foretold of a sync: without a state nothing, not even a hello.
 
-        The answer that such a user does not exist comes in its place.
+        The answer that such a user does not exist comes in its place. Whole if a sync of a single
+        mailbox cannot be foretold.
         """
         since = monotonic() - SURPRISED_SECONDS
         surprises = [at for at in self._surprises.pop(user, ()) if at > since]
         if surprises:
             self._surprises[user] = surprises
         hello = self._hello if state and len(surprises) < SURPRISES else b""
-        return Foretelling(hello, self._trees.pop(user, b""), functools.partial(self._logged, user))
+        tree, logged = self._trees.get(user, b""), functools.partial(self._logged, user)
+        told = Foretelling(hello, tree, logged, single=single)
+        self._trees.pop(user, None)
+        return told
 
     def _logged(self, user: str, level: int, text: str) -> None:
         log.log(level, "dsync of %s at %s: %s", user, self._link.name, text)
@@ -373,7 +414,8 @@ class DsyncCarrier:
             self._trees[user] = told.tree
             if len(self._trees) > MAX_TREES:
                 del self._trees[next(iter(self._trees))]
-        how = "whole" if told.mode is Mode.FORETOLD else "hello" if told.greet() else "nothing"
+        foretold = "mailbox" if told.single else "whole"
+        how = foretold if told.mode is Mode.FORETOLD else "hello" if told.greet() else "nothing"
         metrics.FORETOLD.labels(self._link.name, how).inc()
 
     def _surprised(self, user: str, error: Surprise) -> SyncResult:

@@ -120,6 +120,14 @@ def nameable(mailbox: str) -> bool:
     return not (mailbox.startswith("\\") or "*" in mailbox or "?" in mailbox)
 
 
+def listable(mailbox: str) -> bool:
+    """Return whether dsync's ``-m`` can name this mailbox and no other.
+
+    It takes the wildcards of LIST, and a leading backslash for a special use.
+    """
+    return not (mailbox.startswith("\\") or "*" in mailbox or "%" in mailbox) and _utf8(mailbox)
+
+
 def _utf8(text: str) -> bool:
     """Return whether it is UTF-8: no lone surrogates, which stand for other bytes."""
     try:
@@ -253,6 +261,7 @@ class Doveadm:
         *,
         merge: bool = False,
         apart: Sequence[str] = (),
+        only: str = "",
     ) -> SyncResult:
         """Sync all mailboxes of ``user`` to ``destination`` (``tcp:/path`` or ``tcp:host:port``).
 
@@ -267,6 +276,8 @@ class Doveadm:
         :param merge: two-way (``doveadm sync``): nothing that only one side has is lost.
         :param apart: mailboxes that it leaves as they are on both sides; names for which
             ``nameable`` holds.
+        :param only: the one mailbox to be synced, a name for which ``listable`` holds. One that is
+            not there is no error, and the new state tells of this one alone.
         :param state: of the last sync to the same place; "" compares everything.
         :param limit: seconds, after which the outcome is FAILED.
         """
@@ -278,6 +289,7 @@ class Doveadm:
                 user,
                 *([] if state else ["-f"]),
                 *(word for name in apart for word in ("-x", name)),
+                *(["-m", only] if only else []),
                 "-l",
                 str(LOCK_SECONDS),
                 "-T",

@@ -27,6 +27,9 @@ experiment), after doveadm's handshake; what the shadow sends is multiplexed wit
 A sync is foretold only if the last one of the user showed that both nodes have the same mailboxes,
 and this node still has these. If not, it goes on as a plain one: until the names are there only the
 shadow's hello was foretold, which is the same in all syncs.
+
+One of a single mailbox is foretold or not made at all (``Whole``): dsync would take a mailbox that
+has another name on the shadow, or is gone here, for something else than it is.
 """
 
 from __future__ import annotations
@@ -85,6 +88,8 @@ LEVELS = {
 }
 # So much of what is for the shadow is held back until all of it is there.
 HOLD = 32 * 1024
+# Bytes that stand for one mailbox of a tree. The agent keeps those of thousands of users.
+DIGEST = 8
 # Bounds: one line, and what is held until it is known whether the sync can be foretold.
 MAX_LINE = 1024 * 1024
 MAX_UNDECIDED = 1024 * 1024
@@ -96,6 +101,10 @@ Logged = Callable[[int, str], None]
 
 class Surprise(Exception):
     """The shadow did not say what was foretold."""
+
+
+class Whole(Exception):
+    """Not a single mailbox but all of the user's have to be synced; the shadow was told nothing."""
 
 
 class Mode(Enum):
@@ -264,8 +273,18 @@ def _separators(deleted: Fields) -> bytes:
     return encode(b"D", {name: value for name, value in deleted.items() if name in kept})
 
 
-def _digest(nodes: list[Node]) -> bytes:
-    return hashlib.sha256(repr(sorted(nodes)).encode()).digest()
+def _digest(node: Node) -> bytes:
+    return hashlib.blake2b(repr(node).encode(), digest_size=DIGEST).digest()
+
+
+def _tree(nodes: list[Node]) -> bytes:
+    return b"".join(sorted(map(_digest, nodes)))
+
+
+def _has(tree: bytes, node: Node) -> bool:
+    """Return whether this node is one of those of ``tree``."""
+    digest = _digest(node)
+    return any(tree[at : at + DIGEST] == digest for at in range(0, len(tree), DIGEST))
 
 
 class Foretelling:
@@ -275,14 +294,18 @@ class Foretelling:
     :param tree: of the last sync that showed the same mailboxes on both nodes, see ``tree``.
     :param logged: called with each line of the shadow's log (level, text) that dsync here will
         not see.
+    :param single: it is of one mailbox; ``feed_local`` raises Whole unless it can be foretold.
     """
 
-    def __init__(self, hello: bytes, tree: bytes, logged: Logged) -> None:
+    def __init__(self, hello: bytes, tree: bytes, logged: Logged, *, single: bool = False) -> None:
+        if single and not (hello and tree):
+            raise Whole
         self.mode = Mode.UNDECIDED if hello else Mode.PLAIN
         self.said = False  # dsync here has said all
         self._hello = hello
         self._rest = hello  # of it, what the shadow has not said yet
         self._confirmed = tree
+        self.single = single
         self._logged = logged
         self._back = bytearray()
         self._held = bytearray()
@@ -311,10 +334,12 @@ class Foretelling:
 
     @property
     def tree(self) -> bytes:
-        """A digest of the mailboxes if both nodes have the same, else b""."""
+        """What stands for the user's mailboxes if both nodes have the same, else b""."""
+        if self.single:
+            return self._confirmed
         if self._nodes_there is None or sorted(self._nodes_there) != sorted(self._nodes):
             return b""
-        return _digest(self._nodes)
+        return _tree(self._nodes)
 
     # bytes
 
@@ -340,6 +365,8 @@ class Foretelling:
                 self.mode = Mode.PLAIN
         if self.mode is Mode.UNDECIDED and len(self._held) > MAX_UNDECIDED:
             self.mode = Mode.PLAIN
+        if self.single and self.mode is Mode.PLAIN:
+            raise Whole
         back = packet(DATA, bytes(self._back)) if self._back else b""
         self._back.clear()
         if self.mode is Mode.UNDECIDED or not (
@@ -453,11 +480,20 @@ class Foretelling:
             settings.get("sync_type") != b"s"
             or not {"backup_recv", "send_mail_requests"} <= settings.keys()
             or not _PLAIN_SETTINGS.isdisjoint(settings)
+            or self.single != ("sync_box" in settings)
             or not self._confirmed
-            or _digest(self._nodes) != self._confirmed
+            or not self._known()
         ):
             return False
         return all(map(self._lasts, self._nodes))
+
+    def _known(self) -> bool:
+        """Whether these are the mailboxes that both nodes had, or the single one is one of them."""
+        if not self.single:
+            return _tree(self._nodes) == self._confirmed
+        # The names above it in the hierarchy come without their mailboxes.
+        found = [node for node in self._nodes if node[1] != b"n"]
+        return len(found) == 1 and found[0][2] != NOTHING and _has(self._confirmed, found[0])
 
     def _lasts(self, node: Node) -> bool:
         """Whether this is a mailbox that the state tells of, or a name that only holds others."""
@@ -573,7 +609,7 @@ class Foretelling:
 # Settings of a sync that leave something out, or have it otherwise than ``Doveadm.sync`` asks.
 _PLAIN_SETTINGS = frozenset(
     {
-        "sync_ns_prefix", "sync_box", "sync_box_guid", "exclude_mailboxes", "backup_send",
+        "sync_ns_prefix", "sync_box_guid", "exclude_mailboxes", "backup_send",
         "no_mail_sync", "no_backup_overwrite", "purge_remote", "sync_since_timestamp",
         "sync_max_size", "sync_flags", "sync_until_timestamp", "virtual_all_box",
         "empty_hdr_workaround",

@@ -58,6 +58,9 @@ RESYNC_LOOK = 0.05
 DEEP_PERIOD = 24 * 3600.0
 # and so often (seconds) it is looked whose turn has come.
 SWEEP_INTERVAL = 60.0
+# A user whose messages change in one mailbox at a time has all compared again after so long
+# (seconds), in the background: a session that was killed may have told nobody of its last change.
+WHOLE_PERIOD = 60.0
 # How much the last sync counts in what one takes.
 PACE = 0.1
 # How often it is looked whether this node may act (seconds).
@@ -115,6 +118,13 @@ class Carrier(Protocol):
 
     def cut(self) -> None:
         """Break all syncs that run."""
+
+
+class Single(Protocol):
+    """Runs syncs of single mailboxes to one peer."""
+
+    async def sync_mailbox(self, user: str, state: str, mailbox: str) -> SyncResult | None:
+        """Make one mailbox at the peer what it is here; None if all of the user's have to be."""
 
 
 Inherited = Callable[[str], Awaitable[str]]
@@ -199,6 +209,7 @@ class PeerMirror:
         ledger: Ledger,
         users: Users,
         carrier: Carrier,
+        single: Single | None = None,
         *,
         workers: int,
         timeout: float,
@@ -214,6 +225,8 @@ class PeerMirror:
         self._ledger = ledger
         self._users = users
         self._carrier = carrier
+        self._single = single
+        self._parted: dict[str, float] = {}  # since when a user's mailboxes are synced one by one
         self._few = 4 * workers
         self._timeout = timeout
         self._queue: MirrorQueue[int] = MirrorQueue(workers)
@@ -254,10 +267,12 @@ class PeerMirror:
 
     # changes
 
-    async def changed(self, user: str) -> Verdict:
+    async def changed(self, user: str, mailbox: str = "") -> Verdict:
         """A change of ``user`` was committed: return when it may be acknowledged.
 
         Whatever ``Group.mirror_failed`` raises comes through: then it may not.
+
+        :param mailbox: where messages have changed and nothing else, "" if that is not known.
         """
         if not self.phase.waits or user in self._queue.suspended:
             # Noted before the first await, so that the hand-over cannot miss it.
@@ -271,7 +286,7 @@ class PeerMirror:
         number = self._number
         self._tickets[number] = future = asyncio.get_running_loop().create_future()
         self._arrived[number] = monotonic()
-        self._queue.wait(user, number)
+        self._queue.wait(user, number, mailbox)
         self._pump()
         arrived = self._arrived[number]
         while not future.done():
@@ -443,13 +458,26 @@ class PeerMirror:
         self._without.add(user)
         if not state:
             self._scratch.add(user)
-        result = await self._carrier.sync(user, state)
+        result = await self._single_sync(user, state) or await self._carrier.sync(user, state)
         # From scratch again until that has gone through: only then are flags and scripts compared.
         if result.outcome is Outcome.SYNCED or (result.outcome is Outcome.CHANGED and state):
             self._ledger.keep(self.peer, user, result.state)
             self._scratch.discard(user)
         else:
             self._scratch.add(user)
+        return result
+
+    async def _single_sync(self, user: str, state: str) -> SyncResult | None:
+        mailbox = self._queue.place(user)
+        if self._single is None or not (state and mailbox):
+            self._parted.pop(user, None)
+            return None
+        result = await self._single.sync_mailbox(user, state, mailbox)
+        now = monotonic()
+        if result is None:
+            self._parted.pop(user, None)
+        elif now - self._parted.setdefault(user, now) > WHOLE_PERIOD:
+            self._queue.note([user])
         return result
 
     def _settle(self, user: str, started: float) -> None:
@@ -784,19 +812,24 @@ class Mirror:
                 tasks.create_task(peer.run(), name=f"mirror to {peer.peer}")
             tasks.create_task(self._sweep(), name="mirror sweep")
 
-    async def changed(self, user: str) -> Verdict:
+    async def changed(self, user: str, mailbox: str = "") -> Verdict:
         """A change of ``user`` was committed: return when it may be acknowledged.
 
         NotPrimary, or what the cluster raises, if it may not.
+
+        :param mailbox: where messages have changed and nothing else, "" if that is not known.
         """
         if not self._group.is_primary():
             raise NotPrimary
         with self._group.begin_work():
             if len(self.peers) == 1:
-                return await next(iter(self.peers.values())).changed(user)
+                return await next(iter(self.peers.values())).changed(user, mailbox)
             try:
                 async with asyncio.TaskGroup() as tasks:
-                    verdicts = [tasks.create_task(p.changed(user)) for p in self.peers.values()]
+                    verdicts = [
+                        tasks.create_task(peer.changed(user, mailbox))
+                        for peer in self.peers.values()
+                    ]
             except* NotPrimary:
                 raise NotPrimary from None  # as one peer says it: who asks looks for it
         mirrored = sum(task.result() is Verdict.MIRRORED for task in verdicts)

@@ -24,6 +24,8 @@ Ticket = TypeVar("Ticket")
 
 @dataclass(slots=True)
 class _User(Generic[Ticket]):
+    places: set[str] = field(default_factory=set)  # where the next sync is due; "": all mailboxes
+    place: str = ""  # where the running one is
     waiting: list[Ticket] = field(default_factory=list)  # for the next sync
     covered: list[Ticket] = field(default_factory=list)  # by the running one
     noted: bool = False
@@ -50,15 +52,18 @@ class MirrorQueue(Generic[Ticket]):
         self.held: set[str] = set()
         self.suspended: set[str] = set()
 
-    def wait(self, user: str, ticket: Ticket) -> None:
-        """A change that is waited for."""
-        self._of(user).waiting.append(ticket)
+    def wait(self, user: str, ticket: Ticket, mailbox: str = "") -> None:
+        """A change that is waited for; it is of messages in ``mailbox``, or not known."""
+        entry = self._of(user)
+        entry.waiting.append(ticket)
+        entry.places.add(mailbox)
         self._enqueue(user)
 
     def note(self, users: Iterable[str]) -> None:
         """Changes that nobody waits for."""
         for user in users:
             entry = self._of(user)
+            entry.places.add("")
             if not entry.noted:
                 entry.noted = True
                 self.noted += not entry.noted_covered
@@ -77,8 +82,14 @@ class MirrorQueue(Generic[Ticket]):
         entry.running = True
         entry.covered, entry.waiting = entry.waiting, []
         entry.noted_covered, entry.noted = entry.noted, False
+        entry.place = entry.places.pop() if len(entry.places) == 1 else ""
+        entry.places.clear()
         self.running += 1
         return user
+
+    def place(self, user: str) -> str:
+        """Return the only mailbox that the running sync has to cover, "" for all."""
+        return self._users[user].place
 
     def done(self, user: str) -> tuple[list[Ticket], bool]:
         """The running sync ended well.
@@ -111,6 +122,7 @@ class MirrorQueue(Generic[Ticket]):
         entry.covered = []
         entry.noted |= entry.noted_covered
         entry.noted_covered = False
+        entry.places.add("")
         self._requeue(user, entry)
 
     def withdraw(self) -> dict[str, list[Ticket]]:

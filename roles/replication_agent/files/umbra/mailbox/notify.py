@@ -1,7 +1,8 @@
 """Entrance of Dovecot's notifications: HTTP on the loopback address.
 
-``POST /notify`` with ``Authorization: Bearer TOKEN`` and ``{"user": "...", "events": [...]}``;
-Dovecot's process waits for the answer before its client sees OK:
+``POST /notify`` with ``Authorization: Bearer TOKEN`` and ``{"user": "...", "events": [...]}``, and
+``"mailbox": "..."`` if nothing but messages in there has changed; Dovecot's process waits for the
+answer before its client sees OK:
 
 ====  =====================================================================
 200   the change may be acknowledged (``mirrored``, or ``recorded`` while the group is alone)
@@ -25,6 +26,7 @@ from aiohttp import web
 from umbra import listener
 from umbra.mailbox import metrics
 from umbra.mailbox.carrier import valid_user
+from umbra.mailbox.doveadm import listable
 from umbra.mailbox.mirror import Verdict
 
 log = logging.getLogger(__name__)
@@ -47,8 +49,8 @@ SHUTDOWN_TIMEOUT = 1.0
 class NotifyServer:
     """Listens for notifications.
 
-    :param changed: returns when the change may be acknowledged; whatever it raises is answered with
-        503.
+    :param changed: given a user and a mailbox ("" for any), returns when the change may be
+        acknowledged; whatever it raises is answered with 503.
     :param restructured: called before that with a user who has made or renamed mailboxes.
     """
 
@@ -57,7 +59,7 @@ class NotifyServer:
         address: str,
         port: int,
         token: str,
-        changed: Callable[[str], Awaitable[Verdict]],
+        changed: Callable[[str, str], Awaitable[Verdict]],
         restructured: Callable[[str], None] = lambda user: None,
     ) -> None:
         self._address = address
@@ -108,11 +110,11 @@ class NotifyServer:
             return web.Response(status=408)
         if notification is None:
             return web.Response(status=400)
-        user, events = notification
+        user, events, mailbox = notification
         if not RESTRUCTURING.isdisjoint(events):
             self._restructured(user)
         try:
-            verdict = await self._changed(user)
+            verdict = await self._changed(user, mailbox)
         except Exception as error:
             log.warning(
                 "a change of %s cannot be acknowledged: %s", user, error or type(error).__name__
@@ -121,7 +123,7 @@ class NotifyServer:
         return web.Response(text=verdict.value)
 
 
-async def _notification(request: web.BaseRequest) -> tuple[str, list[str]] | None:
+async def _notification(request: web.BaseRequest) -> tuple[str, list[str], str] | None:
     if (request.content_length or 0) > MAX_BODY:
         return None
     body = bytearray()
@@ -132,6 +134,11 @@ async def _notification(request: web.BaseRequest) -> tuple[str, list[str]] | Non
     try:
         raw = json.loads(body)
         user, events = raw["user"], list(map(str, raw.get("events", ())))
+        mailbox = raw.get("mailbox", "")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return (user, events) if valid_user(user) else None
+    if not valid_user(user):
+        return None
+    # A change of mailboxes is one of all of them, and so is one in a mailbox that dsync cannot name.
+    known = not events and isinstance(mailbox, str) and listable(mailbox)
+    return user, events, mailbox if known else ""

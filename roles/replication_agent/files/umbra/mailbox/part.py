@@ -157,6 +157,7 @@ class Mailboxes:
         sides = {name: Peer(link) for name, link in group.links.items()}
         self._verifier = Verifier(dovecot, sides, self._peers, settlers)
         self._merged = {name: Record(paths.state / "mirror", name) for name in group.links}
+        single = dict(zip(group.links, self._carriers, strict=True))
         for name, carrier in self._scripts.items():
             settled = flags.FlagsCarrier(carrier, settlers[name], dovecot, sides[name])
             recording = RecordingCarrier(
@@ -170,7 +171,7 @@ class Mailboxes:
                 lambda user, key: self.being_delivered(user, key),
             )  # fmt: skip
             self._peers[name] = PeerMirror(
-                name, face, self._ledger, self._doveadm, whole,
+                name, face, self._ledger, self._doveadm, whole, single[name],
                 workers=config.mailbox.workers, timeout=config.mailbox.mirror_timeout,
             )  # fmt: skip
         self._rounds = Rounds(
@@ -265,17 +266,17 @@ class Mailboxes:
             return "this node may have mail of its own, which has not been merged"
         return ""
 
-    async def _changed(self, user: str) -> Verdict:
+    async def _changed(self, user: str, mailbox: str) -> Verdict:
         def closed() -> float:
             return self._entitled_at + RELAX_INTERVAL + self._group.lease + LATE_PORTS
 
-        return await entitled(functools.partial(self._mirrored, user), closed)
+        return await entitled(functools.partial(self._mirrored, user, mailbox), closed)
 
-    async def _mirrored(self, user: str) -> Verdict:
+    async def _mirrored(self, user: str, mailbox: str) -> Verdict:
         epoch = self._group.epoch
         settled = asyncio.create_task(self._disk.settle())
         try:
-            verdict = await self._mirror.changed(user)
+            verdict = await self._mirror.changed(user, mailbox)
             await settled
         finally:
             settled.cancel()
