@@ -119,7 +119,7 @@ def test_flags_and_expunges_are_of_their_mailbox_alone(
     session.create(mailbox)
     mail, uid = append(session, mailbox)
     other, other_uid = append(session, mailbox)
-    ok(session.select(mailbox))
+    assert session.select(mailbox)[0] == "OK"
     before = alone(primary)
     ok(session.uid("STORE", uid, "+FLAGS", r"(\Flagged $Label2)"))
     assert r"\Flagged" in on(shadow, mail)
@@ -139,7 +139,7 @@ def test_a_mailbox_that_another_session_renames_is_the_same_one(
     first, second = (f"box-{uuid.uuid4().hex[:8]}" for _ in range(2))
     ok(session.create(first))
     mail, uid = append(session, first)
-    ok(session.select(first))
+    assert session.select(first)[0] == "OK"
     with lab.imap(primary, USER) as other:
         ok(other.rename(first, second))
         ok(other.create(first))

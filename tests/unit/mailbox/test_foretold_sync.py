@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from tests.unit.mailbox.test_carrier import USER, Disk, FakeDoveadm, pair, server
 from tests.unit.mailbox.test_foretell import HERE, NAMES, SINGLE, THERE
-
 from tests.unit.mailbox.test_states import SINGLE as SINGLE_STATE
 from tests.unit.mailbox.test_states import WHOLE
 

@@ -162,7 +162,9 @@ async def test_messages_of_one_mailbox_are_synced_alone(
         assert world.single == [("u1", "INBOX")]
         # Together with others, and where it cannot be done, all are synced.
         world.syncs.clear()
-        await asyncio.gather(*(change(world, peer, "u1", box) for box in ("INBOX", "INBOX", "Sent")))
+        await asyncio.gather(
+            *(change(world, peer, "u1", box) for box in ("INBOX", "INBOX", "Sent"))
+        )
         assert world.single == [("u1", "INBOX")] * 2
         assert len(world.syncs) == 2
         world.whole = True
@@ -183,8 +185,8 @@ async def test_messages_of_one_mailbox_are_synced_alone(
             await asyncio.sleep(pause)
             world.syncs.clear()
             assert await change(world, peer, "u1", "INBOX") is Verdict.MIRRORED
-            while not peer.equal:
-                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.05)
+            assert peer.equal
             assert len(world.syncs) == syncs
         assert len(world.single) == 4
 

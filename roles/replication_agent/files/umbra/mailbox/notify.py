@@ -139,6 +139,6 @@ async def _notification(request: web.BaseRequest) -> tuple[str, list[str], str] 
         return None
     if not valid_user(user):
         return None
-    # A change of mailboxes is one of all of them, and so is one in a mailbox that dsync cannot name.
+    # A change of mailboxes is one of all, and so is one in a mailbox that dsync cannot name.
     known = not events and isinstance(mailbox, str) and listable(mailbox)
     return user, events, mailbox if known else ""

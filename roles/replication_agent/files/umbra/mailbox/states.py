@@ -29,9 +29,8 @@ def records(state: str) -> dict[bytes, bytes]:
         raise ValueError(f"not a state of dsync of version 1.0: {len(data)} bytes")
     if zlib.crc32(told) != int.from_bytes(checksum, "little"):
         raise ValueError("a state of dsync with another checksum")
-    return {
-        told[at : at + GUID]: told[at : at + RECORD] for at in range(len(VERSION), len(told), RECORD)
-    }
+    places = range(len(VERSION), len(told), RECORD)
+    return {told[at : at + GUID]: told[at : at + RECORD] for at in places}
 
 
 def joined(state: str, newer: str) -> str:
