@@ -8,12 +8,13 @@ LAB  ?= demo#     name of the lab that `make lab` and `make demo` use
 HOST ?= mail-a#   host that `make lab-shell` enters
 SECONDS ?= 60#    how long `make fuzz` takes for each parser; KEEP=1 adds to the corpus
 OPERATIONS ?= 2000#  how many `make model` makes; SEED=N makes the same again
+FROM ?=#          the former version for `make upgrade`
 TRIALS ?= 200#    how many `make faults` makes; SEED=N makes the same again, FAULT=NAME only that fault's
 export LAB
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 lab := tests/lab/lab --name $(LAB)
 
-.PHONY: help venv collection lab lab-shell lab-down demo test lint unit gates sanity integration faults faults-witness faults-three model fuzz bench-transport bench-mailbox bench-failover changelog lock root
+.PHONY: help venv collection lab lab-shell lab-down demo test lint unit gates sanity integration faults faults-witness faults-three model upgrade fuzz bench-transport bench-mailbox bench-failover changelog lock root
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^##-/ { printf "\n%s\n", substr($$0, 6) } \
@@ -84,6 +85,14 @@ model: root collection ## Random mailbox operations, without and with faults: ea
 	@tests/lab/lab --name model control -- python -m tests.model --operations $(OPERATIONS) $(if $(SEED),--seed $(SEED)) \
 	    --faults
 	@tests/lab/lab --name model down
+
+upgrade: root collection ## From another version (FROM=COMMIT) to this one and back while mail flows
+	@test -n "$(FROM)" || { echo "make upgrade: say from which version, FROM=COMMIT" >&2; exit 2; }
+	@rm -rf build/former && git clone --quiet . build/former && git -C build/former checkout --quiet "$(FROM)"
+	@$(MAKE) -C build/former collection
+	@tests/lab/lab prerequisites && tests/lab/lab --name upgrade up --disks mail-a,mail-b
+	@python -m tests.upgrade --lab upgrade --former build/former
+	@tests/lab/lab --name upgrade down
 
 fuzz: venv ## The coverage-guided fuzzer on both parsers of the transport
 	@python -m tests.fuzz.run --seconds $(SECONDS) $(if $(KEEP),--keep)

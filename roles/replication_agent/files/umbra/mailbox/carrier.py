@@ -305,6 +305,16 @@ class DsyncCarrier:
         stream = self._expected.get(user)
         return stream.moved if stream else 0.0
 
+    def tree(self, user: str) -> bytes:
+        """Return what stands for the mailboxes that both nodes have of ``user``, b"" for unknown."""
+        return self._trees.get(user, b"")
+
+    def teach(self, user: str, tree: bytes) -> None:
+        """Know from now on which mailboxes both nodes have. If it is wrong, it is a surprise."""
+        self._trees[user] = tree
+        if len(self._trees) > MAX_TREES:
+            del self._trees[next(iter(self._trees))]
+
     def cut(self) -> None:
         """Break all streams: their syncs fail at once instead of hanging on a dead peer."""
         for task in self._streams:
@@ -321,7 +331,7 @@ class DsyncCarrier:
         return await self._sync(user, state, told, merge=merge, apart=apart)
 
     async def sync_mailbox(self, user: str, state: str, mailbox: str) -> SyncResult | None:
-        """Sync one mailbox, of which messages have changed; the others cost nothing then.
+        """Sync one mailbox, of which messages have changed; the others are not opened for that.
 
         Only as it was foretold, so that the name means the same mailbox on both nodes. Else None:
         nothing was done, and all of the user's mailboxes have to be synced.
@@ -411,9 +421,7 @@ class DsyncCarrier:
     def _learn(self, user: str, told: Foretelling, *, merge: bool) -> None:
         self._hello = told.hello or self._hello
         if told.tree and not merge:
-            self._trees[user] = told.tree
-            if len(self._trees) > MAX_TREES:
-                del self._trees[next(iter(self._trees))]
+            self.teach(user, told.tree)
         foretold = "mailbox" if told.single else "whole"
         how = foretold if told.mode is Mode.FORETOLD else "hello" if told.greet() else "nothing"
         metrics.FORETOLD.labels(self._link.name, how).inc()

@@ -58,7 +58,7 @@ RESYNC_LOOK = 0.05
 DEEP_PERIOD = 24 * 3600.0
 # and so often (seconds) it is looked whose turn has come.
 SWEEP_INTERVAL = 60.0
-# A user whose messages change in one mailbox at a time has all compared again after so long
+# A user whose messages change in one mailbox at a time has all of them synced after so long
 # (seconds), in the background: a session that was killed may have told nobody of its last change.
 WHOLE_PERIOD = 60.0
 # How much the last sync counts in what one takes.

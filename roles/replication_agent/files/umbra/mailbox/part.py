@@ -134,18 +134,18 @@ class Mailboxes:
         self._ledger = Ledger(paths.state / "mirror", paths.run)
         self._seeds = Seeds(paths.state / "mirror")
         self._pacers = {name: Pacer(functools.partial(self._rate, name)) for name in group.links}
-        self._carriers = [
-            DsyncCarrier(self._dsync, link, self._doveadm, self._pacers[name])
+        self._carriers = {
+            name: DsyncCarrier(self._dsync, link, self._doveadm, self._pacers[name])
             for name, link in group.links.items()
-        ]
+        }
         face = _Face(group)
         dovecot = Dovecot(self._doveadm)
         messages = copies.Dovecot(self._doveadm)
         flagged = flags.Dovecot(self._doveadm)
         self.being_delivered: Callable[[str, str], bool] = lambda user, shadow_id: False
         self._parents = {
-            name: ParentsCarrier(GoneCarrier(carrier, link, dovecot))
-            for (name, link), carrier in zip(group.links.items(), self._carriers, strict=True)
+            name: ParentsCarrier(GoneCarrier(self._carriers[name], link, dovecot))
+            for name, link in group.links.items()
         }
         self._scripts = {
             name: ScriptCarrier(self._parents[name], link, dovecot)
@@ -157,7 +157,6 @@ class Mailboxes:
         sides = {name: Peer(link) for name, link in group.links.items()}
         self._verifier = Verifier(dovecot, sides, self._peers, settlers)
         self._merged = {name: Record(paths.state / "mirror", name) for name in group.links}
-        single = dict(zip(group.links, self._carriers, strict=True))
         for name, carrier in self._scripts.items():
             settled = flags.FlagsCarrier(carrier, settlers[name], dovecot, sides[name])
             recording = RecordingCarrier(
@@ -171,7 +170,7 @@ class Mailboxes:
                 lambda user, key: self.being_delivered(user, key),
             )  # fmt: skip
             self._peers[name] = PeerMirror(
-                name, face, self._ledger, self._doveadm, whole, single[name],
+                name, face, self._ledger, self._doveadm, whole, self._carriers[name],
                 workers=config.mailbox.workers, timeout=config.mailbox.mirror_timeout,
             )  # fmt: skip
         self._rounds = Rounds(
@@ -207,13 +206,13 @@ class Mailboxes:
         self._suspensions.load()
         self._seeds.load()
         await self._keep_to_limit("the agent has just started")
-        for carrier in self._carriers:
+        for carrier in self._carriers.values():
             await carrier.start()
 
     async def close(self) -> None:
         """Stop listening; who still waits gets no OK."""
         await self._notify.stop()
-        for carrier in self._carriers:
+        for carrier in self._carriers.values():
             await carrier.stop()
         await asyncio.gather(*self._losing, return_exceptions=True)
         await self._gap.close()
@@ -241,7 +240,7 @@ class Mailboxes:
             "remove-copies": self._copies_handler.remove,
             "counters": self._flags_handler.counters,
             "take-flags": self._flags_handler.take,
-            "sync-state": StateHandler(self._ledger),
+            "sync-state": StateHandler(self._ledger, self._carriers),
         }
 
     def _spread(self, merged_with: str, user: str) -> None:
@@ -646,7 +645,7 @@ class Mailboxes:
         """
         binding = self._binding(peer, epoch)
         theirs = self._binding(peer, epoch - 1, turned=True)
-        inherited = InheritedStates(self._group.links[peer], theirs)
+        inherited = InheritedStates(self._group.links[peer], theirs, self._carriers[peer])
         await self._peers[peer].resume(binding, inherited)
         self._compared.add(binding)
 
