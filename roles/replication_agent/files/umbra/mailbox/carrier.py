@@ -306,7 +306,7 @@ class DsyncCarrier:
         return stream.moved if stream else 0.0
 
     def tree(self, user: str) -> bytes:
-        """Return what stands for the mailboxes that both nodes have of ``user``, b"" for unknown."""
+        """Return what stands for the mailboxes that both nodes have of ``user``, or b""."""
         return self._trees.get(user, b"")
 
     def teach(self, user: str, tree: bytes) -> None:
