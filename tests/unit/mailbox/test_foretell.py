@@ -215,6 +215,16 @@ def test_what_each_node_has_for_itself_is_none(name: str) -> None:
         run(HERE[name], there, begin(name))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_whether_a_name_without_a_mailbox_holds_others(name: str) -> None:
+    expected = name in {*SINGLE, *SINGLE.values()}
+    hello, _ = known(name)
+    for told in (begin(name), Foretelling(b"", b"", quiet), Foretelling(hello, b"", quiet)):
+        assert told.bare, "not known yet"
+        told.feed_local(HERE[name])
+        assert told.bare == expected
+
+
 @pytest.mark.parametrize("name", SINGLE)
 def test_one_mailbox_is_synced_as_it_is_known_or_not_at_all(name: str) -> None:
     hello, tree = known(name)

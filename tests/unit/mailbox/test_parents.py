@@ -12,12 +12,13 @@ class Dsync:
     def __init__(self) -> None:
         self.states: list[str] = []
         self.outcome = Outcome.SYNCED
+        self.bare = True
 
     async def sync(
         self, user: str, state: str, *, merge: bool = False, apart: Sequence[str] = ()
     ) -> SyncResult:
         self.states.append(state)
-        return SyncResult(self.outcome, f"s{len(self.states)}")
+        return SyncResult(self.outcome, f"s{len(self.states)}", bare=self.bare)
 
     def progress(self, user: str) -> float:
         return 1.0
@@ -43,6 +44,16 @@ async def test_new_mailboxes_and_comparisons_from_scratch_take_two() -> None:
     assert (await carrier.sync("u", "s3")).state == "s4"
     assert (await carrier.sync("u", "")).state == "s6"
     assert dsync.states == ["s0", "s1", "s2", "s3", "", "s5"]
+
+
+async def test_new_mailboxes_whose_parents_are_mailboxes_take_one() -> None:
+    dsync = Dsync()
+    dsync.bare = False
+    carrier = ParentsCarrier(dsync)
+    carrier.restructured("u")
+    assert (await carrier.sync("u", "s0")).state == "s1"
+    assert (await carrier.sync("u", "")).state == "s3", "from scratch nevertheless"
+    assert dsync.states == ["s0", "", "s2"]
 
 
 async def test_it_is_not_forgotten_when_a_sync_fails() -> None:

@@ -397,6 +397,7 @@ class DsyncCarrier:
                 return SyncResult(Outcome.LOST, reason="the end of the sync was not confirmed")
         elif result.outcome in (Outcome.SYNCED, Outcome.CHANGED):
             self._learn(user, stream.told, merge=merge)
+            return replace(result, bare=stream.told.bare)
         return result
 
     def _foretelling(self, user: str, state: str, *, single: bool = False) -> Foretelling:

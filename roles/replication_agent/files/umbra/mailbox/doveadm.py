@@ -77,12 +77,14 @@ class Reply:
 class SyncResult:
     """What a sync said.
 
-    ``state`` is for the next one, None if there is none to keep; ``reason`` is for people.
+    ``state`` is for the next one, None if there is none to keep; ``reason`` is for people; ``bare``
+    tells whether a name without a mailbox holds others here, True if that is not known.
     """
 
     outcome: Outcome
     state: str | None = None
     reason: str = ""
+    bare: bool = True
 
     @classmethod
     def of(cls, error: Exception) -> SyncResult:

@@ -316,6 +316,7 @@ class Foretelling:
         self._settings: Fields = {}
         self._states: dict[bytes, bytes] = {}  # the other fields by GUID
         self._nodes: list[Node] = []
+        self._listed = False  # these are all
         self._nodes_there: list[Node] | None = None
         self._separators = b""
         self._boxes: deque[_Box] = deque()
@@ -340,6 +341,11 @@ class Foretelling:
         if self._nodes_there is None or sorted(self._nodes_there) != sorted(self._nodes):
             return b""
         return _tree(self._nodes)
+
+    @property
+    def bare(self) -> bool:
+        """Whether a name without a mailbox holds others here, or it is not known whether."""
+        return not self._listed or any(guid == NOTHING for _, _, guid, _, _ in self._nodes)
 
     # bytes
 
@@ -458,6 +464,7 @@ class Foretelling:
             self._nodes.append(_node(line))
             names += line + b"\n"
         deleted = yield from _record(b"D")
+        self._listed = True
         if self.mode is not Mode.UNDECIDED:
             return
         if not self._foretellable():

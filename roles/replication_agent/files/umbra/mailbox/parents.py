@@ -2,7 +2,9 @@
 
 A mailbox ``a/b`` may be there without a mailbox ``a``. On the peer dsync makes ``a`` too, as an
 empty mailbox (2.4.1, checked by experiment), and takes it away with the user's next sync. So a sync
-that may have made mailboxes is followed by another one before anybody is told that it is done.
+that may have made mailboxes is followed by another one before anybody is told that it is done,
+where there are such names. One from scratch always is: of two INBOXes that were made independently
+the first sync only makes one mailbox.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ class ParentsCarrier:
         twice = user in self._restructured
         self._restructured.discard(user)
         result = await self._carrier.sync(user, state, merge=merge, apart=apart)
-        if result.outcome is Outcome.SYNCED and not merge and (twice or not state):
+        again = not state or (twice and result.bare)
+        if result.outcome is Outcome.SYNCED and not merge and again:
             result = await self._carrier.sync(user, result.state or "")
         if twice and result.outcome is not Outcome.SYNCED:
             self._restructured.add(user)
