@@ -1,8 +1,8 @@
 """Another version of the collection while mail flows, and back: ``make upgrade FROM=COMMIT``.
 
-A group that the former version has set up gets this one by ``umbra.mail.site``, is switched over,
-gets the former one again, and this one once more. Each of these under load, with every message and
-change accounted for on both nodes, as in ``tests/faults``.
+A group that the former version has set up gets this one by ``umbra.mail.site``, the former one
+again, and this one once more. After each of these the primary moves. All under load, with every
+message and change accounted for on both nodes, as in ``tests/faults``.
 """
 
 from __future__ import annotations
@@ -45,9 +45,12 @@ class Site:
             raise FieldError(f"umbra.mail.site of {checkout} failed:\n{said}")
 
 
-def longest(log: Sequence[dict[str, object]], kinds: Sequence[str]) -> float:
-    """Return the longest time between two acknowledged requests of these kinds (seconds)."""
-    ends = [int(item["end"]) for item in acknowledged(log, kinds)]
+def longest(log: Sequence[dict[str, object]], kinds: Sequence[str], end: int) -> float:
+    """Return the longest time without an acknowledged request of these kinds (seconds).
+
+    :param end: of the load, on the clock of the log.
+    """
+    ends = [*(int(item["end"]) for item in acknowledged(log, kinds)), end]
     return max((later - earlier for earlier, later in pairwise(ends)), default=0) / 1e9
 
 
@@ -78,7 +81,9 @@ class Upgrade:
             healed = ground.wait_protected(HEALS_S)
             actions.switched_over(ground, random.Random())
             ground.wait_protected(HEALS_S)
+            generator.wait_for_more(generator.taken())
             time.sleep(QUIET_S)
+            end = time.monotonic_ns()
             log = generator.stop()
         finally:
             generator.abandon()
@@ -89,12 +94,13 @@ class Upgrade:
         load.clean(ground, run)
         reasons = [*left, *account["reasons"]]
         self.failed += [f"{name}: {reason}" for reason in reasons]
+        mail, changes = longest(log, ("send",), end), longest(log, accounting.CHANGES, end)
         counts = ", ".join(f"{account[what]} {what.replace('_', ' ')}" for what in COUNTED)
         print(
             f"{name}: {took:.0f} s, protected {healed:.1f} s after that;"
             f" {account['acknowledged']} messages and {account['changes_acknowledged']} changes"
-            f" acknowledged, {counts}; at most {longest(log, ('send',)):.1f} s without an"
-            f" acknowledged message, {longest(log, accounting.CHANGES):.1f} s without a change",
+            f" acknowledged, {counts}; at most {mail:.1f} s without an"
+            f" acknowledged message, {changes:.1f} s without a change",
             flush=True,
         )
 

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 from tests.integration import lab
@@ -133,21 +134,32 @@ def test_flags_and_expunges_are_of_their_mailbox_alone(
     assert lab.contents(shadow)[USER] == lab.contents(primary)[USER]
 
 
-def test_a_mailbox_that_another_session_renames_is_the_same_one(
-    session: imaplib.IMAP4, primary: str, shadow: str
-) -> None:
+def test_flags_of_a_mailbox_that_is_renamed_meanwhile(primary: str, shadow: str) -> None:
+    """The agent hears of both at once; the name of the first is another mailbox's by then."""
     first, second = (f"box-{uuid.uuid4().hex[:8]}" for _ in range(2))
-    ok(session.create(first))
-    mail, uid = append(session, first)
-    assert session.select(first)[0] == "OK"
-    with lab.imap(primary, USER) as other:
-        ok(other.rename(first, second))
-        ok(other.create(first))
-    # This session still calls it by its former name, which is another mailbox's now.
-    if session.uid("STORE", uid, "+FLAGS", r"(\Flagged)")[0] == "OK":
-        assert r"\Flagged" in on(shadow, mail)
-    assert on(shadow, mail).split() == on(primary, mail).split()
-    assert lab.contents(shadow)[USER] == lab.contents(primary)[USER]
+    with (
+        lab.imap(primary, USER) as one,
+        lab.imap(primary, USER) as two,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        ok(one.create(first))
+        mail, uid = append(one, first)
+        assert one.select(first)[0] == "OK"
+        lab.run(primary, "systemctl kill --kill-whom=main --signal=STOP umbra-agent")
+        try:
+            flagged = pool.submit(one.uid, "STORE", uid, "+FLAGS", r"(\Flagged)")
+            time.sleep(0.3)
+            renamed = pool.submit(two.rename, first, second)
+            time.sleep(0.3)
+            assert [flagged.done(), renamed.done()] == [False, False]
+        finally:
+            lab.run(primary, "systemctl kill --kill-whom=main --signal=CONT umbra-agent")
+        ok(renamed.result(20))
+        assert on(shadow, mail) == rf"{second} \Flagged"
+        ok(two.create(first))
+        assert lab.contents(shadow)[USER] == lab.contents(primary)[USER]
+        with suppress(imaplib.IMAP4.abort):  # Dovecot ends a session whose mailbox has gone
+            flagged.result(20)
 
 
 def test_many_changes_at_once_end_equal(primary: str, shadow: str) -> None:

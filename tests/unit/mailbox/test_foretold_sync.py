@@ -38,11 +38,12 @@ class World:
         self.told = b""  # to dsync here
         self.outcome = Outcome.SYNCED
         self.breaks: int | None = None  # dsync here says so much, and closes
+        self.single = b""  # dsync here says this instead
         self.doveadm = FakeDoveadm(self.here)
 
     async def here(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Outcome:
         """Play dsync here, which says what it was recorded to say whatever it is told."""
-        writer.write(HERE[self.name][: self.breaks])
+        writer.write((self.single or HERE[self.name])[: self.breaks])
         self.told = b""
         while not self.told.endswith((b"\nF\n", b"\nX\n")):
             if self.breaks is not None or not (data := await reader.read(65536)):
@@ -57,7 +58,7 @@ class World:
         hello = THERE[self.name].index(b"\n", hello + 1) + 1
         said = THERE[self.name] if self.there is None else self.there
         writer.write(self.before + packet(0, said[:hello]))
-        while len(self.got) < len(HERE[self.name]):
+        while len(self.got) < len(self.single or HERE[self.name]):
             if not (data := await reader.read(65536)):
                 return
             self.got += data
@@ -298,3 +299,17 @@ async def test_a_surprise_in_one_mailbox_is_one(tmp_path: Path, name: str) -> No
         assert result is not None
         assert result.outcome is Outcome.SURPRISED
         assert await carrier.sync_mailbox(USER, WHOLE, "Team/a") is None
+
+
+async def test_where_one_mailbox_has_nothing_to_say_all_are_synced(tmp_path: Path) -> None:
+    """It may have been renamed between dsync's list and its look."""
+    world = World()
+    world.name = "nothing"
+    async with both(tmp_path, world) as carrier:
+        await learn(carrier)
+        setting = b"mail-a.example.org\t\x02\t\x02\t"
+        here = HERE["nothing"].replace(setting, setting[:-2] + b"Work\t")
+        assert here != HERE["nothing"]
+        world.single = here
+        assert await asyncio.wait_for(carrier.sync_mailbox(USER, WHOLE, "Work"), 5) is None
+        assert world.got == here

@@ -51,25 +51,28 @@ class Learner:
     """What the new primary's carrier is taught."""
 
     def __init__(self) -> None:
-        self.trees: dict[str, bytes] = {}
+        self.trees: dict[str, bytes] = {USER: b"of an earlier term"}
 
     def tree(self, user: str) -> bytes:
         return self.trees.get(user, b"")
 
     def teach(self, user: str, tree: bytes) -> None:
-        self.trees[user] = tree
+        if tree:
+            self.trees[user] = tree
+        else:
+            self.trees.pop(user, None)
 
 
 @pytest.mark.parametrize(
     ("former", "state", "tree"),
     [
         (Former(), "s", b"t"),
-        (Former(state=""), "", b"t"),
+        (Former(state=""), "", b""),
         (Former(tree=b""), "s", b""),
         (Former(binding="of another term"), "", b""),
         (Former(state="s" * (LONGEST - 2)), "s" * (LONGEST - 2), b"t"),
         (Former(state="s" * LONGEST), "s" * LONGEST, b""),
-        (Former(state="s" * (LONGEST + 1)), "", b"t"),
+        (Former(state="s" * (LONGEST + 1)), "", b""),
     ],
     ids=["one", "none", "no tree", "of another term", "long", "without its tree", "too long"],
 )

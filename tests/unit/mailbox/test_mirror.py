@@ -49,6 +49,8 @@ class World:
         self.syncs: list[tuple[str, str]] = []
         self.kinds: list[tuple[str, bool]] = []
         self.single: list[tuple[str, str]] = []
+        self.places: dict[tuple[str, int], str] = {}  # where a user's change was, by its number
+        self.alone: set[tuple[str, int]] = set()  # what syncs of single mailboxes have brought
         self.whole = False  # no sync of a single mailbox can be made
         self.cuts = 0
         self.moved = 0.0
@@ -85,6 +87,9 @@ class World:
     async def sync(
         self, user: str, state: str, *, merge: bool = False, apart: Sequence[str] = ()
     ) -> SyncResult:
+        return await self._sync(user, state, merge, None)
+
+    async def _sync(self, user: str, state: str, merge: bool, mailbox: str | None) -> SyncResult:
         self.kinds.append((user, merge))
         assert user not in self.running, "two syncs of one user"
         self.running.add(user)
@@ -96,14 +101,24 @@ class World:
         finally:
             self.running.discard(user)
         outcome = self.outcome(user)
-        if outcome is Outcome.SYNCED:
+        if outcome is Outcome.SYNCED and mailbox is None:
             self.remote[user] = max(self.remote[user], seen)
+        elif outcome is Outcome.SYNCED:
+            self.alone |= {
+                (user, number)
+                for number in range(1, seen + 1)
+                if self.places.get((user, number)) == mailbox
+            }
         return SyncResult(outcome, "state", outcome.value)
+
+    def has(self, user: str, number: int) -> bool:
+        """Return whether the peer has this change."""
+        return self.remote[user] >= number or (user, number) in self.alone
 
     async def sync_mailbox(self, user: str, state: str, mailbox: str) -> SyncResult | None:
         assert state
         self.single.append((user, mailbox))
-        return None if self.whole else await self.sync(user, state)
+        return None if self.whole else await self._sync(user, state, False, mailbox)
 
     def progress(self, user: str) -> float:
         return self.moved
@@ -137,11 +152,12 @@ async def change(world: World, peer: PeerMirror, user: str, mailbox: str = "") -
     """Commit a change and check what the answer promises."""
     world.local[user] += 1
     mine = world.local[user]
+    world.places[user, mine] = mailbox
     verdict = await peer.changed(user, mailbox)
     if verdict is Verdict.MIRRORED:
-        assert world.remote[user] >= mine, "acknowledged as mirrored, and it is not there"
+        assert world.has(user, mine), "acknowledged as mirrored, and it is not there"
     else:
-        assert user in peer._ledger.changed("mail-b") or world.remote[user] >= mine
+        assert user in peer._ledger.changed("mail-b") or world.has(user, mine)
     return verdict
 
 
@@ -153,18 +169,15 @@ async def test_mirrored_before_ok(tmp_path: Path) -> None:
         assert peer.lag() == (0, 0.0)
 
 
-async def test_messages_of_one_mailbox_are_synced_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_messages_of_one_mailbox_are_synced_alone(tmp_path: Path) -> None:
     world = World()
     async with mirror(world, tmp_path) as peer:
         assert await change(world, peer, "u1", "INBOX") is Verdict.MIRRORED
         assert world.single == [("u1", "INBOX")]
         # Together with others, and where it cannot be done, all are synced.
         world.syncs.clear()
-        await asyncio.gather(
-            *(change(world, peer, "u1", box) for box in ("INBOX", "INBOX", "Sent"))
-        )
+        places = ("INBOX", "INBOX", "Sent")
+        await asyncio.gather(*(change(world, peer, "u1", place) for place in places))
         assert world.single == [("u1", "INBOX")] * 2
         assert len(world.syncs) == 2
         world.whole = True
@@ -178,25 +191,34 @@ async def test_messages_of_one_mailbox_are_synced_alone(
         world.outcome = lambda user: next(outcomes)
         assert await change(world, peer, "u1", "INBOX") is Verdict.MIRRORED
         assert world.single == [("u1", "INBOX")]
-        # And now and then without need, for what nobody has told.
-        world.outcome = lambda user: Outcome.SYNCED
-        monkeypatch.setattr(module, "WHOLE_PERIOD", 0.1)
-        for pause, syncs in ((0.0, 1), (0.2, 2), (0.0, 1)):
-            await asyncio.sleep(pause)
-            world.syncs.clear()
-            assert await change(world, peer, "u1", "INBOX") is Verdict.MIRRORED
-            await asyncio.sleep(0.05)
-            assert peer.equal
-            assert len(world.syncs) == syncs
-        assert len(world.single) == 4
+
+
+async def test_what_nobody_has_told_in_other_mailboxes_follows_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SWEEP_INTERVAL", 0.05)
+    world = World()
+    async with mirror(world, tmp_path) as peer:
+        world.known = {"u0"}  # whose turn it is at a comparison
+        sweep = asyncio.create_task(Mirror(world, world, {"mail-b": peer})._sweep())
+        await asyncio.sleep(0.2)
+        world.syncs.clear()
+        for user in ("u1", "u2"):
+            world.local[user] += 1  # by a session that was killed
+            world.places[user, 1] = "Sent"
+        assert await change(world, peer, "u1", "INBOX") is Verdict.MIRRORED
+        assert not world.has("u1", 1)
+        await asyncio.sleep(0.2)
+        assert world.has("u1", 1)
+        assert peer.equal
+        assert [user for user, _ in world.syncs].count("u1") == 2, "once, not again and again"
+        sweep.cancel()
+        await asyncio.gather(sweep, return_exceptions=True)
 
 
 async def test_without_a_state_all_mailboxes_are_synced(tmp_path: Path) -> None:
     world = World()
     async with mirror(world, tmp_path) as peer:
-        world.outcome = lambda user: Outcome.FAILED if len(world.syncs) == 6 else Outcome.SYNCED
-        await change(world, peer, "u1")
-        assert [state for user, state in world.syncs if user == "u1"][-1] == ""
         peer._ledger.keep("mail-b", "u2", None)
         assert await change(world, peer, "u2", "INBOX") is Verdict.MIRRORED
         assert world.single == []

@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from umbra.mailbox.mirror_queue import MirrorQueue
 
 USERS = st.sampled_from([f"user{number}@example.org" for number in range(6)])
+MAILBOXES = st.sampled_from(["", "INBOX", "INBOX", "Sent"])
 WORKERS = 3
 
 
@@ -22,22 +23,27 @@ class Model(RuleBasedStateMachine):
         self.open: dict[int, str] = {}  # ticket: user
         self.noted: dict[str, int] = {}  # user: when it was last noted
         self.running: dict[str, int] = {}  # user: when its sync started
+        self.mailboxes: dict[int, str] = {}  # ticket: where its change is
+        self.places: dict[str, str] = {}  # user: where its sync is
+        self.whole: set[str] = set()  # whose next sync has to be of all mailboxes
 
     def tick(self) -> int:
         self.clock += 1
         return self.clock
 
-    @rule(user=USERS)
-    def wait(self, user: str) -> None:
+    @rule(user=USERS, mailbox=MAILBOXES)
+    def wait(self, user: str, mailbox: str) -> None:
         ticket = self.tick()
         self.open[ticket] = user
-        self.queue.wait(user, ticket)
+        self.mailboxes[ticket] = mailbox
+        self.queue.wait(user, ticket, mailbox)
 
     @rule(users=st.lists(USERS, max_size=3))
     def note(self, users: list[str]) -> None:
         now = self.tick()
         self.queue.note(users)
         self.noted.update(dict.fromkeys(users, now))
+        self.whole.update(users)
 
     @rule()
     def start(self) -> None:
@@ -51,6 +57,9 @@ class Model(RuleBasedStateMachine):
         assert user not in self.queue.suspended
         self.running[user] = self.tick()
         assert len(self.running) <= WORKERS
+        self.places[user] = self.queue.place(user)
+        assert not (self.places[user] and user in self.whole)
+        self.whole.discard(user)
 
     @precondition(lambda self: bool(self.running))
     @rule(data=st.data())
@@ -62,6 +71,9 @@ class Model(RuleBasedStateMachine):
             ticket for ticket, name in self.open.items() if name == user and ticket < started
         ]
         assert sorted(tickets) == covered, "only what was there at the start, and all of it"
+        if self.places[user]:
+            assert {self.mailboxes[ticket] for ticket in covered} <= {self.places[user]}
+            assert not settled
         for ticket in tickets:
             del self.open[ticket]
         if user in self.noted and self.noted[user] < started:
@@ -76,6 +88,7 @@ class Model(RuleBasedStateMachine):
         user = data.draw(st.sampled_from(sorted(self.running)))
         del self.running[user]
         self.queue.again(user)
+        self.whole.add(user)
 
     @precondition(lambda self: bool(set(self.running) & set(self.noted) - set(self.open.values())))
     @rule(data=st.data())
@@ -84,6 +97,7 @@ class Model(RuleBasedStateMachine):
         user = data.draw(st.sampled_from(sorted(candidates)))
         del self.running[user]
         self.queue.hold(user)
+        self.whole.add(user)
         assert user in self.queue.held | self.queue.suspended
 
     @rule(users=st.sets(USERS, max_size=2))
@@ -96,6 +110,7 @@ class Model(RuleBasedStateMachine):
         given = self.queue.withdraw()
         assert {t: user for user, tickets in given.items() for t in tickets} == self.open
         self.noted.update(dict.fromkeys(given, now))
+        self.whole.update(given)
         self.open.clear()
 
     @invariant()

@@ -74,6 +74,8 @@ BUSY = "busy"
 # After so many surprises within so many seconds nothing is foretold of a user.
 SURPRISES = 2
 SURPRISED_SECONDS = 3600.0
+# Bytes of a state: with more, what dsync says of all mailboxes at first is too much to be held.
+MAX_STATE = 512 * 1024
 # Of so many users it is kept what their mailboxes were, of those who were synced last.
 MAX_TREES = 10_000
 
@@ -310,7 +312,13 @@ class DsyncCarrier:
         return self._trees.get(user, b"")
 
     def teach(self, user: str, tree: bytes) -> None:
-        """Know from now on which mailboxes both nodes have. If it is wrong, it is a surprise."""
+        """Know from now on which mailboxes both nodes have, b"" for nothing.
+
+        If it is wrong, it is a surprise.
+        """
+        self._trees.pop(user, None)
+        if not tree:
+            return
         self._trees[user] = tree
         if len(self._trees) > MAX_TREES:
             del self._trees[next(iter(self._trees))]
@@ -334,14 +342,19 @@ class DsyncCarrier:
         """Sync one mailbox, of which messages have changed; the others are not opened for that.
 
         Only as it was foretold, so that the name means the same mailbox on both nodes. Else None:
-        nothing was done, and all of the user's mailboxes have to be synced.
+        nothing was done, and all of the user's mailboxes have to be synced. Also where dsync found
+        nothing to do: it passes over a mailbox that is renamed between its list and its look.
 
         :param mailbox: a name for which ``listable`` holds.
         """
+        if len(state) > MAX_STATE:
+            return None
         try:
             told = self._foretelling(user, state, single=True)
             result = await self._sync(user, state, told, only=mailbox)
         except Whole:
+            return None
+        if result.outcome is Outcome.SYNCED and not told.changed:
             return None
         if result.state is None:
             return result

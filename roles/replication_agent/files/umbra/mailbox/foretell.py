@@ -302,6 +302,7 @@ class Foretelling:
             raise Whole
         self.mode = Mode.UNDECIDED if hello else Mode.PLAIN
         self.said = False  # dsync here has said all
+        self.changed = False  # and something of a mailbox
         self._hello = hello
         self._rest = hello  # of it, what the shadow has not said yet
         self._confirmed = tree
@@ -527,6 +528,7 @@ class Foretelling:
             "highest_pvt_modseq": state.get("last_common_pvt_modseq", b""),
         }
         self._boxes.append(box)
+        self.changed = True
         self._back += encode(b"B", box.counters)
         while (line := (yield)) != END:
             self._content(_of(b"A", line))

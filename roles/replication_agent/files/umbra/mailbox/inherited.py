@@ -56,7 +56,7 @@ class Carrier(Protocol):
         """What stands for the user's mailboxes, b"" if that is not known."""
 
     def teach(self, user: str, tree: bytes) -> None:
-        """Make that known."""
+        """Make that known, or forget it for b""."""
 
 
 class InheritedStates:
@@ -73,6 +73,7 @@ class InheritedStates:
 
     async def __call__(self, user: str) -> str:
         """Return the state of ``user``, "" if there is none to trust."""
+        self._carrier.teach(user, b"")  # what this node knew in an earlier term
         try:
             answer = await self._link.request("sync-state", {"user": user}, timeout=TIMEOUT)
         except PeerError as error:
@@ -81,9 +82,9 @@ class InheritedStates:
         state, tree = answer.get("state"), answer.get("tree")
         if not isinstance(state, str) or answer.get("binding") != self._binding:
             return ""
-        with suppress(ValueError):  # a former primary of before tells none
-            if isinstance(tree, str) and (known := bytes.fromhex(tree)):
-                self._carrier.teach(user, known)
+        if state and isinstance(tree, str):  # a former primary of before tells none
+            with suppress(ValueError):
+                self._carrier.teach(user, bytes.fromhex(tree))
         return state
 
 
@@ -105,7 +106,8 @@ class StateHandler:
         state, tree = "", ""
         if isinstance(user, str):
             state = await self._states.state(peer.node, user)
-            tree = self._carriers[peer.node].tree(user).hex()
+            carrier = self._carriers.get(peer.node)
+            tree = carrier.tree(user).hex() if carrier else ""
         if len(state) > LONGEST:
             state = ""
         if len(state) + len(tree) > LONGEST:

@@ -56,11 +56,8 @@ HELD_PAUSE = 10.0
 RESYNC_LOOK = 0.05
 # Each user's mailboxes are compared without a state once in this time (seconds), spread evenly.
 DEEP_PERIOD = 24 * 3600.0
-# and so often (seconds) it is looked whose turn has come.
+# and so often (seconds) it is looked whose turn has come, and who has had single mailboxes synced.
 SWEEP_INTERVAL = 60.0
-# A user whose messages change in one mailbox at a time has all of them synced after so long
-# (seconds), in the background: a session that was killed may have told nobody of its last change.
-WHOLE_PERIOD = 60.0
 # How much the last sync counts in what one takes.
 PACE = 0.1
 # How often it is looked whether this node may act (seconds).
@@ -226,7 +223,7 @@ class PeerMirror:
         self._users = users
         self._carrier = carrier
         self._single = single
-        self._parted: dict[str, float] = {}  # since when a user's mailboxes are synced one by one
+        self._parted: set[str] = set()  # whose last sync was of a single mailbox
         self._few = 4 * workers
         self._timeout = timeout
         self._queue: MirrorQueue[int] = MirrorQueue(workers)
@@ -469,15 +466,12 @@ class PeerMirror:
 
     async def _single_sync(self, user: str, state: str) -> SyncResult | None:
         mailbox = self._queue.place(user)
+        self._parted.discard(user)
         if self._single is None or not (state and mailbox):
-            self._parted.pop(user, None)
             return None
         result = await self._single.sync_mailbox(user, state, mailbox)
-        now = monotonic()
-        if result is None:
-            self._parted.pop(user, None)
-        elif now - self._parted.setdefault(user, now) > WHOLE_PERIOD:
-            self._queue.note([user])
+        if result is not None:
+            self._parted.add(user)
         return result
 
     def _settle(self, user: str, started: float) -> None:
@@ -697,6 +691,13 @@ class PeerMirror:
         self._queue.note(users)
         self._pump()
 
+    def rejoin(self) -> None:
+        """Sync all mailboxes of those whose last sync was of a single one.
+
+        A session that was killed may have told nobody of its last change in another.
+        """
+        self.recheck(self._parted)
+
     async def resync(self, user: str, prepare: Preparation) -> None:
         """Compare ``user`` without a state, mend the peer's copy, and return when that is done.
 
@@ -843,6 +844,8 @@ class Mirror:
     async def _sweep(self) -> None:
         """Have all users take turns at a comparison without a state, once in ``DEEP_PERIOD``.
 
+        And at a sync of all mailboxes, once in ``SWEEP_INTERVAL``, where single ones were synced.
+
         It brings what Dovecot notifies nobody of, such as ``doveadm sieve``, and mends what only
         the other side has, which a sync with a state never notices.
         """
@@ -852,6 +855,8 @@ class Mirror:
             peers = [peer for peer in self.peers.values() if peer.steady]
             if not peers or not self._group.is_primary():
                 continue
+            for peer in peers:
+                peer.rejoin()
             try:
                 everybody = await self._users.users()
             except DoveadmError as error:
