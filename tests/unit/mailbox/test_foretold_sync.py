@@ -301,6 +301,24 @@ async def test_a_surprise_in_one_mailbox_is_one(tmp_path: Path, name: str) -> No
         assert await carrier.sync_mailbox(USER, WHOLE, "Team/a") is None
 
 
+async def test_after_a_rename_of_inbox_all_is_compared(tmp_path: Path) -> None:
+    """dsync empties the shadow's INBOX, and the state would pass over what was in there."""
+    world = World()
+    (row,) = [row for row in HERE["store"].split(b"\n") if row.startswith(b"NINBOX\t")]
+    new = row.replace(b"6865b50e", b"00000000") + b"\n" + row.replace(b"INBOX", b"old")
+    world.single = HERE["store"].replace(row, new)
+    world.doveadm.state = "state"
+    async with both(tmp_path, world) as carrier:
+        assert await sync(carrier) == SyncResult(Outcome.CHANGED, None, "INBOX was renamed")
+        # From scratch that is no matter, and any other name neither.
+        assert (await sync(carrier, "")).outcome is Outcome.SYNCED
+        world.single = world.single.replace(b"INBOX", b"INBOX/a")
+        world.there = THERE["store"].replace(b"INBOX", b"INBOX/a")
+        carrier.teach(USER, b"")
+        carrier._hello = b""
+        assert (await sync(carrier)).outcome is Outcome.SYNCED
+
+
 async def test_where_one_mailbox_has_nothing_to_say_all_are_synced(tmp_path: Path) -> None:
     """It may have been renamed between dsync's list and its look."""
     world = World()

@@ -409,8 +409,12 @@ class DsyncCarrier:
             if result.outcome in (Outcome.SYNCED, Outcome.CHANGED):
                 return SyncResult(Outcome.LOST, reason="the end of the sync was not confirmed")
         elif result.outcome in (Outcome.SYNCED, Outcome.CHANGED):
-            self._learn(user, stream.told, merge=merge)
-            return replace(result, bare=stream.told.bare)
+            if told.inbox_renamed and state and not merge:
+                # No INBOX can be renamed by dsync: it has emptied it, and made one of the new name.
+                # The state would pass over what is missing in there, so all is compared now.
+                return SyncResult(Outcome.CHANGED, reason="INBOX was renamed")
+            self._learn(user, told, merge=merge)
+            return replace(result, bare=told.bare)
         return result
 
     def _foretelling(self, user: str, state: str, *, single: bool = False) -> Foretelling:

@@ -348,6 +348,15 @@ class Foretelling:
         """Whether a name without a mailbox holds others here, or it is not known whether."""
         return not self._listed or any(guid == NOTHING for _, _, guid, _, _ in self._nodes)
 
+    @property
+    def inbox_renamed(self) -> bool:
+        """Whether the mailbox that is the shadow's INBOX has another name here."""
+        was = {guid for name, _, guid, _, _ in self._nodes_there or () if name == b"INBOX"}
+        return any(
+            name != b"INBOX" and guid != NOTHING and guid in was
+            for name, _, guid, _, _ in self._nodes
+        )
+
     # bytes
 
     def greet(self) -> bytes:

@@ -105,8 +105,9 @@ class ScriptCarrier:
         except PeerError as error:
             if error.code not in CONTENT:
                 return SyncResult.of(error)
-            # Also a peer of before, until its agent is the new one: the user's next sync says it
-            # again. One that takes nothing at all from here says so to the next sync of mail.
+            # Also a peer of before, until its agent is the new one: the user's next sync of all
+            # mailboxes says it again. One that takes nothing at all from here says so to the next
+            # sync of mail.
             log.warning("the scripts of %s wait: the peer does not take them: %s", user, error)
             self._changed.add(user)
         except DoveadmError as error:
