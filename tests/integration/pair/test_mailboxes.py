@@ -134,19 +134,20 @@ def test_flags_and_expunges_are_of_their_mailbox_alone(
     assert lab.contents(shadow)[USER] == lab.contents(primary)[USER]
 
 
-def test_inbox_is_renamed(session: imaplib.IMAP4, primary: str, shadow: str) -> None:
+def test_inbox_is_renamed(primary: str, shadow: str) -> None:
     """RFC 9051, 6.3.6: its messages get another mailbox, and it is there again, empty."""
     name = f"box-{uuid.uuid4().hex[:8]}"
-    mail, _ = append(session)
-    ok(session.rename("INBOX", name))
-    assert on(shadow, mail) == name
-    assert lab.contents(shadow)[USER] == lab.contents(primary)[USER]
-    later, uid = append(session)
-    assert session.select("INBOX")[0] == "OK"
-    ok(session.uid("STORE", uid, "+FLAGS", r"(\Flagged)"))
-    assert on(shadow, later) == r"INBOX \Flagged"
-    ok(session.delete(name))
-    assert on(shadow, mail) == ""
+    with lab.imap(primary, USER) as session:
+        mail, _ = append(session)
+        ok(session.rename("INBOX", name))
+        assert on(shadow, mail) == name
+        assert lab.contents(shadow)[USER] == lab.contents(primary)[USER]
+        later, uid = append(session)
+        assert session.select("INBOX")[0] == "OK"
+        ok(session.uid("STORE", uid, "+FLAGS", r"(\Flagged)"))
+        assert on(shadow, later) == r"INBOX \Flagged"
+        ok(session.delete(name))
+        assert on(shadow, mail) == ""
 
 
 def test_flags_of_a_mailbox_that_is_renamed_meanwhile(primary: str, shadow: str) -> None:
