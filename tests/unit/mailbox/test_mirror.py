@@ -193,6 +193,29 @@ async def test_messages_of_one_mailbox_are_synced_alone(tmp_path: Path) -> None:
         assert world.single == [("u1", "INBOX")]
 
 
+@pytest.mark.parametrize("waited", [True, False])
+async def test_who_has_lost_something_by_a_sync_does_not_count(
+    tmp_path: Path, waited: bool
+) -> None:
+    world = World()
+    async with mirror(world, tmp_path) as peer:
+        outcomes = iter([Outcome.EMPTIED])
+        world.outcome = lambda user: next(outcomes, Outcome.SYNCED)
+        if waited:
+            assert await change(world, peer, "u1") is Verdict.RECORDED
+        else:
+            peer.recheck(["u1"])
+            await until(lambda: peer.phase is Phase.RECORDING)
+            await until(lambda: world.mode == "alone")
+        assert world.mode == "alone"
+        assert world.lost is False, "nothing is wrong with the peer"
+        assert peer.behind == 1
+        world.syncs.clear()
+        await peer.catch_up(world.protect, everyone=False, binding="one")
+        assert world.syncs == [("u1", "")], "from scratch"
+        assert world.mode == "protected"
+
+
 async def test_what_nobody_has_told_in_other_mailboxes_follows_soon(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -411,8 +411,10 @@ class DsyncCarrier:
         elif result.outcome in (Outcome.SYNCED, Outcome.CHANGED):
             if told.inbox_renamed and state and not merge:
                 # No INBOX can be renamed by dsync: it has emptied it, and made one of the new name.
-                # The state would pass over what is missing in there, so all is compared now.
-                return SyncResult(Outcome.CHANGED, reason="INBOX was renamed")
+                # The state would pass over what is missing in there.
+                return SyncResult(
+                    Outcome.EMPTIED, reason=f"INBOX of {user} was renamed and is copied anew"
+                )
             self._learn(user, told, merge=merge)
             return replace(result, bare=told.bare)
         return result

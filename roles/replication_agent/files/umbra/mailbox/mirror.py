@@ -423,6 +423,10 @@ class PeerMirror:
             case Outcome.LOST:
                 self._queue.again(user)
                 await self.lose(result.reason)
+            case Outcome.EMPTIED:
+                # Until it is there again the peer must not take over.
+                self._queue.again(user)
+                await self.lose(result.reason, lost=False)
             case _:
                 await self._failed(user, result)
         self._progress.set()
