@@ -14,7 +14,7 @@ export LAB
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 lab := tests/lab/lab --name $(LAB)
 
-.PHONY: help venv collection lab lab-shell lab-down demo test lint unit gates sanity integration faults faults-witness faults-three model upgrade fuzz bench-transport bench-mailbox bench-failover changelog lock root
+.PHONY: help venv collection lab lab-shell lab-down demo test lint unit gates sanity integration faults faults-witness faults-three model upgrade from fuzz bench-transport bench-mailbox bench-failover changelog lock root
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^##-/ { printf "\n%s\n", substr($$0, 6) } \
@@ -86,13 +86,15 @@ model: root collection ## Random mailbox operations, without and with faults: ea
 	    --faults
 	@tests/lab/lab --name model down
 
-upgrade: root collection ## From another version (FROM=COMMIT) to this one and back while mail flows
-	@test -n "$(FROM)" || { echo "make upgrade: say from which version, FROM=COMMIT" >&2; exit 2; }
+upgrade: root from collection ## From another version (FROM=COMMIT) to this one and back while mail flows
 	@rm -rf build/former && git clone --quiet . build/former && git -C build/former checkout --quiet "$(FROM)"
 	@$(MAKE) -C build/former collection
 	@tests/lab/lab prerequisites && tests/lab/lab --name upgrade up --disks mail-a,mail-b
 	@python -m tests.upgrade --lab upgrade --former build/former
 	@tests/lab/lab --name upgrade down
+
+from:
+	@test -n "$(FROM)" || { echo "make upgrade: say from which version, FROM=COMMIT" >&2; exit 2; }
 
 fuzz: venv ## The coverage-guided fuzzer on both parsers of the transport
 	@python -m tests.fuzz.run --seconds $(SECONDS) $(if $(KEEP),--keep)
