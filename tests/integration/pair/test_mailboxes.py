@@ -101,13 +101,18 @@ def test_mailboxes(session: imaplib.IMAP4, shadow: str) -> None:
     assert on(shadow, mail) == ""
 
 
-def alone(primary: str) -> float:
-    """How often a mailbox was synced without the user's others."""
+def counted(primary: str, name: str, label: str = "") -> float:
+    """What a counter of the mirror stands at, of all peers."""
     return sum(
         value
         for key, value in lab.metrics(primary).items()
-        if key.startswith("umbra_mirror_foretold_total") and 'how="mailbox"' in key
+        if key.startswith(f"umbra_mirror_{name}_total") and label in key
     )
+
+
+def alone(primary: str) -> float:
+    """How often a mailbox was synced without the user's others."""
+    return counted(primary, "foretold", 'how="mailbox"')
 
 
 @pytest.mark.parametrize(
@@ -198,22 +203,14 @@ def test_many_changes_at_once_end_equal(primary: str, shadow: str) -> None:
 
 def test_a_burst_to_one_user_shares_syncs(primary: str, shadow: str) -> None:
     """Deliveries that come together wait for one sync, not each for its own."""
-
-    def counted(name: str) -> float:
-        return sum(
-            value
-            for key, value in lab.metrics(primary).items()
-            if key.startswith(f"umbra_mirror_{name}_total")
-        )
-
-    syncs, shared = counted("syncs"), counted("coalesced")
+    syncs, shared = counted(primary, "syncs"), counted(primary, "coalesced")
     mails = [lab.mail() for _ in range(40)]
     with ThreadPoolExecutor(10) as pool:
         answers = list(pool.map(lambda mail: lab.send(primary, [USER], mail.content), mails))
     assert {code for code, _ in answers} == {250}
     lab.wait("the shadow has them all", lambda: all(on(shadow, mail) for mail in mails), 60)
-    assert counted("coalesced") > shared
-    assert counted("syncs") - syncs < len(mails)
+    assert counted(primary, "coalesced") > shared
+    assert counted(primary, "syncs") - syncs < len(mails)
 
 
 def test_a_change_waits_for_an_agent_that_was_killed(primary: str, shadow: str) -> None:

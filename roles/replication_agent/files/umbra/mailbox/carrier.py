@@ -395,7 +395,7 @@ class DsyncCarrier:
                 task.cancel()
         if result.outcome is not Outcome.SYNCED:
             # The stream ends with the connection of the dsync that has failed.
-            heard = stream.told.mode is Mode.PLAIN
+            heard = told.mode is Mode.PLAIN
             await asyncio.wait({task}, timeout=1.0 if heard else LINGER + 1.0)
         if not settled.done():
             error = task.exception() if task.done() and not task.cancelled() else None
