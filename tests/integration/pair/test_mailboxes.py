@@ -145,7 +145,7 @@ def test_inbox_is_renamed(primary: str, shadow: str) -> None:
     with lab.imap(primary, USER) as session:
         mail, _ = append(session)
         ok(session.rename("INBOX", name))
-        # dsync has emptied the shadow's INBOX: nobody may rely on it before it is copied anew.
+        # dsync has to empty the shadow's INBOX for that: before, nobody may rely on it any more.
         assert on(shadow, mail) == name or not lab.status(primary)["protected"]
         lab.wait("the group is protected", lambda: lab.status(primary)["protected"], 60)
         assert on(shadow, mail) == name

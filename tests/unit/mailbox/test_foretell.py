@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +30,7 @@ from umbra.mailbox.foretell import (
     Foretelling,
     Lines,
     Mode,
+    Renamed,
     Surprise,
     Whole,
     encode,
@@ -323,6 +325,38 @@ def test_however_it_is_cut(
     told.end_remote()
     assert told.confirmed
     assert told.tree == whole.tree
+
+
+@given(heard=st.booleans(), renamed=st.booleans(), here=cuts, there=cuts)
+@settings(deadline=None, max_examples=200)
+def test_the_shadow_hears_of_another_inbox_only_if_it_may(
+    heard: bool, renamed: bool, here: list[int], there: list[int]
+) -> None:
+    hello, _ = known("store")
+    told = Foretelling(hello if heard else b"", b"", quiet, guarded=True)
+    (row,) = [row for row in lines(HERE["store"]) if row.startswith(b"NINBOX\t")]
+    other = row.replace(b"6865b50e", b"00000000") + b"\n" + row.replace(b"INBOX", b"old")
+    said = HERE["store"].replace(row, other) if renamed else HERE["store"]
+    names = said.index(b"\n.\nN") + 3
+    after = said.index(b"\n", said.index(b"\n.\nD") + 3) + 1
+    on = b"".join(told.feed_local(piece).on for piece in cut(said[:after], here))
+    assert on == said[:names], "it has the state, and can tell its own names"
+    answer = b"".join(map(told.feed_remote, cut(packet(0, THERE["store"]), there)))
+    with pytest.raises(Renamed) if renamed else nullcontext():
+        for piece in cut(said[after:], here):
+            on += told.feed_local(piece).on
+    assert on == (said[:names] if renamed else said)
+    # dsync here hears all that the shadow says, once.
+    assert unpacked(told.greet() + answer) == THERE["store"]
+
+
+def test_an_inbox_that_both_had_is_not_waited_for() -> None:
+    _, tree = known("store")
+    told = Foretelling(b"", tree, quiet, guarded=True)
+    assert told.feed_local(HERE["store"]).on == HERE["store"]
+    unknown = Foretelling(b"", b"", quiet, guarded=True)
+    unknown.feed_remote(packet(0, b"\n+\nVERSION\tdsync\t9\t9\n"))
+    assert unknown.feed_local(HERE["store"]).on == HERE["store"], "its names will not be understood"
 
 
 def test_at_every_byte() -> None:

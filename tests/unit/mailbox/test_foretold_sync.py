@@ -42,31 +42,48 @@ class World:
         self.doveadm = FakeDoveadm(self.here)
 
     async def here(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Outcome:
-        """Play dsync here, which says what it was recorded to say whatever it is told."""
-        writer.write((self.single or HERE[self.name])[: self.breaks])
+        """Play dsync here, which after the names says all that it was recorded to say."""
+        said = self.single or HERE[self.name]
+        names = names_of(said)
+        writer.write(said[:names])
         self.told = b""
-        while not self.told.endswith((b"\nF\n", b"\nX\n")):
-            if self.breaks is not None or not (data := await reader.read(65536)):
+        while not self.told.endswith((b"F\n", b"X\n")):
+            if not (data := await reader.read(65536)):
                 return Outcome.FAILED
             self.told += data
+            if names and b"\n.\nD" in self.told:
+                writer.write(said[names : self.breaks])
+                names = 0
+                if self.breaks is not None:
+                    return Outcome.FAILED
         return self.outcome
 
     async def shadow(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Play the shadow's: it answers when it has heard all."""
+        """Play the shadow's: but for its names it answers when it has heard all."""
         self.got = b""
         hello = THERE[self.name].index(b"\nH")
         hello = THERE[self.name].index(b"\n", hello + 1) + 1
         said = THERE[self.name] if self.there is None else self.there
         writer.write(self.before + packet(0, said[:hello]))
+        told = hello
         while len(self.got) < len(self.single or HERE[self.name]):
+            if told == hello and b"\n.\n" in self.got.partition(b"\n.\nH")[2]:
+                # It tells its names when it has the state.
+                told = names_of(said)
+                writer.write(packet(0, said[hello:told]))
             if not (data := await reader.read(65536)):
                 return
             self.got += data
         await self.answer.wait()
-        writer.write(packet(0, said[hello:]))
+        writer.write(packet(0, said[told:]))
 
     async def settled(self) -> None:
         await self.settle.wait()
+
+
+def names_of(said: bytes) -> int:
+    """Return where the names and what was deleted end."""
+    return said.index(b"\n", said.index(b"\n.\nD") + 3) + 1
 
 
 @asynccontextmanager
@@ -97,7 +114,7 @@ async def test_the_shadow_is_heard_after_all_is_said(tmp_path: Path, name: str) 
             task = asyncio.create_task(sync(carrier))
             await asyncio.sleep(0.2)
             assert world.got == HERE[name]
-            assert world.told.endswith(b"\nF\n")
+            assert world.told.endswith(b"F\n")
             assert not task.done(), "dsync here has ended; the shadow has not said a word"
             world.answer.set()
             assert (await task).outcome is Outcome.SYNCED
@@ -301,22 +318,26 @@ async def test_a_surprise_in_one_mailbox_is_one(tmp_path: Path, name: str) -> No
         assert await carrier.sync_mailbox(USER, WHOLE, "Team/a") is None
 
 
-async def test_after_a_rename_of_inbox_all_is_compared(tmp_path: Path) -> None:
-    """dsync empties the shadow's INBOX, and the state would pass over what was in there."""
+async def test_a_shadow_does_not_hear_of_a_rename_of_inbox(tmp_path: Path) -> None:
+    """dsync would empty the shadow's INBOX, and the state would pass over what was in there."""
     world = World()
     (row,) = [row for row in HERE["store"].split(b"\n") if row.startswith(b"NINBOX\t")]
     new = row.replace(b"6865b50e", b"00000000") + b"\n" + row.replace(b"INBOX", b"old")
     world.single = HERE["store"].replace(row, new)
     world.doveadm.state = "state"
     async with both(tmp_path, world) as carrier:
-        result = await sync(carrier)
-        assert (result.outcome, result.state) == (Outcome.EMPTIED, None)
-        # From scratch that is no matter, and any other name neither.
+        for state in ("state", ""):
+            result = await sync(carrier, state)
+            assert (result.outcome, result.state) == (Outcome.UNSAFE, None)
+            assert world.got == world.single[: world.single.index(b"\n.\nN") + 3]
+        # Where nobody relies on the copy, from scratch is no matter.
+        carrier._relied_on = lambda: False
+        assert (await sync(carrier)).outcome is Outcome.UNSAFE
         assert (await sync(carrier, "")).outcome is Outcome.SYNCED
+        # And any other name neither.
+        carrier._relied_on = lambda: True
         world.single = world.single.replace(b"INBOX", b"INBOX/a")
         world.there = THERE["store"].replace(b"INBOX", b"INBOX/a")
-        carrier.teach(USER, b"")
-        carrier._hello = b""
         assert (await sync(carrier)).outcome is Outcome.SYNCED
 
 

@@ -194,12 +194,12 @@ async def test_messages_of_one_mailbox_are_synced_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("waited", [True, False])
-async def test_who_has_lost_something_by_a_sync_does_not_count(
+async def test_who_would_lose_something_by_a_sync_does_not_count(
     tmp_path: Path, waited: bool
 ) -> None:
     world = World()
     async with mirror(world, tmp_path) as peer:
-        outcomes = iter([Outcome.EMPTIED])
+        outcomes = iter([Outcome.UNSAFE])
         world.outcome = lambda user: next(outcomes, Outcome.SYNCED)
         if waited:
             assert await change(world, peer, "u1") is Verdict.RECORDED
@@ -213,6 +213,21 @@ async def test_who_has_lost_something_by_a_sync_does_not_count(
         world.syncs.clear()
         await peer.catch_up(world.protect, everyone=False, binding="one")
         assert world.syncs == [("u1", "")], "from scratch"
+        assert world.mode == "protected"
+
+
+async def test_a_sync_that_was_unsafe_is_made_from_scratch_within_the_catch_up(
+    tmp_path: Path,
+) -> None:
+    world = World()
+    async with mirror(world, tmp_path) as peer:
+        await peer.lose("the line is down")
+        assert await change(world, peer, "u1") is Verdict.RECORDED
+        outcomes = iter([Outcome.UNSAFE])
+        world.outcome = lambda user: next(outcomes, Outcome.SYNCED)
+        world.syncs.clear()
+        await peer.catch_up(world.protect, everyone=False, binding="one")
+        assert [state == "" for _, state in world.syncs] == [False, True]
         assert world.mode == "protected"
 
 

@@ -48,7 +48,7 @@ from umbra.mailbox.doveadm import (
     unescape,
 )
 from umbra.mailbox.expunged import Expunged
-from umbra.mailbox.foretell import Foretelling, Mode, Surprise, Whole
+from umbra.mailbox.foretell import Foretelling, Mode, Renamed, Surprise, Whole
 from umbra.mailbox.seeding import Pacer
 from umbra.mailbox.states import joined
 from umbra.peer.exchange import PeerError
@@ -268,15 +268,22 @@ class DsyncCarrier:
 
     :param directory: ``/run/umbra-dsync``.
     :param pacer: says when data may be sent.
+    :param relied_on: whether the peer may have to take over from the copy as it is.
     """
 
     def __init__(
-        self, directory: Path, link: Link, doveadm: Doveadm, pacer: Pacer | None = None
+        self,
+        directory: Path,
+        link: Link,
+        doveadm: Doveadm,
+        pacer: Pacer | None = None,
+        relied_on: Callable[[], bool] = lambda: True,
     ) -> None:
         self._path = directory / f"{link.name}.sock"
         self._link = link
         self._doveadm = doveadm
         self._pacer = pacer or Pacer(lambda: 0.0)
+        self._relied_on = relied_on
         self._expected: dict[str, _Stream] = {}
         self._hello = b""  # what the peer's dsync says first
         self._trees: dict[str, bytes] = {}  # of users who had the same mailboxes on both nodes
@@ -333,9 +340,12 @@ class DsyncCarrier:
     ) -> SyncResult:
         """Sync ``user`` to the peer; never two at once for one user.
 
-        ``merge`` and ``apart``: see ``Doveadm.sync``. LOST if the link is why it failed.
+        ``merge`` and ``apart``: see ``Doveadm.sync``. LOST if the link is why it failed. UNSAFE if
+        the copy would be without acknowledged messages, and is relied on.
         """
-        told = self._foretelling(user, state)
+        # A state would pass over what is missing in the mailbox that was INBOX.
+        guarded = not merge and (bool(state) or self._relied_on())
+        told = self._foretelling(user, state, guarded=guarded)
         return await self._sync(user, state, told, merge=merge, apart=apart)
 
     async def sync_mailbox(self, user: str, state: str, mailbox: str) -> SyncResult | None:
@@ -404,22 +414,21 @@ class DsyncCarrier:
                 return SyncResult(Outcome.LOST if lost else Outcome.FAILED, reason=error.text)
             if isinstance(error, Surprise):
                 return self._surprised(user, error)
+            if isinstance(error, Renamed):
+                reason = f"INBOX of {user} was renamed and is copied anew"
+                return SyncResult(Outcome.UNSAFE, reason=reason)
             if isinstance(error, Whole):
                 raise error
             if result.outcome in (Outcome.SYNCED, Outcome.CHANGED):
                 return SyncResult(Outcome.LOST, reason="the end of the sync was not confirmed")
         elif result.outcome in (Outcome.SYNCED, Outcome.CHANGED):
-            if told.inbox_renamed and state and not merge:
-                # No INBOX can be renamed by dsync: it has emptied it, and made one of the new name.
-                # The state would pass over what is missing in there.
-                return SyncResult(
-                    Outcome.EMPTIED, reason=f"INBOX of {user} was renamed and is copied anew"
-                )
             self._learn(user, told, merge=merge)
             return replace(result, bare=told.bare)
         return result
 
-    def _foretelling(self, user: str, state: str, *, single: bool = False) -> Foretelling:
+    def _foretelling(
+        self, user: str, state: str, *, single: bool = False, guarded: bool = False
+    ) -> Foretelling:
         """Return what is foretold of a sync: without a state nothing, not even a hello.
 
         The answer that such a user does not exist comes in its place. Whole if a sync of a single
@@ -431,7 +440,7 @@ class DsyncCarrier:
             self._surprises[user] = surprises
         hello = self._hello if state and len(surprises) < SURPRISES else b""
         tree, logged = self._trees.get(user, b""), functools.partial(self._logged, user)
-        told = Foretelling(hello, tree, logged, single=single)
+        told = Foretelling(hello, tree, logged, single=single, guarded=guarded)
         self._trees.pop(user, None)
         return told
 

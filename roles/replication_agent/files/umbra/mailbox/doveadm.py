@@ -61,7 +61,7 @@ class Outcome(Enum):
     CHANGED = "changed"  # something changed while it ran: run it again
     NO_USER = "no-user"  # unknown here or there
     SURPRISED = "surprised"  # the peer did not say what was foretold; next time from scratch
-    EMPTIED = "emptied"  # the copy has lost what was acknowledged long ago; next time from scratch
+    UNSAFE = "unsafe"  # not done: the copy would be without acknowledged messages for a while
     FAILED = "failed"
     LOST = "lost"  # the peer cannot be reached, or refuses this node
 

@@ -103,6 +103,10 @@ class Surprise(Exception):
     """The shadow did not say what was foretold."""
 
 
+class Renamed(Exception):
+    """INBOX has another name here; the shadow was not told any name and has it as it was."""
+
+
 class Whole(Exception):
     """Not a single mailbox but all of the user's have to be synced; the shadow was told nothing."""
 
@@ -169,6 +173,11 @@ class Lines:
     def whole(self) -> bool:
         """Whether all that was begun has come."""
         return not self._buffer
+
+    @property
+    def left(self) -> int:
+        """How many bytes have come that were not given out."""
+        return len(self._buffer) - self._at
 
     def skip_content(self) -> None:
         """After the line that was given out last comes the content of a message."""
@@ -295,9 +304,20 @@ class Foretelling:
     :param logged: called with each line of the shadow's log (level, text) that dsync here will
         not see.
     :param single: it is of one mailbox; ``feed_local`` raises Whole unless it can be foretold.
+    :param guarded: ``feed_local`` raises Renamed if the mailbox that is the shadow's INBOX has
+        another name here, before the shadow hears of that: dsync cannot rename an INBOX, it would
+        empty it, and bring the messages back later or, with a state, not at all.
     """
 
-    def __init__(self, hello: bytes, tree: bytes, logged: Logged, *, single: bool = False) -> None:
+    def __init__(
+        self,
+        hello: bytes,
+        tree: bytes,
+        logged: Logged,
+        *,
+        single: bool = False,
+        guarded: bool = False,
+    ) -> None:
         if single and not (hello and tree):
             raise Whole
         self.mode = Mode.UNDECIDED if hello else Mode.PLAIN
@@ -307,6 +327,8 @@ class Foretelling:
         self._rest = hello  # of it, what the shadow has not said yet
         self._confirmed = tree
         self.single = single
+        self._guarded = guarded
+        self._names_at: int | None = None  # the names begin there in what is held
         self._logged = logged
         self._back = bytearray()
         self._held = bytearray()
@@ -349,8 +371,7 @@ class Foretelling:
         return not self._listed or any(guid == NOTHING for _, _, guid, _, _ in self._nodes)
 
     @property
-    def inbox_renamed(self) -> bool:
-        """Whether the mailbox that is the shadow's INBOX has another name here."""
+    def _inbox_renamed(self) -> bool:
         was = {guid for name, _, guid, _, _ in self._nodes_there or () if name == b"INBOX"}
         return any(
             name != b"INBOX" and guid != NOTHING and guid in was
@@ -389,9 +410,30 @@ class Foretelling:
             self.mode is Mode.PLAIN or self.said or len(self._held) >= HOLD
         ):
             return Step(back, b"")
-        on = bytes(self._held)
-        self._held.clear()
-        return Step(back, on)
+        return Step(back, self._release())
+
+    def _release(self) -> bytes:
+        """Return what of all that is held may go on to the shadow."""
+        end = len(self._held)
+        if self._guarded and self.mode is Mode.PLAIN and self._names_at is not None:
+            if self._inbox_renamed:
+                raise Renamed
+            if self._may_be_renamed():
+                end, self._names_at = self._names_at, 0
+        on = bytes(self._held[:end])
+        del self._held[:end]
+        return on
+
+    def _may_be_renamed(self) -> bool:
+        """Whether INBOX may have another name there; dsync here says no more before that is known.
+
+        What is not understood of either side's names is not waited for.
+        """
+        if not self._listed:
+            return self._local is not None
+        if self._nodes_there is not None or self._remote is None:
+            return False
+        return not any(node[0] == b"INBOX" and _has(self._confirmed, node) for node in self._nodes)
 
     @property
     def waits(self) -> bool:
@@ -469,6 +511,7 @@ class Foretelling:
         while (line := (yield)) != END:
             guid, _, rest = _is(b"S", line)[1:].partition(b"\t")
             self._states[guid] = rest
+        self._names_at = len(self._held) - self._here.left
         names = bytearray()
         while (line := (yield)) != END:
             self._nodes.append(_node(line))

@@ -423,10 +423,11 @@ class PeerMirror:
             case Outcome.LOST:
                 self._queue.again(user)
                 await self.lose(result.reason)
-            case Outcome.EMPTIED:
-                # Until it is there again the peer must not take over.
+            case Outcome.UNSAFE:
+                # From scratch, and nobody may rely on the copy meanwhile.
                 self._queue.again(user)
-                await self.lose(result.reason, lost=False)
+                if self.phase.waits:
+                    await self.lose(result.reason, lost=False)
             case _:
                 await self._failed(user, result)
         self._progress.set()

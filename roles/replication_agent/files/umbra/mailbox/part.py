@@ -135,7 +135,13 @@ class Mailboxes:
         self._seeds = Seeds(paths.state / "mirror")
         self._pacers = {name: Pacer(functools.partial(self._rate, name)) for name in group.links}
         self._carriers = {
-            name: DsyncCarrier(self._dsync, link, self._doveadm, self._pacers[name])
+            name: DsyncCarrier(
+                self._dsync,
+                link,
+                self._doveadm,
+                self._pacers[name],
+                functools.partial(self._relied_on, name),
+            )
             for name, link in group.links.items()
         }
         face = _Face(group)
@@ -247,6 +253,9 @@ class Mailboxes:
         for name, peer in self._peers.items():
             if name != merged_with:
                 peer.recheck([user])
+
+    def _relied_on(self, peer: str) -> bool:
+        return self._peers[peer].phase.waits
 
     def _unshared(self, peer: str) -> bool:
         return bool(self._group.statuses.get(peer, {}).get("unshared", True))
