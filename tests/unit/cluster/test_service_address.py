@@ -55,12 +55,15 @@ class Link:
     def __init__(self) -> None:
         self.lists: list[list[Any]] = []
         self.refuses = False
+        self.takes = asyncio.Event()
+        self.takes.set()
 
     @asynccontextmanager
     async def exchange(
         self, op: str, args: dict[str, Any], *, timeout: float
     ) -> AsyncIterator[Any]:
         assert op == "clients"
+        await self.takes.wait()
         if self.refuses:
             raise PeerError("unreachable", "nobody")
         yield self
@@ -91,6 +94,7 @@ class Field:
         self.group.answers = lambda name: self.answers
         self.group.is_primary = lambda: self.group.state.phase == "primary"
         self.group.state = SimpleNamespace(phase="primary")
+        self.group.switching = False
         monkeypatch.setattr(connections, "is_here", lambda address: self.here)
         monkeypatch.setattr(connections, "read", lambda wanted: frozenset(self.rows))
         self.part = ServiceAddress(config, self.group, self.helper, lambda: self.now)
@@ -98,9 +102,7 @@ class Field:
     async def turn(self) -> None:
         """Pass one second."""
         self.now += 1
-        self.part._look()
-        if self.group.is_primary():
-            await self.part._tell_all()
+        await self.part._turn()
 
     async def receive(self, rows: list[Any]) -> None:
         class Incoming:
@@ -150,6 +152,38 @@ async def test_the_next_primary_hears_of_those_who_came_last(field: Field) -> No
     field.rows.pop()
     await field.group.before_disconnect("b")
     await field.group.before_disconnect("c")  # which has no such address
+
+
+async def test_the_last_list_stays_the_last_one(field: Field) -> None:
+    """While clients are disconnected, each look sees fewer of them."""
+    field.link.takes.clear()
+    before = asyncio.create_task(field.turn())
+    await asyncio.sleep(0)
+    field.rows.append(ROWS[2])
+    field.group.switching = True
+    last = asyncio.create_task(field.group.before_disconnect("b"))
+    await asyncio.sleep(0.05)
+    field.link.takes.set()
+    await asyncio.gather(before, last)
+    field.rows.clear()
+    await field.turn()
+    assert [len(rows) for rows in field.link.lists] == [2, 3]
+    field.group.switching = False  # it was broken off
+    await field.turn()
+    assert field.link.lists[-1] == []
+
+
+async def test_a_change_does_not_wait_for_a_list_that_is_not_taken(
+    field: Field, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_address, "LAST_TELL_TIMEOUT", 0.05)
+    field.link.takes.clear()
+    turn = asyncio.create_task(field.turn())
+    await asyncio.sleep(0)
+    await asyncio.wait_for(field.group.before_disconnect("b"), 5)
+    field.link.takes.set()
+    await turn
+    assert len(field.link.lists) == 1
 
 
 async def test_a_list_that_did_not_arrive_is_sent_again(field: Field) -> None:

@@ -275,6 +275,30 @@ class TestChanger:
         assert [record["generation"] for record in records[place : place + 2]] == ["0-0", "0-1"]
         assert "shutdown" in session.commands
 
+    def test_a_node_that_takes_no_connection_is_tried_again_before_the_next_turn(
+        self, changer: imap.Changer, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        answers = iter([(None, "refused"), (None, "refused"), (Mailbox(), "")])
+        monkeypatch.setattr(changer._nodes, "connect", lambda attempt: next(answers))
+        changer.step(pace.Pace(1000.0, pace.Stop(settings.directory / "stop", 5.0, lambda: True)))
+        kinds = [(record["kind"], record["outcome"]) for record in log(settings)]
+        assert kinds == [("connect", "unreached")] * 2 + [("create", "ok")]
+
+    def test_a_change_that_broke_off_is_followed_by_another_at_once(
+        self, changer: imap.Changer, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        changer._session = Mailbox({"create": imaplib.IMAP4.abort("reset")})  # type: ignore[assignment]
+        monkeypatch.setattr(changer._nodes, "connect", lambda attempt: (Mailbox(), ""))
+        changer.step(pace.Pace(1000.0, pace.Stop(settings.directory / "stop", 5.0, lambda: True)))
+        assert [record["outcome"] for record in log(settings)] == ["unknown", "ok"]
+
+    def test_a_run_that_is_over_ends_it(
+        self, changer: imap.Changer, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(changer._nodes, "connect", lambda attempt: (None, "refused"))
+        changer.step(stopped(settings))
+        assert [record["kind"] for record in log(settings)] == ["connect"]
+
     def test_refusal_is_noted_and_work_goes_on(
         self, changer: imap.Changer, settings: Settings
     ) -> None:

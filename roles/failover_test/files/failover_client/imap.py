@@ -66,10 +66,18 @@ class Changer:
                 session.logout()
 
     def step(self, pace: Pace) -> None:
-        """Make one change."""
-        session = self._connected(pace)
-        if session is None:
-            return
+        """Make one change, or as many as it takes until one is answered.
+
+        The wait for the next turn is no part of an outage.
+        """
+        while True:
+            session = self._connected()
+            if session is not None:
+                self._change(session)
+            if self._session is not None or not pace.pause():
+                return
+
+    def _change(self, session: Imap) -> None:
         if not self._made:
             wanted = [name for name in (self._a, self._b) if name not in self._made_names]
             name = wanted[0]
@@ -96,7 +104,7 @@ class Changer:
 
     # -- the connection
 
-    def _connected(self, pace: Pace) -> Imap | None:
+    def _connected(self) -> Imap | None:
         """Return a live session with mailbox a selected, or None when there is none now."""
         if self._session is not None and spoken(self._session.sock):
             self._drop()
@@ -109,7 +117,6 @@ class Changer:
             )
             if self._session is None:
                 self._log("connect", begin, UNREACHED, reason, None, {})
-                pace.pause()
                 return None
             if self._made:
                 self._select(self._session)

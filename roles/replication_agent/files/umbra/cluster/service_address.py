@@ -69,6 +69,7 @@ class ServiceAddress:
         self._ends = connections.endpoints(self._addresses, config.fence.ports)
         self._clients: list[Connection] = []
         self._told: dict[str, frozenset[connections.Row]] = {}
+        self._telling = asyncio.Lock()  # a list must not arrive after a newer one
         self._gone: asyncio.Queue[list[Connection]] = asyncio.Queue()
         self._problems: Sequence[str] = ()
         self._wrong_since: dict[str, float] = {}
@@ -158,15 +159,25 @@ class ServiceAddress:
 
     async def _tell(self) -> None:
         while True:
-            self._look()
-            if self._group.is_primary():
-                await self._tell_all()
+            await self._turn()
             await asyncio.sleep(TELL_PAUSE)
+
+    async def _turn(self) -> None:
+        self._look()
+        async with self._telling:
+            # Not while clients are disconnected: who is told by the next primary is who was there.
+            if self._group.is_primary() and not self._group.switching:
+                await self._tell_all()
 
     async def _tell_last(self, to: str) -> None:
         """Tell who is connected when a planned change has closed the ports."""
-        if "service_clients" in self._statuses().get(to, {}):
-            await self._tell_those([to], LAST_TELL_TIMEOUT)
+        if "service_clients" not in self._statuses().get(to, {}):
+            return
+        try:
+            async with asyncio.timeout(LAST_TELL_TIMEOUT), self._telling:
+                await self._tell_those([to], LAST_TELL_TIMEOUT)
+        except TimeoutError:
+            log.info("%s does not take the last list of clients in time", to)
 
     async def _tell_all(self) -> None:
         """Tell every other node that could have the addresses."""
