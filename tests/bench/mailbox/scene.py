@@ -30,6 +30,8 @@ ALONE_DOVEADM = 11145
 FILL = "/etc/dovecot/fill.conf"
 STORE = "/var/vmail/bench.example.org"
 COPIED_SIZE = 50_000
+# Dovecot looks at most once a second whether its file of users has changed.
+READ_ANEW = 1.5
 SMALL_SIZE = 400
 IDLE = 61.0  # seconds; the agent looks for what was missed once a minute
 SLOWEST = 10.0  # users a second; an agent that compares fewer is not waited for
@@ -255,6 +257,7 @@ class Scene(Place):
         lines = "".join(f"{name}:{{PLAIN}}{PASSWORD}::::::{extra}\n" for name in names)
         for host in hosts:
             self.run(host, "sh", "-c", "cat >> /etc/dovecot/users", input=lines)
+        time.sleep(READ_ANEW)
 
     def forget_users(self) -> None:
         """Only the users that the roles have made, and nothing of the others anywhere."""

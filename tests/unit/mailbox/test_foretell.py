@@ -28,10 +28,11 @@ from umbra.mailbox.foretell import (
     Channels,
     Fields,
     Foretelling,
+    Guard,
     Lines,
     Mode,
-    Renamed,
     Surprise,
+    Unsafe,
     Whole,
     encode,
     fields,
@@ -327,36 +328,94 @@ def test_however_it_is_cut(
     assert told.tree == whole.tree
 
 
-@given(heard=st.booleans(), renamed=st.booleans(), here=cuts, there=cuts)
-@settings(deadline=None, max_examples=200)
-def test_the_shadow_hears_of_another_inbox_only_if_it_may(
-    heard: bool, renamed: bool, here: list[int], there: list[int]
+def from_scratch(here: bytes) -> bytes:
+    """Return the same as a sync without a state says it: no state, and another type."""
+    row = next(row for row in lines(here) if row.startswith(b"Hmail-a"))
+    begin = here.index(row)
+    end = here.index(b"\n.\n", begin) + 3
+    return here[:begin] + row.replace(b"\ts\t", b"\tf\t") + b"\n" + here[end:]
+
+
+def with_names(here: bytes, *names: bytes, deleted: bytes = b"") -> bytes:
+    """Return the same with these names instead."""
+    begin, end = here.index(b"\nN", here.index(b"\nH" + b"mail-a")) + 1, here.index(b"\n.\nD/")
+    after = here.index(b"\n", end + 3)
+    kept = here[end:after] + (b"\t" + deleted if deleted else b"")
+    return here[:begin] + b"\n".join(names) + kept + here[after:]
+
+
+WORK, INBOX = (row for row in lines(THERE["store"]) if row[:6] in (b"NWork\t", b"NINBOX"))
+OTHER = INBOX.replace(b"6865b50e", b"00000000")
+INBOX_GUID = b"6865b50e4568096ba2210000aabe06d5"
+RENAMED = (WORK, OTHER, INBOX.replace(b"INBOX", b"old"))
+GUARDED: dict[str, tuple[Guard, tuple[bytes, ...], bytes, bool]] = {
+    # guard, names here, what was deleted, safe
+    "the same": (Guard.ALL, (WORK, INBOX), b"", True),
+    "another order": (Guard.ALL, (INBOX, WORK), b"", True),
+    "INBOX was renamed": (Guard.ALL, RENAMED, b"", False),
+    "INBOX was renamed, with a state": (Guard.INBOX, RENAMED, b"", False),
+    "INBOX was renamed, and nobody minds": (Guard.NOTHING, RENAMED, b"", True),
+    "one is renamed": (Guard.ALL, (WORK.replace(b"Work", b"Play"), INBOX), b"", True),
+    "one is new": (Guard.ALL, (WORK, INBOX, OTHER.replace(b"INBOX", b"new")), b"", True),
+    "one was deleted": (Guard.ALL, (WORK,), INBOX_GUID + b" 1795778640", True),
+    "one is in no list": (Guard.ALL, (WORK,), b"", False),
+    "another was deleted": (Guard.ALL, (WORK,), b"00" * 16 + b" 1795778640", False),
+    "one is in no list, and nobody minds": (Guard.INBOX, (WORK,), b"", True),
+    "an empty one is in no list": (Guard.ALL, (INBOX,), b"", True),
+    "one has another GUID": (Guard.ALL, (WORK, OTHER), b"", False),
+    "another UIDVALIDITY": (Guard.ALL, (WORK, INBOX.replace(b"8630", b"8631")), b"", False),
+    "a lower UIDNEXT": (Guard.ALL, (WORK, INBOX.replace(b"\t4", b"\t3")), b"", False),
+    "a higher UIDNEXT": (Guard.ALL, (WORK, INBOX.replace(b"\t4", b"\t5")), b"", True),
+}
+
+
+@pytest.mark.parametrize("state", [True, False])
+@pytest.mark.parametrize("heard", [True, False])
+@pytest.mark.parametrize("why", GUARDED)
+@given(here=cuts, there=cuts)
+@settings(deadline=None, max_examples=25)
+def test_the_shadow_hears_of_names_only_if_they_are_safe(
+    why: str, heard: bool, state: bool, here: list[int], there: list[int]
 ) -> None:
+    guard, rows, deleted, safe = GUARDED[why]
+    said = with_names(HERE["store"], *rows, deleted=deleted)
+    said = said if state else from_scratch(said)
     hello, _ = known("store")
-    told = Foretelling(hello if heard else b"", b"", quiet, guarded=True)
-    (row,) = [row for row in lines(HERE["store"]) if row.startswith(b"NINBOX\t")]
-    other = row.replace(b"6865b50e", b"00000000") + b"\n" + row.replace(b"INBOX", b"old")
-    said = HERE["store"].replace(row, other) if renamed else HERE["store"]
-    names = said.index(b"\n.\nN") + 3
-    after = said.index(b"\n", said.index(b"\n.\nD") + 3) + 1
+    told = Foretelling(hello if heard and state else b"", b"", quiet, guard=guard)
+    names = said.index(rows[0])
+    after = said.index(b"\n", said.index(b"\n.\nD/") + 3) + 1
     on = b"".join(told.feed_local(piece).on for piece in cut(said[:after], here))
-    assert on == said[:names], "it has the state, and can tell its own names"
+    if guard is not Guard.NOTHING:
+        assert on == said[:names], "with that it can tell its own names"
+        assert not told.begun
     answer = b"".join(map(told.feed_remote, cut(packet(0, THERE["store"]), there)))
-    with pytest.raises(Renamed) if renamed else nullcontext():
+    with nullcontext() if safe else pytest.raises(Unsafe) as refused:
         for piece in cut(said[after:], here):
             on += told.feed_local(piece).on
-    assert on == (said[:names] if renamed else said)
+    assert on == (said if safe else said[:names])
+    assert told.begun is safe
+    if refused is not None:
+        gone = "no list" in why or "GUID" in why or "another was" in why
+        assert refused.value.missing == ({INBOX_GUID} if gone else set())
     # dsync here hears all that the shadow says, once.
     assert unpacked(told.greet() + answer) == THERE["store"]
 
 
-def test_an_inbox_that_both_had_is_not_waited_for() -> None:
-    _, tree = known("store")
-    told = Foretelling(b"", tree, quiet, guarded=True)
+def test_names_that_will_not_be_understood_are_not_waited_for() -> None:
+    told = Foretelling(b"", b"", quiet, guard=Guard.ALL)
+    told.feed_remote(packet(0, b"\n+\nVERSION\tdsync\t9\t9\n"))
     assert told.feed_local(HERE["store"]).on == HERE["store"]
-    unknown = Foretelling(b"", b"", quiet, guarded=True)
-    unknown.feed_remote(packet(0, b"\n+\nVERSION\tdsync\t9\t9\n"))
-    assert unknown.feed_local(HERE["store"]).on == HERE["store"], "its names will not be understood"
+    assert told.begun
+    newer = HERE["store"].replace(b"dsync\t3", b"dsync\t4")
+    told = Foretelling(b"", b"", quiet, guard=Guard.ALL)
+    assert told.feed_local(newer).on == newer
+    assert told.begun
+
+
+def test_a_sync_that_is_foretold_waits_for_no_names() -> None:
+    told = Foretelling(*known("nothing"), quiet, guard=Guard.ALL)
+    assert told.feed_local(HERE["nothing"]).on == HERE["nothing"]
+    assert told.begun
 
 
 def test_at_every_byte() -> None:

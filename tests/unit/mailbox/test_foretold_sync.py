@@ -10,7 +10,16 @@ from pathlib import Path
 
 import pytest
 from tests.unit.mailbox.test_carrier import USER, Disk, FakeDoveadm, pair, server
-from tests.unit.mailbox.test_foretell import HERE, NAMES, SINGLE, THERE
+from tests.unit.mailbox.test_foretell import (
+    HERE,
+    NAMES,
+    RENAMED,
+    SINGLE,
+    THERE,
+    WORK,
+    from_scratch,
+    with_names,
+)
 from tests.unit.mailbox.test_states import SINGLE as SINGLE_STATE
 from tests.unit.mailbox.test_states import WHOLE
 
@@ -67,8 +76,9 @@ class World:
         writer.write(self.before + packet(0, said[:hello]))
         told = hello
         while len(self.got) < len(self.single or HERE[self.name]):
-            if told == hello and b"\n.\n" in self.got.partition(b"\n.\nH")[2]:
-                # It tells its names when it has the state.
+            settings, ended, state = self.got.partition(b"\n.\nH")[2].partition(b"\n")
+            if told == hello and ended and (b"\ts\t" not in settings or b".\n" in state):
+                # It tells its names when it has the state, if there is one.
                 told = names_of(said)
                 writer.write(packet(0, said[hello:told]))
             if not (data := await reader.read(65536)):
@@ -321,24 +331,49 @@ async def test_a_surprise_in_one_mailbox_is_one(tmp_path: Path, name: str) -> No
 async def test_a_shadow_does_not_hear_of_a_rename_of_inbox(tmp_path: Path) -> None:
     """dsync would empty the shadow's INBOX, and the state would pass over what was in there."""
     world = World()
-    (row,) = [row for row in HERE["store"].split(b"\n") if row.startswith(b"NINBOX\t")]
-    new = row.replace(b"6865b50e", b"00000000") + b"\n" + row.replace(b"INBOX", b"old")
-    world.single = HERE["store"].replace(row, new)
+    world.single = with_names(HERE["store"], *RENAMED)
     world.doveadm.state = "state"
     async with both(tmp_path, world) as carrier:
         for state in ("state", ""):
+            if not state:
+                world.single = from_scratch(world.single)
             result = await sync(carrier, state)
-            assert (result.outcome, result.state) == (Outcome.UNSAFE, None)
-            assert world.got == world.single[: world.single.index(b"\n.\nN") + 3]
+            assert (result.outcome, result.state, result.begun) == (Outcome.UNSAFE, None, False)
+            assert world.got == world.single[: world.single.index(b"NWork\t")]
         # Where nobody relies on the copy, from scratch is no matter.
         carrier._relied_on = lambda: False
-        assert (await sync(carrier)).outcome is Outcome.UNSAFE
         assert (await sync(carrier, "")).outcome is Outcome.SYNCED
-        # And any other name neither.
-        carrier._relied_on = lambda: True
-        world.single = world.single.replace(b"INBOX", b"INBOX/a")
-        world.there = THERE["store"].replace(b"INBOX", b"INBOX/a")
-        assert (await sync(carrier)).outcome is Outcome.SYNCED
+        world.single = with_names(HERE["store"], *RENAMED)
+        assert (await sync(carrier)).outcome is Outcome.UNSAFE
+
+
+async def test_a_mailbox_that_is_in_no_list_is_looked_for_once_more(tmp_path: Path) -> None:
+    """Whoever renames it while dsync lists mailboxes hides it from that list."""
+    world = World()
+    world.doveadm.state = "state"
+    async with both(tmp_path, world) as carrier:
+        for _ in range(2):
+            world.single = with_names(HERE["store"], WORK)
+            result = await sync(carrier)
+            assert (result.outcome, result.state) == (Outcome.CHANGED, "state")
+            world.single = b""
+            assert (await sync(carrier)).outcome is Outcome.SYNCED
+            carrier.teach(USER, b"")
+        world.single = with_names(HERE["store"], WORK)
+        assert (await sync(carrier)).outcome is Outcome.CHANGED
+        assert (await sync(carrier)).outcome is Outcome.UNSAFE
+        assert (await sync(carrier)).outcome is Outcome.CHANGED
+
+
+async def test_whether_a_sync_that_failed_had_begun(tmp_path: Path) -> None:
+    world = World()
+    async with both(tmp_path, world) as carrier:
+        world.breaks = 0
+        result = await sync(carrier)
+        assert (result.outcome, result.begun) == (Outcome.FAILED, False)
+        world.breaks = -3
+        result = await sync(carrier)
+        assert (result.outcome, result.begun) == (Outcome.FAILED, True)
 
 
 async def test_where_one_mailbox_has_nothing_to_say_all_are_synced(tmp_path: Path) -> None:

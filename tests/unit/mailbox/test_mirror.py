@@ -51,6 +51,7 @@ class World:
         self.single: list[tuple[str, str]] = []
         self.places: dict[tuple[str, int], str] = {}  # where a user's change was, by its number
         self.alone: set[tuple[str, int]] = set()  # what syncs of single mailboxes have brought
+        self.begun = False  # of a sync that fails, whether the peer may have taken a part of it
         self.whole = False  # no sync of a single mailbox can be made
         self.cuts = 0
         self.moved = 0.0
@@ -109,7 +110,7 @@ class World:
                 for number in range(1, seen + 1)
                 if self.places.get((user, number)) == mailbox
             }
-        return SyncResult(outcome, "state", outcome.value)
+        return SyncResult(outcome, "state", outcome.value, begun=self.begun)
 
     def has(self, user: str, number: int) -> bool:
         """Return whether the peer has this change."""
@@ -229,6 +230,50 @@ async def test_a_sync_that_was_unsafe_is_made_from_scratch_within_the_catch_up(
         await peer.catch_up(world.protect, everyone=False, binding="one")
         assert [state == "" for _, state in world.syncs] == [False, True]
         assert world.mode == "protected"
+
+
+async def test_a_copy_that_must_be_made_anew_is_not_relied_on_meanwhile(tmp_path: Path) -> None:
+    """Else it would be unsafe again as soon as somebody waits for others, and so on for ever."""
+    world = World()
+    async with mirror(world, tmp_path) as peer:
+        anew: set[str] = {"u1"}
+
+        def outcome(user: str) -> Outcome:
+            if user in anew and (peer.phase.waits or world.syncs[-1][1]):
+                return Outcome.UNSAFE
+            anew.discard(user)
+            return Outcome.SYNCED
+
+        world.outcome = outcome
+        await peer.lose("the line is down")
+        assert await change(world, peer, "u0") is Verdict.RECORDED
+        world.delay = lambda user: 0.1 if user == "u0" else 0.0
+        catch_up = asyncio.create_task(peer.catch_up(world.protect, everyone=False, binding="one"))
+        await until(lambda: "u0" in world.running)
+        world.syncs.clear()
+        assert await change(world, peer, "u1") is Verdict.RECORDED
+        await asyncio.wait_for(catch_up, 5)
+        assert world.syncs == [("u1", "state"), ("u1", "")]
+        assert world.mode == "protected"
+        assert await change(world, peer, "u1") is Verdict.MIRRORED
+
+
+@pytest.mark.parametrize("begun", [True, False])
+async def test_what_a_sync_that_broke_off_may_have_taken_is_not_relied_on(
+    tmp_path: Path, begun: bool
+) -> None:
+    world = World()
+    async with mirror(world, tmp_path) as peer:
+        outcomes = iter([Outcome.FAILED])
+        world.outcome = lambda user: next(outcomes, Outcome.SYNCED)
+        world.begun = begun
+        verdict = await change(world, peer, "u1")
+        assert verdict is (Verdict.RECORDED if begun else Verdict.MIRRORED)
+        assert world.mode == ("alone" if begun else "protected")
+        assert world.lost is not True, "nothing is wrong with the peer"
+        if begun:
+            await peer.catch_up(world.protect, everyone=False, binding="one")
+            assert world.mode == "protected"
 
 
 async def test_what_nobody_has_told_in_other_mailboxes_follows_soon(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from umbra.mailbox.doveadm import Outcome, SyncResult
 from umbra.mailbox.parents import ParentsCarrier
@@ -13,11 +13,13 @@ class Dsync:
         self.states: list[str] = []
         self.outcome = Outcome.SYNCED
         self.bare = True
+        self.meanwhile: Callable[[], None] = lambda: None
 
     async def sync(
         self, user: str, state: str, *, merge: bool = False, apart: Sequence[str] = ()
     ) -> SyncResult:
         self.states.append(state)
+        self.meanwhile()
         return SyncResult(self.outcome, f"s{len(self.states)}", bare=self.bare)
 
     def progress(self, user: str) -> float:
@@ -54,6 +56,18 @@ async def test_new_mailboxes_whose_parents_are_mailboxes_take_one() -> None:
     assert (await carrier.sync("u", "s0")).state == "s1"
     assert (await carrier.sync("u", "")).state == "s3", "from scratch nevertheless"
     assert dsync.states == ["s0", "", "s2"]
+
+
+async def test_a_sync_during_which_mailboxes_were_renamed_confirms_nothing() -> None:
+    """It may have passed over one of them."""
+    dsync = Dsync()
+    carrier = ParentsCarrier(dsync)
+    dsync.meanwhile = lambda: carrier.restructured("u")
+    result = await carrier.sync("u", "s0")
+    assert (result.outcome, result.state) == (Outcome.CHANGED, "s1")
+    dsync.meanwhile = lambda: carrier.restructured("v")
+    assert (await carrier.sync("u", "s1")).state == "s3"
+    assert (await carrier.sync("u", "s3")).outcome is Outcome.SYNCED
 
 
 async def test_it_is_not_forgotten_when_a_sync_fails() -> None:

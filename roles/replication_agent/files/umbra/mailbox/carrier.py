@@ -48,7 +48,7 @@ from umbra.mailbox.doveadm import (
     unescape,
 )
 from umbra.mailbox.expunged import Expunged
-from umbra.mailbox.foretell import Foretelling, Mode, Renamed, Surprise, Whole
+from umbra.mailbox.foretell import Foretelling, Guard, Mode, Surprise, Unsafe, Whole
 from umbra.mailbox.seeding import Pacer
 from umbra.mailbox.states import joined
 from umbra.peer.exchange import PeerError
@@ -288,6 +288,7 @@ class DsyncCarrier:
         self._hello = b""  # what the peer's dsync says first
         self._trees: dict[str, bytes] = {}  # of users who had the same mailboxes on both nodes
         self._surprises: dict[str, list[float]] = {}
+        self._missing: dict[str, frozenset[bytes]] = {}  # what the last sync did not see
         self._streams: set[asyncio.Task[None]] = set()
         self._connections: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
@@ -343,9 +344,10 @@ class DsyncCarrier:
         ``merge`` and ``apart``: see ``Doveadm.sync``. LOST if the link is why it failed. UNSAFE if
         the copy would be without acknowledged messages, and is relied on.
         """
-        # A state would pass over what is missing in the mailbox that was INBOX.
-        guarded = not merge and (bool(state) or self._relied_on())
-        told = self._foretelling(user, state, guarded=guarded)
+        guard = Guard.NOTHING
+        if not merge:
+            guard = Guard.ALL if self._relied_on() else Guard.INBOX if state else Guard.NOTHING
+        told = self._foretelling(user, state, guard=guard)
         return await self._sync(user, state, told, merge=merge, apart=apart)
 
     async def sync_mailbox(self, user: str, state: str, mailbox: str) -> SyncResult | None:
@@ -410,13 +412,12 @@ class DsyncCarrier:
         if not settled.done():
             error = task.exception() if task.done() and not task.cancelled() else None
             if isinstance(error, PeerError):
-                lost = error.code != BUSY
-                return SyncResult(Outcome.LOST if lost else Outcome.FAILED, reason=error.text)
+                outcome = Outcome.FAILED if error.code == BUSY else Outcome.LOST
+                return SyncResult(outcome, reason=error.text, begun=told.begun)
             if isinstance(error, Surprise):
-                return self._surprised(user, error)
-            if isinstance(error, Renamed):
-                reason = f"INBOX of {user} was renamed and is copied anew"
-                return SyncResult(Outcome.UNSAFE, reason=reason)
+                return replace(self._surprised(user, error), begun=told.begun)
+            if isinstance(error, Unsafe):
+                return self._refused(user, state, error)
             if isinstance(error, Whole):
                 raise error
             if result.outcome in (Outcome.SYNCED, Outcome.CHANGED):
@@ -424,10 +425,10 @@ class DsyncCarrier:
         elif result.outcome in (Outcome.SYNCED, Outcome.CHANGED):
             self._learn(user, told, merge=merge)
             return replace(result, bare=told.bare)
-        return result
+        return replace(result, begun=told.begun)
 
     def _foretelling(
-        self, user: str, state: str, *, single: bool = False, guarded: bool = False
+        self, user: str, state: str, *, single: bool = False, guard: Guard = Guard.NOTHING
     ) -> Foretelling:
         """Return what is foretold of a sync: without a state nothing, not even a hello.
 
@@ -440,7 +441,7 @@ class DsyncCarrier:
             self._surprises[user] = surprises
         hello = self._hello if state and len(surprises) < SURPRISES else b""
         tree, logged = self._trees.get(user, b""), functools.partial(self._logged, user)
-        told = Foretelling(hello, tree, logged, single=single, guarded=guarded)
+        told = Foretelling(hello, tree, logged, single=single, guard=guard)
         self._trees.pop(user, None)
         return told
 
@@ -449,11 +450,21 @@ class DsyncCarrier:
 
     def _learn(self, user: str, told: Foretelling, *, merge: bool) -> None:
         self._hello = told.hello or self._hello
+        self._missing.pop(user, None)
         if told.tree and not merge:
             self.teach(user, told.tree)
         foretold = "mailbox" if told.single else "whole"
         how = foretold if told.mode is Mode.FORETOLD else "hello" if told.greet() else "nothing"
         metrics.FORETOLD.labels(self._link.name, how).inc()
+
+    def _refused(self, user: str, state: str, error: Unsafe) -> SyncResult:
+        """Say that nothing was done; what may pass is tried once more before that is unsafe."""
+        again = bool(error.missing) and self._missing.get(user) != error.missing
+        self._missing.pop(user, None)
+        if again:
+            self._missing[user] = error.missing
+            return SyncResult(Outcome.CHANGED, state or None, reason=f"{user}: {error}")
+        return SyncResult(Outcome.UNSAFE, reason=f"{user} is copied anew: {error}")
 
     def _surprised(self, user: str, error: Surprise) -> SyncResult:
         """Whatever it was, the peer may have taken a part of the sync."""

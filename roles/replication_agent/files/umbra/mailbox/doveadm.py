@@ -79,13 +79,15 @@ class SyncResult:
     """What a sync said.
 
     ``state`` is for the next one, None if there is none to keep; ``reason`` is for people; ``bare``
-    tells whether a name without a mailbox holds others here, True if that is not known.
+    tells whether a name without a mailbox holds others here, True if that is not known; ``begun``
+    of one that failed whether the peer may have taken a part of it.
     """
 
     outcome: Outcome
     state: str | None = None
     reason: str = ""
     bare: bool = True
+    begun: bool = False
 
     @classmethod
     def of(cls, error: Exception) -> SyncResult:

@@ -103,8 +103,17 @@ class Surprise(Exception):
     """The shadow did not say what was foretold."""
 
 
-class Renamed(Exception):
-    """INBOX has another name here; the shadow was not told any name and has it as it was."""
+class Unsafe(Exception):
+    """The shadow would be without messages for a while; it was told no name and has all of them.
+
+    :ivar missing: GUIDs of mailboxes that are neither among this node's nor told as deleted, if
+        that is all. They may be there next time: dsync does not see one that is renamed while it
+        lists them.
+    """
+
+    def __init__(self, reason: str, missing: frozenset[bytes] = frozenset()) -> None:
+        super().__init__(reason)
+        self.missing = missing
 
 
 class Whole(Exception):
@@ -117,6 +126,14 @@ class Mode(Enum):
     UNDECIDED = "undecided"  # its hello was
     FORETOLD = "foretold"  # all of it
     PLAIN = "plain"  # nothing more
+
+
+class Guard(Enum):
+    """What a sync may not take from the shadow, be it for a moment."""
+
+    NOTHING = "nothing"
+    INBOX = "inbox"  # its messages: with a state dsync would not bring them back
+    ALL = "all"
 
 
 class Step(NamedTuple):
@@ -263,8 +280,8 @@ Node = tuple[bytes, bytes, bytes, bytes, bool]
 _PLACES = len(_NAMES[b"N"])
 
 
-def _node(line: bytes) -> Node:
-    """Return what has to be the same on both nodes of a mailbox's name.
+def _node(line: bytes) -> tuple[Node, bytes]:
+    """Return what has to be the same on both nodes of a mailbox's name, and UIDNEXT.
 
     By place, for a user may have thousands.
     """
@@ -272,8 +289,8 @@ def _node(line: bytes) -> Node:
     if len(values) > _PLACES:
         raise Surprise(f"fields that are not known: {line[:80]!r}")
     values += [NOTHING] * (_PLACES - len(values))
-    name, existence, guid, uidvalidity, _, _, subscribed, _ = values
-    return name, existence, guid, uidvalidity, subscribed != NOTHING
+    name, existence, guid, uidvalidity, uid_next, _, subscribed, _ = values
+    return (name, existence, guid, uidvalidity, subscribed != NOTHING), uid_next
 
 
 def _separators(deleted: Fields) -> bytes:
@@ -304,9 +321,8 @@ class Foretelling:
     :param logged: called with each line of the shadow's log (level, text) that dsync here will
         not see.
     :param single: it is of one mailbox; ``feed_local`` raises Whole unless it can be foretold.
-    :param guarded: ``feed_local`` raises Renamed if the mailbox that is the shadow's INBOX has
-        another name here, before the shadow hears of that: dsync cannot rename an INBOX, it would
-        empty it, and bring the messages back later or, with a state, not at all.
+    :param guard: ``feed_local`` raises Unsafe rather than let the shadow hear of names by which it
+        would take that away.
     """
 
     def __init__(
@@ -316,7 +332,7 @@ class Foretelling:
         logged: Logged,
         *,
         single: bool = False,
-        guarded: bool = False,
+        guard: Guard = Guard.NOTHING,
     ) -> None:
         if single and not (hello and tree):
             raise Whole
@@ -327,8 +343,9 @@ class Foretelling:
         self._rest = hello  # of it, what the shadow has not said yet
         self._confirmed = tree
         self.single = single
-        self._guarded = guarded
+        self._guard = guard
         self._names_at: int | None = None  # the names begin there in what is held
+        self.begun = False  # the shadow may have changed something
         self._logged = logged
         self._back = bytearray()
         self._held = bytearray()
@@ -339,8 +356,11 @@ class Foretelling:
         self._settings: Fields = {}
         self._states: dict[bytes, bytes] = {}  # the other fields by GUID
         self._nodes: list[Node] = []
+        self._deleted: frozenset[bytes] = frozenset()  # GUIDs
         self._listed = False  # these are all
         self._nodes_there: list[Node] | None = None
+        self._uid_next: dict[bytes, bytes] = {}  # by GUID
+        self._uid_next_there: dict[bytes, bytes] = {}
         self._separators = b""
         self._boxes: deque[_Box] = deque()
         self.confirmed = False  # the shadow has said all that was foretold
@@ -369,14 +389,6 @@ class Foretelling:
     def bare(self) -> bool:
         """Whether a name without a mailbox holds others here, or it is not known whether."""
         return not self._listed or any(guid == NOTHING for _, _, guid, _, _ in self._nodes)
-
-    @property
-    def _inbox_renamed(self) -> bool:
-        was = {guid for name, _, guid, _, _ in self._nodes_there or () if name == b"INBOX"}
-        return any(
-            name != b"INBOX" and guid != NOTHING and guid in was
-            for name, _, guid, _, _ in self._nodes
-        )
 
     # bytes
 
@@ -415,25 +427,53 @@ class Foretelling:
     def _release(self) -> bytes:
         """Return what of all that is held may go on to the shadow."""
         end = len(self._held)
-        if self._guarded and self.mode is Mode.PLAIN and self._names_at is not None:
-            if self._inbox_renamed:
-                raise Renamed
-            if self._may_be_renamed():
+        if self.mode is Mode.PLAIN and self._names_at is not None and not self.begun:
+            if self._guard is not Guard.NOTHING and self._names_awaited:
                 end, self._names_at = self._names_at, 0
+            else:
+                self._check()
+                self.begun = True
+        else:
+            self.begun |= self.mode is Mode.FORETOLD or self._local is None
         on = bytes(self._held[:end])
         del self._held[:end]
         return on
 
-    def _may_be_renamed(self) -> bool:
-        """Whether INBOX may have another name there; dsync here says no more before that is known.
+    @property
+    def _names_awaited(self) -> bool:
+        """Whether the names of both nodes will be known; before, dsync here says no more than them.
 
-        What is not understood of either side's names is not waited for.
+        What is not understood is not waited for.
         """
         if not self._listed:
             return self._local is not None
-        if self._nodes_there is not None or self._remote is None:
-            return False
-        return not any(node[0] == b"INBOX" and _has(self._confirmed, node) for node in self._nodes)
+        return self._nodes_there is None and self._remote is not None
+
+    def _check(self) -> None:
+        """Compare the names of both nodes as the guard wants it."""
+        if self._guard is Guard.NOTHING or not self._listed or self._nodes_there is None:
+            return
+        here = {guid: (name, validity) for name, _, guid, validity, _ in self._nodes}
+        missing = set()
+        for name, existence, guid, validity, _ in self._nodes_there:
+            if guid == NOTHING or existence != b"y":
+                continue
+            if guid not in here:
+                # One that never had a message is dsync's own, see ``parents``.
+                if guid not in self._deleted and _uid(self._uid_next_there[guid]) > 1:
+                    missing.add(guid)
+                continue
+            mine, validity_here = here[guid]
+            if name == b"INBOX" != mine:
+                raise Unsafe("INBOX was renamed")
+            # By these dsync takes it for another mailbox, and removes the shadow's.
+            if self._guard is Guard.ALL and (
+                validity != validity_here
+                or _uid(self._uid_next_there[guid]) > _uid(self._uid_next[guid])
+            ):
+                raise Unsafe(f"{mine.decode(errors='replace')} was made anew")
+        if missing and self._guard is Guard.ALL:
+            raise Unsafe(f"{len(missing)} mailboxes are not in the list", frozenset(missing))
 
     @property
     def waits(self) -> bool:
@@ -508,15 +548,17 @@ class Foretelling:
             if (yield) != expected:
                 raise Surprise("dsync here speaks another protocol")
         self._settings = yield from _record(b"H")
-        while (line := (yield)) != END:
+        while self._settings.get("sync_type") == b"s" and (line := (yield)) != END:
             guid, _, rest = _is(b"S", line)[1:].partition(b"\t")
             self._states[guid] = rest
         self._names_at = len(self._held) - self._here.left
         names = bytearray()
         while (line := (yield)) != END:
-            self._nodes.append(_node(line))
+            node, self._uid_next[node[2]] = _node(line)
+            self._nodes.append(node)
             names += line + b"\n"
         deleted = yield from _record(b"D")
+        self._deleted = frozenset(deleted.get("mailboxes", b"").split(b" ")[::2])
         self._listed = True
         if self.mode is not Mode.UNDECIDED:
             return
@@ -620,7 +662,8 @@ class Foretelling:
         self._learned = learned + line + b"\n"
         nodes = []
         while (line := (yield)) != END:
-            nodes.append(_node(line))
+            node, self._uid_next_there[node[2]] = _node(line)
+            nodes.append(node)
         deleted = yield from _record(b"D")
         self._nodes_there = nodes
         if self.mode is not Mode.FORETOLD:
@@ -708,6 +751,10 @@ def _is(kind: bytes, line: bytes) -> bytes:
 
 def _of(kind: bytes, line: bytes) -> Fields:
     return fields(_is(kind, line))
+
+
+def _uid(value: bytes) -> int:
+    return int(value) if value.isdigit() else 0
 
 
 def _number(record: Fields, name: str) -> int:

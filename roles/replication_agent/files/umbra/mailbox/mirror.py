@@ -237,6 +237,7 @@ class PeerMirror:
         self._without: set[str] = set()  # who has no use for an inherited state any more
         self._deep: set[str] = set()  # whose next sync is to be from scratch
         self._scratch: set[str] = set()  # whose sync is from scratch, or the next one will be
+        self._unsafe: set[str] = set()  # who cannot be copied anew while that is relied on
         self._before: dict[str, Preparation] = {}
         self._first_round: set[str] = set()
         self._progress = asyncio.Event()
@@ -425,6 +426,7 @@ class PeerMirror:
                 await self.lose(result.reason)
             case Outcome.UNSAFE:
                 # From scratch, and nobody may rely on the copy meanwhile.
+                self._unsafe.add(user)
                 self._queue.again(user)
                 if self.phase.waits:
                     await self.lose(result.reason, lost=False)
@@ -482,6 +484,7 @@ class PeerMirror:
     def _settle(self, user: str, started: float) -> None:
         self._attempts.pop(user, None)
         self.findings.pop(user, None)
+        self._unsafe.discard(user)
         tickets, settled = self._queue.done(user)
         self._first_round.discard(user)
         self.done = self.total - len(self._first_round)
@@ -500,6 +503,10 @@ class PeerMirror:
         log.warning(
             "sync of %s to %s failed (attempt %d): %s", user, self.peer, attempt, result.reason
         )
+        if result.begun and self.phase.waits:
+            # dsync removes a mailbox that differs and fails, for the next one to copy it: what was
+            # acknowledged long ago may be missing there.
+            await self.lose(f"a sync of {user} broke off: {result.reason}", lost=False)
         if result.outcome is Outcome.NO_USER:
             try:
                 if not await self._users.exists(user):
@@ -526,7 +533,6 @@ class PeerMirror:
             return
         self._queue.hold(user)
         if self.phase is Phase.PROTECTED:
-            # What a sync that failed has taken from the copy may have been acknowledged long ago.
             reason = f"{user} cannot be mirrored to {self.peer}: {result.reason}"
             await self.lose(reason, lost=False)
 
@@ -591,7 +597,9 @@ class PeerMirror:
             phase = next_phase(self.phase, noted, few, bool(self._first_round))
             # Users who cannot be mirrored keep the others from being waited for, not from being
             # copied, and mail from nothing.
-            limit = Phase.CATCHING_UP if self._queue.held else Phase.PROTECTED
+            # And before a copy is whole again, it may not have to be at every moment.
+            unsafe = self._queue.held or self._unsafe - self._queue.suspended
+            limit = Phase.CATCHING_UP if unsafe else Phase.PROTECTED
             phase = min(phase, limit, self.limit, key=lambda one: one.rank)
             if phase is Phase.PROTECTED:
                 await self._protect(protect)
@@ -657,6 +665,7 @@ class PeerMirror:
         self._inherited = inherited
         self._without.clear()
         self._unmerged.clear()
+        self._unsafe.clear()
         self._alone = None
         self.phase = Phase.PROTECTED
         self.retry_held()  # what a former term has left

@@ -5,11 +5,15 @@ empty mailbox (2.4.1, checked by experiment), and takes it away with the user's 
 that may have made mailboxes is followed by another one before anybody is told that it is done,
 where there are such names. One from scratch always is: of two INBOXes that were made independently
 the first sync only makes one mailbox.
+
+And a sync passes over a mailbox that is renamed between its list and its look. So one during which
+mailboxes were made or renamed says of no change that the peer has it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from umbra.mailbox.doveadm import Outcome, SyncResult
 from umbra.mailbox.mirror import Carrier
@@ -36,6 +40,9 @@ class ParentsCarrier:
         again = not state or (twice and result.bare)
         if result.outcome is Outcome.SYNCED and not merge and again:
             result = await self._carrier.sync(user, result.state or "")
+        if result.outcome is Outcome.SYNCED and not merge and user in self._restructured:
+            reason = "mailboxes were made or renamed meanwhile"
+            return replace(result, outcome=Outcome.CHANGED, reason=reason)
         if twice and result.outcome is not Outcome.SYNCED:
             self._restructured.add(user)
         return result
