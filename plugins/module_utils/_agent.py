@@ -69,8 +69,8 @@ class AgentClient:
         the move may then have happened all the same, so ask for the status.
         """
         body = {"to": to, "dry_run": dry_run, "timeout_s": timeout_s}
-        # The agent bounds the move itself; 5 s more let its answer arrive.
-        return self._call("POST", "/switchover", body, timeout=timeout_s + 5.0)
+        # The agent bounds the wait before the move by that, and the move itself by a minute.
+        return self._call("POST", "/switchover", body, timeout=timeout_s + 70.0)
 
     def _call(
         self,

@@ -55,6 +55,7 @@ class Link:
     def __init__(self) -> None:
         self.lists: list[list[Any]] = []
         self.refuses = False
+        self.asked = asyncio.Event()
         self.takes = asyncio.Event()
         self.takes.set()
 
@@ -63,6 +64,7 @@ class Link:
         self, op: str, args: dict[str, Any], *, timeout: float
     ) -> AsyncIterator[Any]:
         assert op == "clients"
+        self.asked.set()
         await self.takes.wait()
         if self.refuses:
             raise PeerError("unreachable", "nobody")
@@ -158,7 +160,7 @@ async def test_the_last_list_stays_the_last_one(field: Field) -> None:
     """While clients are disconnected, each look sees fewer of them."""
     field.link.takes.clear()
     before = asyncio.create_task(field.turn())
-    await asyncio.sleep(0)
+    await field.link.asked.wait()
     field.rows.append(ROWS[2])
     field.group.switching = True
     last = asyncio.create_task(field.group.before_disconnect("b"))
@@ -179,11 +181,27 @@ async def test_a_change_does_not_wait_for_a_list_that_is_not_taken(
     monkeypatch.setattr(service_address, "LAST_TELL_TIMEOUT", 0.05)
     field.link.takes.clear()
     turn = asyncio.create_task(field.turn())
-    await asyncio.sleep(0)
+    await field.link.asked.wait()
     await asyncio.wait_for(field.group.before_disconnect("b"), 5)
     field.link.takes.set()
     await turn
     assert len(field.link.lists) == 1
+
+
+async def test_a_third_node_that_does_not_answer_keeps_nobody_from_being_told(
+    field: Field,
+) -> None:
+    field.group.links["c"] = third = Link()
+    field.group.statuses["c"] = {**field.peer}
+    third.takes.clear()
+    turn = asyncio.create_task(field.turn())
+    await third.asked.wait()
+    field.rows.append(ROWS[2])
+    field.group.switching = True
+    await field.group.before_disconnect("b")
+    assert len(field.link.lists[-1]) == 3
+    third.takes.set()
+    await turn
 
 
 async def test_a_list_that_did_not_arrive_is_sent_again(field: Field) -> None:

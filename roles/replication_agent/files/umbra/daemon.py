@@ -65,6 +65,9 @@ from umbra.transport.store import StoreError
 log = logging.getLogger("umbra")
 
 FAILOVER_TIMEOUT = 60.0
+# How long a move takes at most once it has begun: its drain, two answers of the other node, and
+# what is to be put in order afterwards (seconds).
+MOVE_TIMEOUT = 60.0
 
 
 @dataclass(frozen=True)
@@ -303,7 +306,7 @@ class Agent:
             )
         try:
             return await self._group.links[primary].request(
-                "switchover", body, timeout=timeout_s + 30
+                "switchover", body, timeout=timeout_s + MOVE_TIMEOUT
             )
         except PeerError as error:
             raise Refused(error.text) from None

@@ -23,7 +23,7 @@ from umbra.cluster.driver import OPEN_PHASES
 from umbra.cluster.group import now
 from umbra.cluster.machine import NotNow
 from umbra.cluster.quorum import QuorumGroup
-from umbra.cluster.state import Change
+from umbra.cluster.state import Change, Role
 from umbra.cluster.switchover import (
     HANDOVER_TIMEOUT,
     Mailboxes,
@@ -151,8 +151,11 @@ class Handover(Switchover):
         try:
             remaining = await self._emptied(to, steps)
             change = Change(group.state.node, to, now(), planned=True)
+            if not (left := group.drain_left()):
+                raise Refused(f"{group.state.node} did not come to an end in time; try again.")
+            # An answer that comes later is of no use, and clients wait.
             async with group.links[to].exchange(
-                "handover", {"epoch": group.epoch + 1}, timeout=HANDOVER_TIMEOUT
+                "handover", {"epoch": group.epoch + 1}, timeout=min(HANDOVER_TIMEOUT, left)
             ) as exchange:
                 await exchange.send_lines(list(rows_of(remaining)))
                 await exchange.result()
@@ -176,7 +179,8 @@ class Handover(Switchover):
                 failure = error.text
                 timing = quorum.driver.config.timing
                 await quorum.driver.until(group.is_primary, timing.work + 2 * timing.silence)
-        if group.is_primary():  # under another epoch; the queue is this node's again, too
+        # Under another epoch, and it may be opening still; the queue is this node's again, too.
+        if group.is_primary() or group.state.durable.role is Role.PRIMARY:
             failure = failure or f"{to} was lost before it served"
             raise Refused(f"{failure}; {group.state.node} is primary again.")
         change = replace(change, outage_s=round(time.monotonic() - began, 4))

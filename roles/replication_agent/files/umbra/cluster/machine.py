@@ -174,6 +174,9 @@ def step(state: State, event: Event) -> State:
         case GiveUp(to, at):
             if state.phase is not Phase.DRAINING:
                 raise NotNow(f"{state.node} is {state.phase}, not draining")
+            view = state.peers.get(to)
+            if view is None or not (view.synchronous and view.complete):
+                raise NotNow(f"{to} was lost on the way")
             durable = replace(
                 state.durable,
                 role=Role.SHADOW,

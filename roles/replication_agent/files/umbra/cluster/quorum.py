@@ -839,7 +839,9 @@ class QuorumGroup(Group):
         if self.opening.error:
             self.opening.over()
             self.work.at_once()  # nobody is left behind without a proof of work
-        self._waited |= set(self._whole)
+        # Whom the key has dropped meanwhile nobody waits for.
+        gone = set(self._whole) - self.driver.members()
+        self._waited |= set(self._whole) - gone
         for peer in sorted(self.driver.members() - set(self._whole)):
             # It may lack what this node did while its agent was dead or its right had ended.
             await self._leave(peer, "the agent has just started and compares the copies")
@@ -852,6 +854,8 @@ class QuorumGroup(Group):
         self._prepared_until = 0.0
         self._show()
         self._changed.set()
+        for peer in sorted(gone):
+            self.on_lost(peer, self._why.get(peer, "it did not answer in time"))
         with suppress(HelperError):  # ``Lease.run`` tries again, and sees to it if that fails too
             await self._ports.renew()
         self.work.at_once()

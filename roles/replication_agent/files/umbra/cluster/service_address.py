@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from ipaddress import ip_address
 from typing import Any
@@ -69,7 +70,8 @@ class ServiceAddress:
         self._ends = connections.endpoints(self._addresses, config.fence.ports)
         self._clients: list[Connection] = []
         self._told: dict[str, frozenset[connections.Row]] = {}
-        self._telling = asyncio.Lock()  # a list must not arrive after a newer one
+        # A list must not arrive after a newer one.
+        self._telling: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._gone: asyncio.Queue[list[Connection]] = asyncio.Queue()
         self._problems: Sequence[str] = ()
         self._wrong_since: dict[str, float] = {}
@@ -164,18 +166,16 @@ class ServiceAddress:
 
     async def _turn(self) -> None:
         self._look()
-        async with self._telling:
-            # Not while clients are disconnected: who is told by the next primary is who was there.
-            if self._group.is_primary() and not self._group.switching:
-                await self._tell_all()
+        if self._group.is_primary():
+            await self._tell_all()
 
     async def _tell_last(self, to: str) -> None:
         """Tell who is connected when a planned change has closed the ports."""
         if "service_clients" not in self._statuses().get(to, {}):
             return
         try:
-            async with asyncio.timeout(LAST_TELL_TIMEOUT), self._telling:
-                await self._tell_those([to], LAST_TELL_TIMEOUT)
+            async with asyncio.timeout(LAST_TELL_TIMEOUT), self._telling[to]:
+                await self._tell_one(to, LAST_TELL_TIMEOUT)
         except TimeoutError:
             log.info("%s does not take the last list of clients in time", to)
 
@@ -183,26 +183,23 @@ class ServiceAddress:
         """Tell every other node that could have the addresses."""
         statuses = self._statuses()
         peers = [name for name in self._group.links if "service_clients" in statuses.get(name, {})]
-        if peers:
-            await self._tell_those(peers, TELL_TIMEOUT)
+        await asyncio.gather(*map(self._tell_in_turn, peers))
 
-    async def _tell_those(self, peers: Sequence[str], timeout: float) -> None:
+    async def _tell_in_turn(self, name: str) -> None:
+        async with self._telling[name]:
+            # Not while clients are disconnected: who is told by the next primary is who was there.
+            if not self._group.switching:
+                await self._tell_one(name, TELL_TIMEOUT)
+
+    async def _tell_one(self, name: str, timeout: float) -> None:
         try:
             rows = await asyncio.to_thread(connections.read, self._ends)
         except OSError as error:
             log.warning("the clients of the service address are not known: %s", error)
             return
-        statuses = self._statuses()
-        await asyncio.gather(
-            *(
-                self._tell_one(name, rows, timeout)
-                for name in peers
-                if self._told.get(name) != rows
-                or statuses.get(name, {}).get("service_clients") != len(rows)
-            )
-        )
-
-    async def _tell_one(self, name: str, rows: frozenset[connections.Row], timeout: float) -> None:
+        known = self._statuses().get(name, {}).get("service_clients")
+        if self._told.get(name) == rows and known == len(rows):
+            return
         self._told.pop(name, None)
         clients = await asyncio.to_thread(_to_json, rows)  # there may be many
         try:

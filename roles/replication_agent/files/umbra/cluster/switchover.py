@@ -227,11 +227,12 @@ class Switchover:
         """
         if self._running.locked():
             raise Refused("a switchover is running already.")
+        deadline = time.monotonic() + timeout_s
         async with self._running:
             try:
                 if not dry_run:
                     await self._hurry(to, timeout_s)
-                return await self._run(to, dry_run=dry_run, timeout_s=timeout_s)
+                return await self._run(to, dry_run=dry_run, deadline=deadline)
             finally:
                 self._mailboxes.at_ease()
 
@@ -241,7 +242,7 @@ class Switchover:
         except OSError as error:
             raise Refused(f"{error}.") from None
 
-    async def _run(self, to: str, *, dry_run: bool, timeout_s: float) -> dict[str, Any]:
+    async def _run(self, to: str, *, dry_run: bool, deadline: float) -> dict[str, Any]:
         result = {
             "changed": self.check(to, dry_run=dry_run),
             "from": self._group.state.node,
@@ -259,7 +260,7 @@ class Switchover:
             }
         steps = Steps()
         try:
-            await self._prepare(to, steps, timeout_s)
+            await self._prepare(to, steps, deadline)
             change = await self._change(to, steps)
         except (NotNow, PeerError, StoreError, HelperError, OSError) as error:
             raise Refused(f"{error}.") from None
@@ -272,9 +273,8 @@ class Switchover:
             "steps": steps.rows,
         }
 
-    async def _prepare(self, to: str, steps: Steps, timeout_s: float) -> None:
+    async def _prepare(self, to: str, steps: Steps, deadline: float) -> None:
         # What is in this node's store only would be nobody's to deliver.
-        deadline = time.monotonic() + timeout_s
         while count := await self._messages.outstanding():
             if time.monotonic() > deadline:
                 raise Refused(f"{count} messages of the former primary are not carried on yet.")
@@ -284,8 +284,10 @@ class Switchover:
             if time.monotonic() > deadline:
                 raise Refused(self._lacks(to, lacking))
             await asyncio.sleep(OUTSTANDING_PAUSE)
+        if (left := deadline - time.monotonic()) <= 0:
+            raise Refused(f"mailboxes were being copied to {to} for all the time; try again.")
         await self._group.links[to].request(
-            "handover-prepare", {}, timeout=min(PREPARE_TIMEOUT, timeout_s)
+            "handover-prepare", {}, timeout=min(PREPARE_TIMEOUT, left)
         )
         steps.done("prepare")
 
