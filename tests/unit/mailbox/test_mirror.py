@@ -276,6 +276,35 @@ async def test_what_a_sync_that_broke_off_may_have_taken_is_not_relied_on(
             assert world.mode == "protected"
 
 
+async def test_a_sync_does_not_outlive_the_role(tmp_path: Path) -> None:
+    """It has several steps, and a third node would take the next one for the new primary's."""
+    world = World()
+    steps: list[str] = []
+
+    class Two(World):
+        async def sync(
+            self, user: str, state: str, *, merge: bool = False, apart: Sequence[str] = ()
+        ) -> SyncResult:
+            result = await world.sync(user, state, merge=merge, apart=apart)
+            steps.append(user)
+            return result
+
+    async with mirror(world, tmp_path) as peer:
+        peer._carrier, peer._single = Two(), None
+        world.delay = lambda user: 0.05
+        waiting = asyncio.create_task(change(world, peer, "u1"))
+        await until(lambda: "u1" in world.running)
+        peer.stop()
+        with pytest.raises(NotPrimary):
+            await waiting
+        await asyncio.sleep(0.1)
+        assert steps == []
+        assert peer.running == 0
+        assert peer.behind == 1
+        await peer.catch_up(world.protect, everyone=False, binding="two")
+        assert "u1" in steps
+
+
 async def test_what_nobody_has_told_in_other_mailboxes_follows_soon(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

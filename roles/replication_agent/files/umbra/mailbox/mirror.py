@@ -26,6 +26,7 @@ the start.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
@@ -249,6 +250,7 @@ class PeerMirror:
         self._alone: asyncio.Task[None] | None = None  # done without error: "alone" is on disk
         self._works: set[asyncio.Task[None]] = set()
         self._tasks: asyncio.TaskGroup | None = None
+        self._syncs: set[asyncio.Task[None]] = set()
         self._started = 0.0
         metrics.watch(self)
 
@@ -330,10 +332,13 @@ class PeerMirror:
         users, tickets = self._stop_waiting(reason, cut=cut)
         await asyncio.shield(self._background(self._release(users, tickets, lost)))
 
-    def stop(self, *, cut: bool = True) -> None:
+    def stop(self) -> None:
         """End of this node's time as primary: whoever waits gets NotPrimary."""
         self._lost = True
-        _, tickets = self._stop_waiting("this node is not primary", cut=cut)
+        _, tickets = self._stop_waiting("this node is not primary", cut=True)
+        # A sync has several steps, and a third node takes the next one for the new primary's.
+        for task in self._syncs:
+            task.cancel()
         self._alone = None
         for future in tickets:
             future.set_exception(NotPrimary())
@@ -404,7 +409,16 @@ class PeerMirror:
         if self._tasks is None or self.phase is Phase.RECORDING:
             return
         while (user := self._queue.start()) is not None:
-            self._tasks.create_task(self._sync(user), name=f"sync {user} to {self.peer}")
+            name = f"sync {user} to {self.peer}"
+            task = self._tasks.create_task(self._sync(user), name=name)
+            self._syncs.add(task)
+            number = self._queue.number(user)
+            task.add_done_callback(functools.partial(self._ended, user, number))
+
+    def _ended(self, user: str, number: int, task: asyncio.Task[None]) -> None:
+        self._syncs.discard(task)
+        if task.cancelled() and self._queue.number(user) == number:
+            self._queue.again(user)
 
     async def _sync(self, user: str) -> None:
         started = monotonic()

@@ -31,6 +31,7 @@ class _User(Generic[Ticket]):
     noted: bool = False
     noted_covered: bool = False
     running: bool = False
+    number: int = 0  # of the sync that was started last
 
     @property
     def wants(self) -> bool:
@@ -47,6 +48,7 @@ class MirrorQueue(Generic[Ticket]):
         self._awaited: dict[str, None] = {}
         self._noted: dict[str, None] = {}
         self._noted_next = False
+        self._started = 0
         self.running = 0
         self.noted = 0
         self.held: set[str] = set()
@@ -80,6 +82,8 @@ class MirrorQueue(Generic[Ticket]):
         del order[user]
         entry = self._users[user]
         entry.running = True
+        self._started += 1
+        entry.number = self._started
         entry.covered, entry.waiting = entry.waiting, []
         entry.noted_covered, entry.noted = entry.noted, False
         entry.place = entry.places.pop() if len(entry.places) == 1 else ""
@@ -103,6 +107,11 @@ class MirrorQueue(Generic[Ticket]):
         self.noted -= settled
         self._requeue(user, entry)
         return tickets, settled
+
+    def number(self, user: str) -> int:
+        """Return what tells the running sync of ``user`` from all others, 0 for none."""
+        entry = self._users.get(user)
+        return entry.number if entry is not None and entry.running else 0
 
     def hold(self, user: str) -> None:
         """The running sync covers nothing and cannot.
