@@ -48,16 +48,16 @@ def disk(tmp_path: Path) -> Disk:
     return disk
 
 
-def make(disk: Disk) -> Group:
-    return Group(CONFIG, disk, NodeHelper(Path("/nonexistent")))
+def make(disk: Disk, host: NodeHelper | None = None) -> Group:
+    return Group(CONFIG, disk, host or NodeHelper(Path("/nonexistent")))
 
 
 def status(**values: Any) -> dict[str, Any]:
     return {"epoch": 1, "role": "shadow", "state": "shadow", "storage_id": "b1", **values}
 
 
-async def protected(disk: Disk) -> Group:
-    group = make(disk)
+async def protected(disk: Disk, host: NodeHelper | None = None) -> Group:
+    group = make(disk, host)
     await group.heard_from("b", status(), answered=True)
     await group.apply(machine.CatchingUp("b"))
     await group.apply(machine.CaughtUp("b"))
@@ -289,6 +289,36 @@ async def test_a_primary_starts_a_postfix_that_was_killed_and_no_other(disk: Dis
     finally:
         tending.cancel()
         await asyncio.gather(tending, return_exceptions=True)
+
+
+class SlowPorts(Stubborn):
+    """A host that takes its time to open its ports."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opens = asyncio.Event()
+
+    async def ports_open(self, ports: Sequence[int], hold: float) -> None:
+        await super().ports_open(ports, hold)
+        await self.opens.wait()
+        self._do("open")
+
+
+async def test_a_drain_that_begins_while_the_ports_are_opened_does_not_close_them(
+    disk: Disk,
+) -> None:
+    """Who is being answered has to hear it; the switchover closes them when nobody is."""
+    host = SlowPorts()
+    group = await protected(disk, host)
+    tending = asyncio.create_task(group.tend())
+    await asyncio.wait_for(host.opened.wait(), 5)
+    await group.apply(machine.Drain())
+    host.opens.set()
+    await asyncio.sleep(0.05)
+    tending.cancel()
+    await asyncio.gather(tending, return_exceptions=True)
+    assert group.state.phase is Phase.DRAINING
+    assert host.done == ["open"]
 
 
 async def test_a_node_that_asks_for_the_outcome_takes_no_role_by_an_operation(disk: Disk) -> None:

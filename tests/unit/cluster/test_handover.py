@@ -16,10 +16,12 @@ from umbra.cluster import handover, words
 from umbra.cluster import protocol as p
 from umbra.cluster.ailing import Rules
 from umbra.cluster.fitness import PAUSE
-from umbra.cluster.switchover import Refused
+from umbra.cluster.switchover import HANDOVER_TIMEOUT, OUTSTANDING_PAUSE, Refused
 from umbra.config import HandoverPolicy, HandoverRules
 from umbra.node.helper import HelperError
 from umbra.peer.exchange import PeerError
+from umbra.transport.remaining import Remaining
+from umbra.transport.store import StoreError
 
 SOON = Rules(0, 0, 0).settle + 2 * PAUSE + 2
 """Until an ailment counts, has been looked at, and the role is another's."""
@@ -410,6 +412,62 @@ def test_a_change_that_does_not_end_costs_no_more_than_the_drain(group: Play) ->
     group(scenario)
 
 
+def test_a_candidate_that_is_slow_to_listen_costs_no_more_than_the_drain(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        async def slow(*_: object) -> dict[str, object]:
+            await asyncio.sleep(HANDOVER_TIMEOUT - 1)
+            return {}
+
+        field.b.handlers["handover"] = slow
+        with pytest.raises(Refused):
+            await field.a.handover.run("b", dry_run=False, timeout_s=20)
+        await field.until(lambda: field.a.serves, 0.5)
+        assert field.longest_gap < D + 0.5
+        assert field.register.record.epoch == 1
+
+    group(scenario)
+
+
+@pytest.mark.parametrize(
+    ("copying", "outstanding", "preparing", "why"),
+    [
+        (8, 4, 0, "1 messages of the former primary are not carried on yet"),
+        (8, 0, 4, "no answer"),
+        (10, 0, 0, "mailboxes were being copied to b for all the time"),
+    ],
+    ids=["messages", "prepare", "mailboxes"],
+)
+def test_a_switchover_waits_for_all_together_no_longer_than_it_may(
+    group: Play, copying: float, outstanding: float, preparing: float, why: str
+) -> None:
+    """What takes it longer than that leaves everything as it was."""
+
+    async def scenario(field: Field) -> None:
+        real = field.b.handlers["handover-prepare"]
+
+        async def hurry(to: str, timeout: float) -> None:
+            await asyncio.sleep(copying)
+
+        async def left() -> int:
+            return int(clock() - began < copying + outstanding)
+
+        async def prepare(peer: object, args: object, exchange: object) -> dict[str, object]:
+            await asyncio.sleep(preparing)
+            return await real(peer, args, exchange)  # type: ignore[arg-type]
+
+        field.a.parts.hurry = hurry  # type: ignore[method-assign]
+        field.a.parts.outstanding = left  # type: ignore[method-assign]
+        field.b.handlers["handover-prepare"] = prepare
+        began = clock()
+        with pytest.raises(Refused, match=why):
+            await field.a.handover.run("b", dry_run=False, timeout_s=10)
+        assert clock() - began < 10 + 2 * OUTSTANDING_PAUSE
+        await stays(field, 5)
+        assert field.register.record.epoch == 1
+
+    group(scenario)
+
+
 def test_a_former_primary_starts_no_postfix_before_its_queue_is_on_hold(group: Play) -> None:
     async def scenario(field: Field) -> None:
         field.a.host.queue_ids = {"Q1": "deferred"}
@@ -446,5 +504,71 @@ def test_who_gets_its_role_back_before_the_other_has_opened_serves_and_says_so(
             await asyncio.sleep(0.1)
         with pytest.raises(Refused, match="b was lost before it served; a is primary again"):
             await moving
+
+    group(scenario)
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["refuses", "lost"])
+def test_who_has_its_role_back_and_is_opening_still_says_so_and_keeps_its_queue(
+    group: Play, lost: bool
+) -> None:
+    async def scenario(field: Field) -> None:
+        field.a.host.queue_ids = {"Q1": "deferred"}
+        take_over = field.a.parts.take_over
+
+        async def slow(origin: str, remaining: Remaining | None) -> None:
+            await asyncio.sleep(20)
+            await take_over(origin, remaining)
+
+        async def fails(*_: object) -> None:
+            raise StoreError("locked")
+
+        async def never(*_: object) -> dict[str, object]:
+            await asyncio.sleep(1000)
+            return {}
+
+        field.a.parts.take_over = slow  # type: ignore[method-assign]
+        field.b.parts.take_over = fails  # type: ignore[assignment,method-assign]
+        moving = asyncio.create_task(field.a.handover.run("b", dry_run=False, timeout_s=20))
+        if lost:
+            field.b.handlers["handover-finish"] = never
+            await field.until(lambda: field.register.record.holder == "b", D)
+            await field.b.power_cut()
+        why = "b was lost before it served" if lost else "b does not open: locked"
+        with pytest.raises(Refused, match=f"{why}; a is primary again"):
+            await moving
+        assert field.register.record.holder == "a"
+        assert not field.a.serves
+        await field.until(lambda: field.a.serves, 20)
+        assert not field.a.host.held
+
+    group(scenario)
+
+
+@pytest.mark.parametrize("later", [0, 1], ids=["at once", "later"])
+def test_who_is_lost_while_the_next_primary_opens_is_waited_for_by_nobody(
+    group: Play, later: float
+) -> None:
+    async def scenario(field: Field) -> None:
+        take_over, lost = field.b.parts.take_over, list[str]()
+
+        async def slow(origin: str, remaining: Remaining | None) -> None:
+            await asyncio.sleep(3)
+            await take_over(origin, remaining)
+
+        field.b.parts.take_over = slow  # type: ignore[method-assign]
+        field.b.group.on_lost = lambda peer, reason: lost.append(peer)
+        moving = asyncio.create_task(field.a.handover.run("b", dry_run=False, timeout_s=20))
+        await field.until(lambda: field.register.record.holder == "b", D)
+        await asyncio.sleep(later)
+        await field.a.power_cut()
+        moving.cancel()
+        await asyncio.gather(moving, return_exceptions=True)
+        await field.until(lambda: field.b.serves, 5)
+        assert field.register.record.mode is p.Mode.ALONE
+        assert not field.b.group.synchronous()
+        assert lost == ["a"]
+        field.a.start()
+        await field.protected(field.b)
 
     group(scenario)

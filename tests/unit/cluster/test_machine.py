@@ -175,6 +175,20 @@ def test_no_switchover_while_degraded() -> None:
         step(step(a, machine.PeerLost("b", "no answer")), machine.Drain())
 
 
+@pytest.mark.parametrize(
+    "event",
+    [machine.PeerLost("b", "no answer"), machine.Unmirrored("b", "suspended")],
+    ids=["lost", "unmirrored"],
+)
+def test_the_right_is_not_given_to_who_was_lost_during_the_drain(event: machine.Event) -> None:
+    a, _ = protected_pair()
+    a = step(step(a, machine.Drain()), event)
+    with pytest.raises(NotNow, match="b was lost on the way"):
+        step(a, machine.GiveUp("b", AT))
+    a = step(a, machine.DrainAborted())
+    assert (a.phase, a.durable.mode) == (Phase.PRIMARY, Mode.ALONE)
+
+
 def test_a_shadow_refuses_an_epoch_that_it_has_seen() -> None:
     _, b = protected_pair()
     change = Change("a", "b", AT, planned=True)
