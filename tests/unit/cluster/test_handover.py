@@ -16,6 +16,7 @@ from umbra.cluster import handover, words
 from umbra.cluster import protocol as p
 from umbra.cluster.ailing import Rules
 from umbra.cluster.fitness import PAUSE
+from umbra.cluster.state import Phase
 from umbra.cluster.switchover import HANDOVER_TIMEOUT, OUTSTANDING_PAUSE, Refused
 from umbra.config import HandoverPolicy, HandoverRules
 from umbra.node.helper import HelperError
@@ -468,6 +469,43 @@ def test_a_switchover_waits_for_all_together_no_longer_than_it_may(
     group(scenario)
 
 
+def test_a_handover_that_was_given_up_does_not_come_after_the_next_one(group: Play) -> None:
+    """The candidate does not notice that nobody waits for its answer any more."""
+
+    async def scenario(field: Field) -> None:
+        real, finish = field.b.handlers["handover"], field.b.handover.left_behind.finish
+        goes_on, ended = asyncio.Event(), asyncio.Event()
+
+        async def slow(primary: str) -> None:
+            await goes_on.wait()
+            await finish(primary)
+
+        async def unnoticed(peer: object, args: object, exchange: object) -> dict[str, object]:
+            answer = asyncio.ensure_future(real(peer, args, exchange))  # type: ignore[arg-type]
+            answer.add_done_callback(lambda _: ended.set())
+            return await asyncio.shield(answer)
+
+        async def quiet() -> None:
+            goes_on.set()
+            await ended.wait()
+
+        field.b.handlers["handover"] = unnoticed
+        field.b.handover.left_behind.finish = slow  # type: ignore[method-assign]
+        field.a.host.queue_ids = {"Q1": "deferred"}
+        with pytest.raises(Refused):
+            await field.a.handover.run("b", dry_run=False, timeout_s=20)
+        await field.until(lambda: field.a.serves, 0.5)
+        field.b.handlers["handover"] = real
+        field.b.handover.left_behind.finish = finish  # type: ignore[method-assign]
+        field.b.parts.quiet = quiet  # type: ignore[method-assign]
+        field.a.host.queue_ids = {"Q2": "deferred"}
+        await field.a.handover.run("b", dry_run=False, timeout_s=20)
+        [(origin, remaining)] = field.b.parts.taken
+        assert (origin, set(remaining or ())) == ("a", {"Q2"})
+
+    group(scenario)
+
+
 def test_a_former_primary_starts_no_postfix_before_its_queue_is_on_hold(group: Play) -> None:
     async def scenario(field: Field) -> None:
         field.a.host.queue_ids = {"Q1": "deferred"}
@@ -570,5 +608,31 @@ def test_who_is_lost_while_the_next_primary_opens_is_waited_for_by_nobody(
         assert lost == ["a"]
         field.a.start()
         await field.protected(field.b)
+
+    group(scenario)
+
+
+def test_who_has_just_been_lost_is_not_waited_for_again_by_the_next_primary(group: Play) -> None:
+    """Its last heartbeat may be younger than the key's word."""
+
+    async def scenario(field: Field) -> None:
+        take_over, opens = field.b.parts.take_over, asyncio.Event()
+
+        async def slow(origin: str, remaining: Remaining | None) -> None:
+            await opens.wait()
+            await take_over(origin, remaining)
+
+        field.b.parts.take_over = slow  # type: ignore[method-assign]
+        await field.a.handover.run("b", dry_run=False, timeout_s=20)
+        await field.until(lambda: field.b.group.state.peers["a"].phase is Phase.SHADOW, 5)
+        field.cut.add(("a", "b"))
+        await field.until(lambda: field.register.record.mode is p.Mode.ALONE, D)
+        assert field.b.group.state.peers["a"].reachable
+        opens.set()
+        await field.until(lambda: field.b.serves, 0.5)
+        for _ in range(30):
+            assert not field.b.group.synchronous()
+            assert field.b.group.reasons()[0] == "a: it did not answer in time"
+            await asyncio.sleep(0.1)
 
     group(scenario)

@@ -211,8 +211,9 @@ class Handover(Switchover):
             remaining = await told(exchange)
         except (KeyError, TypeError, ValueError) as error:
             raise PeerError("protocol", f"a handover that makes no sense: {error!r}") from None
-        await self.left_behind.finish(peer.node)
+        # First: one that nobody waits for any more must not come to its end after the next one.
         self._given = _Given(peer.node, epoch, remaining)
+        await self.left_behind.finish(peer.node)
         return {}
 
     async def _handle_finish(

@@ -372,12 +372,7 @@ class QuorumGroup(Group):
             self._kept.clear()
         lost = sorted(left & self._waited - self._kept)
         self._waited -= set(lost)
-        peers = dict(self.state.peers)
-        for name in lost:
-            reason = self._why.setdefault(name, "it did not answer in time")
-            # Until its next heartbeat; whoever is dead must not be waited for again.
-            peers[name] = replace(peers.get(name, PeerView()), reachable=False, reason=reason)
-        self.state = self._projected(peers)
+        self.state = self._projected(self._without(lost))
         if (old.phase, old.cause) != (new.phase, new.cause) or old.known != new.known:
             self._tell(new)
             self.reopen()
@@ -396,6 +391,17 @@ class QuorumGroup(Group):
             # It gave its role away and has all that the new primary has.
             self._handed_over = new.known.epoch
             self.driver.note(p.Reconciled())
+
+    def _without(self, lost: Iterable[str]) -> dict[str, PeerView]:
+        """Return the peers as they are known, those ``lost`` unreachable, with the reason.
+
+        Until their next heartbeat: whoever is dead must not be waited for again.
+        """
+        peers = dict(self.state.peers)
+        for name in lost:
+            reason = self._why.setdefault(name, "it did not answer in time")
+            peers[name] = replace(peers.get(name, PeerView()), reachable=False, reason=reason)
+        return peers
 
     def _end_catch_up(self, peers: Iterable[str]) -> None:
         """End the catch-up of those who are waited for no more: they have to begin again."""
@@ -852,10 +858,10 @@ class QuorumGroup(Group):
         first, self._opened = self._opened != epoch, epoch
         self._ready, self._ever_open, self._was_serving, self._whole = epoch, True, True, ()
         self._prepared_until = 0.0
-        self._show()
+        self.state = self._projected(self._without(gone))
         self._changed.set()
         for peer in sorted(gone):
-            self.on_lost(peer, self._why.get(peer, "it did not answer in time"))
+            self.on_lost(peer, self._why[peer])
         with suppress(HelperError):  # ``Lease.run`` tries again, and sees to it if that fails too
             await self._ports.renew()
         self.work.at_once()

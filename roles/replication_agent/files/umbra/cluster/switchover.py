@@ -448,8 +448,8 @@ class Switchover:
         Dying before it is done leaves queue files here that the next promotion of this node would
         deliver again; so an agent that finds itself a shadow puts all of its queue on hold.
         """
-        if self._group.is_primary():
-            return  # the new primary is lost already, and this node has gone on
+        if self._group.is_primary() or self._group.state.durable.role is Role.PRIMARY:
+            return  # the new primary is lost already, and this node has gone on, or opens again
         left = remaining.keys() - covered.keys()
         try:
             await self._helper.queue_hold(sorted(remaining))
