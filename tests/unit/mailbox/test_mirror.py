@@ -1088,6 +1088,26 @@ async def test_a_repair_is_prepared_while_nothing_else_of_the_user_is_copied(
         assert world.syncs[0] == ("u1", "")
 
 
+@pytest.mark.parametrize("outcome", [Outcome.UNSAFE, Outcome.FAILED])
+async def test_a_repair_for_which_the_copy_is_made_anew_waits_for_that(
+    tmp_path: Path, outcome: Outcome
+) -> None:
+    world = World()
+    async with mirror(world, tmp_path) as peer:
+        outcomes = iter([outcome])
+        world.outcome = lambda user: next(outcomes, Outcome.SYNCED)
+        world.begun = True
+        repair = asyncio.create_task(peer.resync("u1", nothing))
+        await until(lambda: world.mode == "alone")
+        await asyncio.sleep(2 * module.RESYNC_LOOK)
+        assert not repair.done()
+        await peer.catch_up(world.protect, everyone=False, binding="one")
+        await asyncio.wait_for(repair, 5)
+        await peer.lose("the line is down")
+        with pytest.raises(CatchUpFailed, match="the line is down"):
+            await peer.resync("u1", nothing)
+
+
 async def test_resync_compares_without_a_state(tmp_path: Path) -> None:
     world = World()
     async with mirror(world, tmp_path) as peer:

@@ -238,7 +238,7 @@ class PeerMirror:
         self._without: set[str] = set()  # who has no use for an inherited state any more
         self._deep: set[str] = set()  # whose next sync is to be from scratch
         self._scratch: set[str] = set()  # whose sync is from scratch, or the next one will be
-        self._unsafe: set[str] = set()  # who cannot be copied anew while that is relied on
+        self._unsafe: set[str] = set()  # whose copy cannot be relied on before the next sync
         self._before: dict[str, Preparation] = {}
         self._first_round: set[str] = set()
         self._progress = asyncio.Event()
@@ -520,6 +520,7 @@ class PeerMirror:
         if result.begun and self.phase.waits:
             # dsync removes a mailbox that differs and fails, for the next one to copy it: what was
             # acknowledged long ago may be missing there.
+            self._unsafe.add(user)
             await self.lose(f"a sync of {user} broke off: {result.reason}", lost=False)
         if result.outcome is Outcome.NO_USER:
             try:
@@ -743,7 +744,9 @@ class PeerMirror:
 
     async def _resynced(self, user: str) -> None:
         while True:
-            if self.phase is Phase.RECORDING:
+            # A copy that has to be made anew first is, as soon as nobody relies on it.
+            anew = user in self._unsafe and not self._lost and self.limit is not Phase.RECORDING
+            if self.phase is Phase.RECORDING and not anew:
                 raise CatchUpFailed(f"nothing is copied to {self.peer} now: {self._reason}")
             if user in self.findings:
                 raise CatchUpFailed(self.findings[user])
