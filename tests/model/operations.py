@@ -479,6 +479,8 @@ def rename_inbox(state: State, chance: random.Random) -> Turn | None:
     def act() -> None:
         leave_all(state, client.user, ["INBOX"])
         client.run(b"RENAME", b"INBOX", quoted(name.encode()))
+        # Dovecot makes the new one when it is used first; a look at the shadow must not be that.
+        client.run(b"STATUS INBOX (UIDNEXT)")
 
     def effect(after: Account) -> None:
         after.rename("INBOX", name)

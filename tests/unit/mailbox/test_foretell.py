@@ -8,6 +8,7 @@ server sends on its data channel (``.there``).
 from __future__ import annotations
 
 import logging
+import re
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -365,6 +366,12 @@ GUARDED: dict[str, tuple[Guard, tuple[bytes, ...], bytes, bool]] = {
     "one has another GUID": (Guard.ALL, (WORK, OTHER), b"", False),
     "another UIDVALIDITY": (Guard.ALL, (WORK, INBOX.replace(b"8630", b"8631")), b"", False),
     "a lower UIDNEXT": (Guard.ALL, (WORK, INBOX.replace(b"\t4", b"\t3")), b"", False),
+    "another UIDVALIDITY of an empty one": (
+        Guard.ALL,
+        (WORK.replace(b"8629", b"8631"), INBOX),
+        b"",
+        True,
+    ),
     "a higher UIDNEXT": (Guard.ALL, (WORK, INBOX.replace(b"\t4", b"\t5")), b"", True),
 }
 
@@ -410,6 +417,36 @@ def test_names_that_will_not_be_understood_are_not_waited_for() -> None:
     told = Foretelling(b"", b"", quiet, guard=Guard.ALL)
     assert told.feed_local(newer).on == newer
     assert told.begun
+
+
+@pytest.mark.parametrize("expunged", [True, False])
+def test_a_message_that_was_expunged_meanwhile_takes_nothing_from_the_copy(expunged: bool) -> None:
+    """Its line comes without the content, and the shadow then has one message less."""
+    here, there = HERE["append"], THERE["append"]
+    row = [row for row in lines(there) if row.startswith(b"S")][-1]
+    start, _, count = row.rpartition(b"\t")
+    fewer = there.replace(row, start + b"\t%d" % (int(count) - 1))
+    if expunged:
+        at = [found.start() + 1 for found in re.finditer(rb"\nM[0-9a-f]{32}\t", here)][-1]
+        line = here[at : here.index(b"\n", at)].rpartition(b"\t")[0]
+        here = here[:at] + line + b"\n" + here[here.index(b"\n.\r\n", at) + 4 :]
+    told = begin("append")
+    told.feed_local(here)
+    with pytest.raises(Surprise) as surprise:
+        heard(told, fewer)
+    assert surprise.value.harmful is not expunged
+
+
+@pytest.mark.parametrize(
+    ("text", "harmful"),
+    [("Remote didn't send mail GUID=00 (UID=3)", False), ("Deleting mailbox failed", True)],
+)
+def test_an_error_in_the_log_may_be_of_such_a_message(text: str, harmful: bool) -> None:
+    told = begin("append")
+    told.feed_local(HERE["append"])
+    with pytest.raises(Surprise) as surprise:
+        told.feed_remote(packet(LOG, b"\x04brain S: " + text.encode() + b"\n"))
+    assert surprise.value.harmful is harmful
 
 
 def test_a_sync_that_is_foretold_waits_for_no_names() -> None:

@@ -538,7 +538,7 @@ class Group:
             self._prepared_until = 0.0
             await self._keep_postfix()
             await self._helper.ports_open(self._config.fence.ports, self._config.fence.hold)
-            if not self.state.serving:  # changed while the helper worked
+            if self.switching or not self.state.serving:  # changed while the helper worked
                 await self._helper.ports_close()
             self._was_serving = True
             self._queue_held = False

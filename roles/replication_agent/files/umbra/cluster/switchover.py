@@ -285,7 +285,7 @@ class Switchover:
                 raise Refused(self._lacks(to, lacking))
             await asyncio.sleep(OUTSTANDING_PAUSE)
         if (left := deadline - time.monotonic()) <= 0:
-            raise Refused(f"mailboxes were being copied to {to} for all the time; try again.")
+            raise Refused(f"the time was over before {to} could be prepared; try again.")
         await self._group.links[to].request(
             "handover-prepare", {}, timeout=min(PREPARE_TIMEOUT, left)
         )

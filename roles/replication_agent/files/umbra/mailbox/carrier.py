@@ -74,6 +74,8 @@ BUSY = "busy"
 # After so many surprises within so many seconds nothing is foretold of a user.
 SURPRISES = 2
 SURPRISED_SECONDS = 3600.0
+# So long a mailbox that is being renamed or deleted may be in no list (seconds).
+MISSING_PAUSE = 0.1
 # Bytes of a state: with more, what dsync says of all mailboxes at first is too much to be held.
 MAX_STATE = 512 * 1024
 # Of so many users it is kept what their mailboxes were, of those who were synced last.
@@ -415,9 +417,9 @@ class DsyncCarrier:
                 outcome = Outcome.FAILED if error.code == BUSY else Outcome.LOST
                 return SyncResult(outcome, reason=error.text, begun=told.begun)
             if isinstance(error, Surprise):
-                return replace(self._surprised(user, error), begun=told.begun)
+                return replace(self._surprised(user, error), begun=told.begun and error.harmful)
             if isinstance(error, Unsafe):
-                return self._refused(user, state, error)
+                return await self._unsafe(user, state, error)
             if isinstance(error, Whole):
                 raise error
             if result.outcome in (Outcome.SYNCED, Outcome.CHANGED):
@@ -457,12 +459,13 @@ class DsyncCarrier:
         how = foretold if told.mode is Mode.FORETOLD else "hello" if told.greet() else "nothing"
         metrics.FORETOLD.labels(self._link.name, how).inc()
 
-    def _refused(self, user: str, state: str, error: Unsafe) -> SyncResult:
+    async def _unsafe(self, user: str, state: str, error: Unsafe) -> SyncResult:
         """Say that nothing was done; what may pass is tried once more before that is unsafe."""
         again = bool(error.missing) and self._missing.get(user) != error.missing
         self._missing.pop(user, None)
         if again:
             self._missing[user] = error.missing
+            await asyncio.sleep(MISSING_PAUSE)
             return SyncResult(Outcome.CHANGED, state or None, reason=f"{user}: {error}")
         return SyncResult(Outcome.UNSAFE, reason=f"{user} is copied anew: {error}")
 

@@ -80,7 +80,7 @@ class SyncResult:
 
     ``state`` is for the next one, None if there is none to keep; ``reason`` is for people; ``bare``
     tells whether a name without a mailbox holds others here, True if that is not known; ``begun``
-    of one that failed whether the peer may have taken a part of it.
+    of one that failed whether the peer's copy may lack something by it.
     """
 
     outcome: Outcome

@@ -90,6 +90,8 @@ LEVELS = {
 HOLD = 32 * 1024
 # Bytes that stand for one mailbox of a tree. The agent keeps those of thousands of users.
 DIGEST = 8
+# What the shadow's log says of a message that was expunged here before it could be sent.
+EXPUNGED = "Remote didn't send mail"
 # Bounds: one line, and what is held until it is known whether the sync can be foretold.
 MAX_LINE = 1024 * 1024
 MAX_UNDECIDED = 1024 * 1024
@@ -100,7 +102,14 @@ Logged = Callable[[int, str], None]
 
 
 class Surprise(Exception):
-    """The shadow did not say what was foretold."""
+    """The shadow did not say what was foretold.
+
+    :ivar harmful: its copy may lack what it had.
+    """
+
+    def __init__(self, text: str, *, harmful: bool = True) -> None:
+        super().__init__(text)
+        self.harmful = harmful
 
 
 class Unsafe(Exception):
@@ -264,6 +273,7 @@ class _Box:
     requested: dict[bytes, bytes] = field(default_factory=dict)  # GUID: UID
     told: bool = False  # all changes are known
     contents: bool = False  # all new messages were sent
+    expunged: bool = False  # before it could be sent was one of them
     state: Fields | None = None
     state_there: Fields | None = None
 
@@ -272,7 +282,8 @@ class _Box:
         if self.state is None or self.state_there is None:
             return
         if self.state_there != self.state or "changes_during_sync" in self.state:
-            raise Surprise("another state: " + _differences(self.state_there, self.state))
+            unlike = _differences(self.state_there, self.state)
+            raise Surprise(f"another state: {unlike}", harmful=not self.expunged)
 
 
 # Name, existence, GUID, UIDVALIDITY, and whether it is subscribed.
@@ -467,9 +478,11 @@ class Foretelling:
             if name == b"INBOX" != mine:
                 raise Unsafe("INBOX was renamed")
             # By these dsync takes it for another mailbox, and removes the shadow's.
-            if self._guard is Guard.ALL and (
-                validity != validity_here
-                or _uid(self._uid_next_there[guid]) > _uid(self._uid_next[guid])
+            there = _uid(self._uid_next_there[guid])
+            if (
+                self._guard is Guard.ALL
+                and there > 1
+                and (validity != validity_here or there > _uid(self._uid_next[guid]))
             ):
                 raise Unsafe(f"{mine.decode(errors='replace')} was made anew")
         if missing and self._guard is Guard.ALL:
@@ -539,7 +552,8 @@ class Foretelling:
             if text:
                 self._logged(level, text)
             if level >= logging.ERROR:
-                raise Surprise(f"the shadow's log: {text[:200]}")
+                harmful = EXPUNGED not in text
+                raise Surprise(f"the shadow's log: {text[:200]}", harmful=harmful)
 
     # what dsync here says, line by line
 
@@ -638,7 +652,9 @@ class Foretelling:
             self._back += encode(b"R", {"guid": message, "uid": uid})
         self._back += b".\n"
         while (line := (yield)) != END:
-            self._content(_of(b"M", line))
+            record = _of(b"M", line)
+            box.expunged |= "stream" not in record
+            self._content(record)
         box.contents = True
         box.state = yield from _record(b"S")
         box.compare()

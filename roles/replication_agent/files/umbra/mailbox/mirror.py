@@ -612,7 +612,7 @@ class PeerMirror:
             phase = next_phase(self.phase, noted, few, bool(self._first_round))
             # Users who cannot be mirrored keep the others from being waited for, not from being
             # copied, and mail from nothing.
-            # And before a copy is whole again, it may not have to be at every moment.
+            # Who is copied anew has that refused as soon as changes wait for the peer.
             unsafe = self._queue.held or self._unsafe - self._queue.suspended
             limit = Phase.CATCHING_UP if unsafe else Phase.PROTECTED
             phase = min(phase, limit, self.limit, key=lambda one: one.rank)
