@@ -115,6 +115,19 @@ class Account:
             if name == old or name.startswith(below):
                 self.boxes[new + name[len(old) :]] = self.boxes.pop(name)
 
+    def take_scripts(self, view: dict[str, Any], earlier: Iterable[Account]) -> None:
+        """Have the scripts of the first of ``earlier`` that fits what a node shows.
+
+        If none does, or its own do, they stay.
+        """
+        for one in (self, *earlier):
+            if (one._digests(), one.active) == (view["scripts"], view["active"]):
+                self.scripts, self.active = one.scripts, one.active
+                return
+
+    def _digests(self) -> dict[str, str]:
+        return {name: script.digest for name, script in self.scripts.items()}
+
     def deliver(self, message: Message) -> None:
         """Deliver a message as the active script wants it."""
         script = self.scripts.get(self.active, Script("", "keep"))
@@ -177,7 +190,7 @@ class Account:
         subscribed = set(view["subscriptions"])
         found += [f"subscription of {name} is missing" for name in self.subscriptions - subscribed]
         found += [f"subscription of {name} is there" for name in subscribed - self.subscriptions]
-        mine = {name: script.digest for name, script in self.scripts.items()}
+        mine = self._digests()
         for name in sorted(mine.keys() | view["scripts"].keys()):
             if mine.get(name) != view["scripts"].get(name):
                 found.append(f"script {name}: {view['scripts'].get(name)} for {mine.get(name)}")

@@ -74,6 +74,16 @@ def test_changes() -> None:
     assert sorted(after.boxes) == ["INBOX", "z", "z/b"]
 
 
+def test_of_scripts_a_power_cut_may_leave_what_was_before() -> None:
+    first, second, last = account(), account(), account()
+    second.scripts, second.active = {"s": Script("d", "keep")}, "s"
+    last.scripts, last.active = {"s": Script("e", "keep")}, "s"
+    last.take_scripts(view() | {"scripts": {"s": "d"}, "active": "s"}, [second, first])
+    assert last.differences(view() | {"scripts": {"s": "d"}, "active": "s"}) == []
+    last.take_scripts(view() | {"scripts": {"s": "x"}, "active": ""}, [second, first])
+    assert last.differences(view() | {"scripts": {"s": "d"}, "active": "s"}) == []
+
+
 def test_deliveries_go_where_the_script_says_and_their_uids_are_learned() -> None:
     mine = account()
     mine.scripts = {"s": Script("d", "file", "a"), "gone": Script("d", "file", "nowhere")}

@@ -37,6 +37,14 @@ def test_each_file_has_its_place(spool: Path) -> None:
         }
 
 
+def test_what_has_no_queue_id_for_a_name_is_no_message(spool: Path) -> None:
+    """One left there by hand would be newer than all messages for ever, and nothing discarded."""
+    (spool / "deferred" / "4").mkdir()
+    for place in ("hold/4hK2pl0Zzz.bak", "active/backup-2026", "deferred/4/x", "maildrop/1.2"):
+        (spool / place).touch(COMMITTED)
+    assert queue_files(spool) == {}
+
+
 def test_a_file_whose_writer_was_killed_is_no_message(spool: Path) -> None:
     path = spool / "incoming" / "4hK2pn0Zzz"
     path.touch(UNCOMMITTED)

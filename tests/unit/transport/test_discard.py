@@ -94,6 +94,46 @@ async def test_a_copy_goes_after_two_listings_without_its_file(
     assert discarder.counts()["b"] == 1
 
 
+async def test_what_is_to_be_carried_on_here_keeps_its_copies(
+    tmp_path: Path, shadow: ShadowStore, link: FakeLink, queue: Queue
+) -> None:
+    """The queue file of a try that was refused is gone, and the message is not delivered."""
+    own = ShadowStore(tmp_path / "own")
+    await own.open()
+    discarder = Discarder([PeerHolder(link)], queue, needed=own.to_carry_on)  # type: ignore[arg-type]
+    shadow_id, delivered = await held(shadow, "q1"), await held(shadow, "q2")
+    writer = own.begin(shadow_id, origin="c", queue_id="q0", envelope=ENVELOPE, epoch=1)
+    await writer.commit()
+    await own.claim("c", None, lambda envelope, left: envelope)
+    discarder.add("b", "q1", shadow_id)
+    discarder.add("b", "q2", delivered)
+    for _ in range(4):
+        await discarder.discard()
+    assert await left(shadow) == ["q1"]
+    await own.park(shadow_id)
+    for _ in range(2):
+        await discarder.discard()
+    assert await left(shadow) == ["q1"]
+    await own.discard([shadow_id], origin="c", state=State.PARKED)
+    for _ in range(2):
+        await discarder.discard()
+    assert await left(shadow) == []
+    await own.close()
+
+
+async def test_an_own_store_that_cannot_be_read_keeps_all(
+    shadow: ShadowStore, link: FakeLink, queue: Queue
+) -> None:
+    async def fails(shadow_ids: Set[str]) -> Set[str]:
+        raise StoreFull("no space left")
+
+    discarder = Discarder([PeerHolder(link)], queue, needed=fails)  # type: ignore[arg-type]
+    discarder.add("b", "q1", await held(shadow, "q1"))
+    for _ in range(4):
+        await discarder.discard()
+    assert await left(shadow) == ["q1"]
+
+
 async def on_hold(store: ShadowStore) -> list[str]:
     return [meta.queue_id async for meta in store.in_order(State.HELD) if meta.envelope.held]
 

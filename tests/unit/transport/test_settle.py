@@ -121,6 +121,19 @@ async def test_what_another_primary_had_still_is_not_finished_here(bench: Bench)
     assert await bench.resubmitting() == [lost]
 
 
+async def test_who_has_not_given_back_yet_what_it_had_taken_over_is_asked_again(
+    bench: Bench,
+) -> None:
+    shadow_id = await put(bench.there)
+    await bench.there.claim("a", None, lambda envelope, left: envelope)
+    with pytest.raises(PeerError, match="not given back yet"):
+        await bench.run()
+    assert await bench.resubmitting() == []
+    await bench.there.give_back()
+    await bench.run()
+    assert await bench.resubmitting() == [shadow_id]
+
+
 async def test_a_copy_of_what_was_set_aside_here_stays(bench: Bench) -> None:
     shadow_id = await put(bench.there)
     await put(bench.own, shadow_id, state=State.RESUBMITTING)

@@ -33,7 +33,7 @@ from typing import Any
 from umbra.cluster.protocol import LONGEST
 from umbra.node.addresses import ServiceAddresses
 from umbra.node.packets import Connection
-from umbra.node.queue import owed_bounces, queue_files
+from umbra.node.queue import QUEUE_ID, owed_bounces, queue_files
 from umbra.systemd import notify
 
 log = logging.getLogger("umbra.helper")
@@ -41,7 +41,6 @@ log = logging.getLogger("umbra.helper")
 STORAGE = re.compile(r"[0-9a-f]{1,64}\Z")
 NODE = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,232}\Z")  # systemd takes 255 characters of unit
 STONITH_TIMEOUT = 35.0  # its unit's own is 30 s at most
-QUEUE_ID = re.compile(r"[0-9A-Za-z]{5,30}\Z")
 ID_HEADER = re.compile(r"^X-Umbra-Id:[ \t]*(\S*)", re.MULTILINE | re.IGNORECASE)
 SHADOW_ID = re.compile(r"[0-9a-f]{32}\Z")
 MAX_NAMES = 500

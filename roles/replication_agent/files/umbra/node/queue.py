@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from pathlib import Path
 # meanwhile.
 QUEUES = ("maildrop", "incoming", "active", "deferred", "hold", "corrupt")
 ARRIVING = "arriving"
+QUEUE_ID = re.compile(r"[0-9A-Za-z]{5,30}\Z")
 _FAILED = b"recipient="
 # A log with more is none of Postfix's: 100,000 recipients that failed take less than half.
 MAX_LOG = 64 * 1024 * 1024
@@ -23,7 +25,8 @@ def queue_files(spool: Path) -> dict[str, str]:
 
     A file in ``incoming`` that Postfix has not committed (made executable) yet counts as
     ``arriving``; one whose writer died before that is none: Postfix will never deliver it, and
-    removes it at some later start. A file that moves on while we look is found in the later queue.
+    removes it at some later start. Nor is a file whose name is no queue id. A file that moves on
+    while we look is found in the later queue.
     OSError if a queue cannot be read.
     """
     found: dict[str, str] = {}
@@ -34,6 +37,8 @@ def queue_files(spool: Path) -> dict[str, str]:
                 for entry in entries:
                     if entry.is_dir(follow_symlinks=False):
                         pending.append(Path(entry.path))
+                    elif not QUEUE_ID.match(entry.name):
+                        continue
                     elif queue != "incoming":
                         found[entry.name] = queue
                     elif place := _incoming(entry.path):

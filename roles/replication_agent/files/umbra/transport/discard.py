@@ -65,6 +65,14 @@ async def nameless(queue_ids: Set[str]) -> Mapping[str, str]:
     return dict.fromkeys(queue_ids, "")
 
 
+Needed = Callable[[Set[str]], Awaitable[Set[str]]]
+
+
+async def none_needed(shadow_ids: Set[str]) -> Set[str]:
+    """Return that this node has none of them still to carry on."""
+    return set()
+
+
 @dataclass(frozen=True, slots=True)
 class Listing:
     """What a holder keeps for this node.
@@ -330,6 +338,8 @@ class Discarder:
         raise, not return less, when a directory cannot be read.
     :param names: returns the shadow ids that queue files bear, "" for one that has none; one that
         is missing will be told later. HelperError.
+    :param needed: returns which of these messages this node has still to carry on: the queue file
+        of a try that was refused is gone, and the message is not delivered. StoreError.
     :param acts: whether this node is primary. If not, what shadows have is not its to judge: the
         new primary may need it, whatever has become of the queue files here.
     :param interval: seconds between two listings; none is made while no copy is outstanding.
@@ -341,6 +351,7 @@ class Discarder:
         queue: Queue,
         *,
         names: ShadowIds = nameless,
+        needed: Needed = none_needed,
         acts: Callable[[], bool] = lambda: True,
         interval: float = 1.0,
     ) -> None:
@@ -348,6 +359,7 @@ class Discarder:
         self._copies = {name: Copies() for name in self._holders}
         self._queue = queue
         self._names = names
+        self._needed = needed
         self._before: set[str] = set()
         self._acts = acts
         self._interval = interval
@@ -435,7 +447,7 @@ class Discarder:
             await self._tell_held(name, copies, queue)
             try:
                 gone = await self._gone(copies, copies.judge(present), present & self._before)
-            except HelperError as error:
+            except (HelperError, StoreError) as error:
                 log.warning("nothing of %s is discarded: %s", name, error)
                 continue
             for delivered, ripe in copies.worth(gone):
@@ -467,6 +479,8 @@ class Discarder:
 
         :param present: the files that two listings have shown: others may be half written.
         """
+        needed = await self._needed(set(ripe.values())) if ripe else set()
+        ripe = {key: shadow_id for key, shadow_id in ripe.items() if shadow_id not in needed}
         if not ripe:
             return ripe
         oldest = min(ripe)  # a file's id tells its time

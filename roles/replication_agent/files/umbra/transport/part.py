@@ -143,8 +143,9 @@ class Messages:
             *map(PeerHolder, group.links.values()),
         ]
         self._discarder = Discarder(
-            holders, helper.queue, names=self._names_of, acts=group.is_primary
-        )
+            holders, helper.queue, names=self._names_of, needed=self._store.to_carry_on,
+            acts=group.is_primary,
+        )  # fmt: skip
         resubmissions: dict[str, Resubmission] = {}
         self._once = Once(mailboxes.delivered)
         self._once_server = OnceServer(paths.delivery / NAME, self._once)

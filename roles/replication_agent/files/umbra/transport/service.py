@@ -15,7 +15,7 @@ from umbra.transport import metrics, wire
 from umbra.transport.envelope import Envelope, EnvelopeError
 from umbra.transport.fetch import LOST
 from umbra.transport.ids import valid
-from umbra.transport.store import ContentError, Gone, ShadowStore, StoreError, StoreFull
+from umbra.transport.store import ContentError, Gone, ShadowStore, State, StoreError, StoreFull
 from umbra.transport.tracking import DISCARDED, track
 
 RECEIVE_TIMEOUT = 300.0
@@ -196,6 +196,9 @@ class ShadowService:
         """``shadow-left``: what is held for others than the primary, as JSON lines."""
         self._check(peer.node)
         with _told():
+            # Until then what it had taken over is in no list, and would never be asked for again.
+            if any(row.state is State.RESUBMITTING for row in await self._store.stats()):
+                raise PeerError("refused", "what was taken over here is not given back yet")
             async for page in self._store.left(peer.node):
                 await exchange.send_lines(
                     [{"shadow_id": shadow_id, "epoch": epoch} for shadow_id, epoch in page]

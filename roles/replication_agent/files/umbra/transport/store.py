@@ -671,6 +671,15 @@ class ShadowStore:
         if size != meta.size:
             raise ContentError(f"the content of {meta.shadow_id} has {size} bytes, not {meta.size}")
 
+    async def to_carry_on(self, shadow_ids: Set[str]) -> Set[str]:
+        """Return which of them this node has taken over and not carried on yet."""
+        rows = await self._read(
+            "SELECT shadow_id FROM message WHERE state IN (?, ?)"
+            " AND shadow_id IN (SELECT value FROM json_each(?))",
+            (State.RESUBMITTING, State.PARKED, json.dumps(list(shadow_ids))),
+        )
+        return {str(shadow_id) for (shadow_id,) in rows}
+
     async def stats(self) -> list[Holding]:
         """Return how much is stored, by origin and state."""
         rows = await self._read(
