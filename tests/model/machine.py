@@ -164,8 +164,6 @@ class Mirrored(RuleBasedStateMachine):
             self.run.note(f"{turn.kind} of {turn.user}: OK")
             self.accounts[turn.user] = before.after(turn.effect)
             if self._fault is None:
-                if turn.degrades:
-                    self.world.wait_protected(HEALS)
                 late = self._compare(turn.user, turn.kind, turn.bound)
                 for one in (turn.kind, *turn.also):
                     self.run.tally(one).compared += 1

@@ -42,7 +42,6 @@ class Turn:
     :param half: what it may have made of it if nobody knows how far it got.
     :param bound: how long after its OK the shadow may lack it (seconds).
     :param also: more operations that were made at the same time, each one counted.
-    :param degrades: the group may be degraded by it; the shadow has it when it is protected again.
     """
 
     kind: str
@@ -52,7 +51,6 @@ class Turn:
     half: Sequence[Effect] = ()
     bound: float = 0.0
     also: tuple[str, ...] = ()
-    degrades: bool = False
 
 
 class State(Protocol):
@@ -465,28 +463,6 @@ def rename(state: State, chance: random.Random) -> Turn | None:
         client.run(b"RENAME", quoted(old.encode()), quoted(name.encode()))
 
     return Turn("RENAME", client.user, act, lambda a: a.rename(old, name))
-
-
-@operation("RENAME of INBOX")
-def rename_inbox(state: State, chance: random.Random) -> Turn | None:
-    """RENAME of INBOX, which is there again, empty (RFC 9051, 6.3.6)."""
-    client = chance.choice(state.world.clients)
-    names = apart(free(state.accounts[client.user], NAMES), "INBOX")
-    if not names:
-        return None
-    name = chance.choice(names)
-
-    def act() -> None:
-        leave_all(state, client.user, ["INBOX"])
-        client.run(b"RENAME", b"INBOX", quoted(name.encode()))
-        # Dovecot makes the new one when it is used first; a look at the shadow must not be that.
-        client.run(b"STATUS INBOX (UIDNEXT)")
-
-    def effect(after: Account) -> None:
-        after.rename("INBOX", name)
-        after.create("INBOX")
-
-    return Turn("RENAME of INBOX", client.user, act, effect, degrades=True)
 
 
 @operation("DELETE")

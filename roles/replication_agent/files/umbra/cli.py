@@ -118,7 +118,7 @@ def resubmit(
 def switchover(to: str, dry_run: bool, timeout_s: float) -> None:
     """Make NODE the primary; nothing is lost. Does nothing if it is already."""
     body = {"to": to, "dry_run": dry_run, "timeout_s": timeout_s}
-    # After the wait for which there is a bound comes the move itself, see docs/coordinator.md.
+    # After the wait, which that bounds, comes the move itself; the agent bounds it by a minute.
     result = call("POST", "/switchover", body, timeout=timeout_s + 70)
     if not result["changed"]:
         click.echo(f"{to} is the primary already.")

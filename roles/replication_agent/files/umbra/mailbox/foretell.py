@@ -28,6 +28,9 @@ A sync is foretold only if the last one of the user showed that both nodes have 
 and this node still has these. If not, it goes on as a plain one: until the names are there only the
 shadow's hello was foretold, which is the same in all syncs.
 
+A plain one may be guarded: the names wait here until the shadow has told its own, and the sync is
+broken off (``Unsafe``) if by these names dsync would remove mailboxes from it that it is to have.
+
 One of a single mailbox is foretold or not made at all (``Whole``): dsync would take a mailbox that
 has another name on the shadow, or is gone here, for something else than it is.
 """
@@ -475,7 +478,7 @@ class Foretelling:
                     missing.add(guid)
                 continue
             mine, validity_here = here[guid]
-            if name == b"INBOX" != mine:
+            if name == b"INBOX" and mine != b"INBOX":
                 raise Unsafe("INBOX was renamed")
             # By these dsync takes it for another mailbox, and removes the shadow's.
             there = _uid(self._uid_next_there[guid])
