@@ -46,7 +46,8 @@ class World:
         self.syncs: list[str] = []
         self.failed = SyncResult(Outcome.FAILED, reason="the connection ended")
         self.handler = GoneHandler(lambda: self.closed, cast(Dovecot, self.there))
-        self.carrier = GoneCarrier(self, self, cast(Dovecot, self.here))
+        self.relied_on = False
+        self.carrier = GoneCarrier(self, self, cast(Dovecot, self.here), lambda: self.relied_on)
 
     async def sync(
         self, user: str, state: str, *, merge: bool = False, apart: Sequence[str] = ()
@@ -82,6 +83,25 @@ async def test_what_is_gone_is_removed_deepest_first(world: World) -> None:
     # The INBOX stays whatever its GUID is, and so does what was only renamed.
     assert set(world.there.found) == {"INBOX", "old"}
     assert await world.carrier.sync(USER, "") == SyncResult(Outcome.SYNCED, "new")
+
+
+async def test_what_was_renamed_goes_when_that_was_not_enough_and_nobody_relies_on_it(
+    world: World,
+) -> None:
+    """dsync cannot rename it; it is copied anew."""
+    world.there.found |= {"m/c/d": guid(1)}
+    world.relied_on = True
+    for _ in range(3):
+        assert await world.carrier.sync(USER, "") == world.failed
+        assert set(world.there.found) == {"INBOX", "old", "m/c/d"}
+    world.relied_on = False
+    await world.carrier.sync(USER, "")
+    assert set(world.there.found) == {"INBOX"}, "whatever its GUID is"
+    assert (await world.carrier.sync(USER, "")).outcome is Outcome.SYNCED
+    # The next failure is a first one again.
+    world.there.found |= {"old": guid(2), "m/c/d": guid(1)}
+    assert await world.carrier.sync(USER, "") == world.failed
+    assert set(world.there.found) == {"INBOX", "old", "m/c/d"}
 
 
 async def test_nothing_is_removed_after_a_sync_that_worked_nor_by_a_merge(world: World) -> None:
@@ -128,6 +148,9 @@ async def test_a_node_that_is_no_copy_refuses(world: World) -> None:
         {"user": USER, "keep": "all"},
         {"user": USER, "keep": ["INBOX"]},
         {"user": USER, "keep": [guid(1)] * (MAX_MAILBOXES + 1)},
+        {"user": USER, "keep": [guid(1)], "names": ["a", "b"]},
+        {"user": USER, "keep": [guid(1)], "names": "a"},
+        {"user": USER, "keep": [guid(1)], "names": [1]},
     ],
 )
 async def test_nonsense_is_refused(world: World, args: dict[str, Any]) -> None:

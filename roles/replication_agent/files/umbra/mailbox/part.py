@@ -150,7 +150,14 @@ class Mailboxes:
         flagged = flags.Dovecot(self._doveadm)
         self.being_delivered: Callable[[str, str], bool] = lambda user, shadow_id: False
         self._parents = {
-            name: ParentsCarrier(GoneCarrier(self._carriers[name], link, dovecot))
+            name: ParentsCarrier(
+                GoneCarrier(
+                    self._carriers[name],
+                    link,
+                    dovecot,
+                    functools.partial(self._relied_on, name),
+                )
+            )
             for name, link in group.links.items()
         }
         self._scripts = {
