@@ -23,7 +23,7 @@ from umbra.cluster.driver import OPEN_PHASES
 from umbra.cluster.group import now
 from umbra.cluster.machine import NotNow
 from umbra.cluster.quorum import QuorumGroup
-from umbra.cluster.state import Change, Role
+from umbra.cluster.state import Change
 from umbra.cluster.switchover import (
     HANDOVER_TIMEOUT,
     Mailboxes,
@@ -179,8 +179,7 @@ class Handover(Switchover):
                 failure = error.text
                 timing = quorum.driver.config.timing
                 await quorum.driver.until(group.is_primary, timing.work + 2 * timing.silence)
-        # Under another epoch, and it may be opening still; the queue is this node's again, too.
-        if group.is_primary() or group.state.durable.role is Role.PRIMARY:
+        if self._has_role_back:  # under another epoch
             failure = failure or f"{to} was lost before it served"
             raise Refused(f"{failure}; {group.state.node} is primary again.")
         change = replace(change, outage_s=round(time.monotonic() - began, 4))

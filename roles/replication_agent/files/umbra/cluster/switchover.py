@@ -442,14 +442,19 @@ class Switchover:
                     " `umbractl open --force`."
                 )
 
+    @property
+    def _has_role_back(self) -> bool:
+        """Whether this node acts again, or will when it has opened: the queue is its own."""
+        return self._group.is_primary() or self._group.state.durable.role is Role.PRIMARY
+
     async def _tidy(self, covered: Mapping[str, str], remaining: Remaining, epoch: int) -> None:
         """Hold the queue: what the primary of ``epoch`` has taken over, and what it has no copy of.
 
         Dying before it is done leaves queue files here that the next promotion of this node would
         deliver again; so an agent that finds itself a shadow puts all of its queue on hold.
         """
-        if self._group.is_primary() or self._group.state.durable.role is Role.PRIMARY:
-            return  # the new primary is lost already, and this node has gone on, or opens again
+        if self._has_role_back:
+            return  # the new primary is lost already
         left = remaining.keys() - covered.keys()
         try:
             await self._helper.queue_hold(sorted(remaining))
