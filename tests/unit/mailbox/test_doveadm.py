@@ -131,6 +131,26 @@ async def test_has_message(tmp_path: Path, answer: bytes, found: bool | None) ->
         assert await doveadm.has_message("a@example.org", "id") is found
 
 
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        (b"\n+\n", False),
+        (b"id\t\n+\n", True),
+        (b"other\x01nid\t\n+\n", False),
+        (b"other\x01nid\tid\x01nother\t\n+\n", True),
+        (b"\n-NOUSER\n", None),
+    ],
+)
+async def test_an_id_that_a_sender_wrote_below_is_no_delivery(
+    tmp_path: Path, answer: bytes, found: bool | None
+) -> None:
+    """Who got the message too could else have another's copy of it dropped."""
+    server = Server(answer)
+    async with dovecot(tmp_path, server) as doveadm:
+        assert await doveadm.has_delivery("a@example.org", "id") is found
+    assert server.asked.endswith(b"\thdr.x-umbra-id\tHEADER\tX-Umbra-Id\tid\n")
+
+
 async def test_has_message_by_either_id(tmp_path: Path) -> None:
     server = Server(b"\n+\n")
     async with dovecot(tmp_path, server) as doveadm:

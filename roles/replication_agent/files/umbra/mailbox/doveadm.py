@@ -133,6 +133,10 @@ def listable(mailbox: str) -> bool:
     return not (mailbox.startswith("\\") or "*" in mailbox or "%" in mailbox) and _utf8(mailbox)
 
 
+def _with_id(shadow_id: str) -> tuple[str, ...]:
+    return "HEADER", "X-Umbra-Id", shadow_id
+
+
 def _utf8(text: str) -> bool:
     """Return whether it is UTF-8: no lone surrogates, which stand for other bytes."""
     try:
@@ -333,22 +337,37 @@ class Doveadm:
         return not reply.code
 
     async def has_message(self, user: str, shadow_id: str, message_id: str = "") -> bool | None:
-        """Return whether a mailbox of ``user`` has a message with this ``X-Umbra-Id``.
+        """Return whether a mailbox of ``user`` has a message that bears this ``X-Umbra-Id``.
 
         None if there is no such user.
 
         :param message_id: one with this Message-ID will do as well. One that is not in angle
             brackets is not looked for: the search is for a part of the header.
         """
-        if not _utf8(user):
-            return None  # a recipient may be any bytes; a user of Dovecot's has a name in UTF-8
-        query = ["HEADER", "X-Umbra-Id", shadow_id]
+        query = _with_id(shadow_id)
         if message_id.startswith("<") and message_id.endswith(">") and _utf8(message_id):
             # doveadm's OR stands between; a leading one, as in IMAP, ends its server process.
-            query += ["OR", "HEADER", "Message-ID", message_id]
-        reply = await self.run(user, "search", "-u", user, *query)
+            query = (*query, "OR", "HEADER", "Message-ID", message_id)
+        found = await self._of_user(user, "search", *query)
+        return None if found is None else bool(found)
+
+    async def has_delivery(self, user: str, shadow_id: str) -> bool | None:
+        """Return whether the message that was given this id is in a mailbox of ``user``.
+
+        None if there is no such user. Only the first header of that name counts, which the milter
+        has put there: any sender who knows the id can write others below it.
+        """
+        found = await self._of_user(user, "fetch", "hdr.x-umbra-id", *_with_id(shadow_id))
+        if found is None:
+            return None
+        return any(text.partition("\n")[0].strip() == shadow_id for text in found)
+
+    async def _of_user(self, user: str, command: str, *arguments: str) -> list[str] | None:
+        if not _utf8(user):
+            return None  # a recipient may be any bytes; a user of Dovecot's has a name in UTF-8
+        reply = await self.run(user, command, "-u", user, *arguments)
         if reply.code == "NOUSER":
             return None
         if reply.code:
-            raise DoveadmError(f"doveadm search ended with {reply.code}")
-        return bool(reply.fields)
+            raise DoveadmError(f"doveadm {command} ended with {reply.code}")
+        return reply.fields

@@ -716,18 +716,28 @@ class Mailboxes:
 
     async def delivered(self, recipient: str, shadow_id: str) -> bool:
         """Return whether a mailbox of ``recipient`` has the message; OSError if nobody can tell."""
-        return bool(await self.present(recipient, shadow_id, ""))
+        return bool(
+            await self._ask(recipient, lambda user: self._doveadm.has_delivery(user, shadow_id))
+        )
 
     async def present(self, recipient: str, shadow_id: str, message_id: str) -> bool | None:
         """Return whether a mailbox of ``recipient`` has the message, by either id.
 
-        None if there is no such mailbox; OSError if nobody can tell.
+        One that was sent again bears its first id as well. None if there is no such mailbox;
+        OSError if nobody can tell.
         """
+        return await self._ask(
+            recipient, lambda user: self._doveadm.has_message(user, shadow_id, message_id)
+        )
+
+    async def _ask(
+        self, recipient: str, has: Callable[[str], Awaitable[bool | None]]
+    ) -> bool | None:
         try:
             for user in dict.fromkeys((recipient, plain(recipient))):
                 for merger in self._mergers.values():
                     await merger.settled(user)
-                found = await self._doveadm.has_message(user, shadow_id, message_id)
+                found = await has(user)
                 if found is not None:
                     if not found:
                         await self._gap.before(user)  # it is about to be stored
