@@ -463,6 +463,10 @@ async def test_the_time_out_is_of_the_whole_and_can_be_extended(identities: Path
         async with link.exchange("slow", {}, timeout=0.2) as exchange:
             exchange.extend(5)
             assert await exchange.result() == {}
+        async with link.exchange("slow", {}, timeout=0.2) as exchange:
+            await asyncio.sleep(0.1)
+            exchange.renew(0.5)
+            assert await exchange.result() == {}
         with pytest.raises(PeerError, match="in time"):
             await link.request("slow", {}, timeout=0.2)
 

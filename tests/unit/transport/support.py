@@ -148,6 +148,10 @@ class FakeExchange:
         assert when is not None
         self.limit.reschedule(when + seconds)
 
+    def renew(self, seconds: float) -> None:
+        if self.limit is not None:
+            self.limit.reschedule(asyncio.get_running_loop().time() + seconds)
+
     async def send(self, data: bytes) -> None:
         if data:
             await self._to.put(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -13,12 +14,12 @@ from tests.unit.transport.support import ENVELOPE, LONG, FakeLink, active, conte
 from tests.unit.transport.test_store import spoil
 
 from umbra.peer.exchange import PeerError
-from umbra.transport import ids
+from umbra.transport import backfill, ids, service
 from umbra.transport.backfill import BackFill, BackFilled
 from umbra.transport.discard import Copies, Discarder, LocalHolder, PeerHolder
 from umbra.transport.resubmit import narrow
 from umbra.transport.service import ShadowService
-from umbra.transport.store import ShadowStore, State
+from umbra.transport.store import Meta, ShadowStore, State
 
 CONTENT = os.urandom(300_000)
 
@@ -77,6 +78,25 @@ async def test_everything_is_copied_and_its_own_copy_goes(bench: Bench) -> None:
         assert await content(bench.shadow.content(meta)) == body
     assert await bench.own.stats() == []
     assert await bench.back_fill.run(bench.link) == BackFilled(0, complete=True)  # type: ignore[arg-type]
+
+
+async def test_a_large_message_has_the_time_of_a_slow_line(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backfill, "TIMEOUT", 0.2)
+    monkeypatch.setattr(service, "RECEIVE_TIMEOUT", 0.2)
+    await bench.alone(b"x")
+    whole = bench.own.content
+
+    async def slow(meta: Meta) -> AsyncIterator[bytes]:
+        for _ in range(5):
+            await asyncio.sleep(0.1)
+            yield b"x"
+        async for piece in whole(meta):
+            yield piece
+
+    monkeypatch.setattr(bench.own, "content", slow)
+    assert (await bench.back_fill.run(bench.link)).copied == 1  # type: ignore[arg-type]
 
 
 async def test_a_break_keeps_what_is_not_copied(bench: Bench) -> None:

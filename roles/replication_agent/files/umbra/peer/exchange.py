@@ -33,6 +33,11 @@ class Exchange:
         if self._limit is not None and (when := self._limit.when()) is not None:
             self._limit.reschedule(when + seconds)
 
+    def renew(self, seconds: float) -> None:
+        """Client only. Let the exchange end so many seconds from now, because it has moved on."""
+        if self._limit is not None:
+            self._limit.reschedule(asyncio.get_running_loop().time() + seconds)
+
     async def send(self, data: bytes) -> None:
         """Send ``data`` of any length as DATA; waits while the other side does not read."""
         if data:

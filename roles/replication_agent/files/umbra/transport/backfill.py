@@ -19,6 +19,7 @@ from umbra.transport.tracking import BACK_FILLED, track
 log = logging.getLogger(__name__)
 
 TIMEOUT = 240.0
+"""Seconds for a message that does not move on: the line may be slow and the message large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +159,7 @@ class BackFill:
                 await exchange.send(head)
             async for piece in content:
                 await exchange.send(piece)
+                exchange.renew(TIMEOUT)
             await exchange.result()
         # Before the own copy goes: dying here leaves both, and the same id is stored again at the
         # next run.

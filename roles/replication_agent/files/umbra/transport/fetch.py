@@ -13,6 +13,7 @@ from umbra.transport import wire
 from umbra.transport.envelope import Envelope, EnvelopeError
 
 TIMEOUT = 240.0
+"""Seconds for a message that does not move on."""
 LOST = "content-lost"
 """The PeerError's code of a message that the shadow has not, or cannot read."""
 
@@ -71,4 +72,5 @@ async def _content(exchange: Exchange, data: bytes) -> AsyncIterator[bytes]:
         yield data
     while (piece := await exchange.receive()) is not None:
         yield piece
+        exchange.renew(TIMEOUT)
     await exchange.result()

@@ -19,7 +19,7 @@ from umbra.transport.store import ContentError, Gone, ShadowStore, State, StoreE
 from umbra.transport.tracking import DISCARDED, track
 
 RECEIVE_TIMEOUT = 300.0
-"""Seconds; longer than a primary waits for a shadow message, whatever its size."""
+"""Seconds without a piece of a message; longer than a primary waits for one."""
 
 MAX_DISCARD = 2000
 
@@ -88,8 +88,8 @@ class ShadowService:
         self.running += 1
         try:
             with _told():
-                async with asyncio.timeout(RECEIVE_TIMEOUT):
-                    shadow_id = await self._receive(peer.node, epoch, args, exchange)
+                async with asyncio.timeout(RECEIVE_TIMEOUT) as limit:
+                    shadow_id = await self._receive(peer.node, epoch, args, exchange, limit)
         except EnvelopeError as error:
             raise PeerError("protocol", str(error)) from None
         finally:
@@ -103,7 +103,12 @@ class ShadowService:
         return {}
 
     async def _receive(
-        self, node: str, epoch: int, args: Mapping[str, Any], exchange: Exchange
+        self,
+        node: str,
+        epoch: int,
+        args: Mapping[str, Any],
+        exchange: Exchange,
+        limit: asyncio.Timeout,
     ) -> str:
         shadow_id, queue_id = wire.names(args)
         rest = b""
@@ -121,6 +126,7 @@ class ShadowService:
                 await writer.write(rest)
             while (data := await exchange.receive()) is not None:
                 await writer.write(data)
+                limit.reschedule(asyncio.get_running_loop().time() + RECEIVE_TIMEOUT)
             await writer.commit()
         finally:
             writer.abort()
