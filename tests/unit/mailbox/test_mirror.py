@@ -864,9 +864,32 @@ async def test_what_went_unasked_is_copied_and_excuses_no_longer_than_nobody_wai
             while world.remote["u1"] != 1 or peer.lag()[0]:  # noqa: ASYNC110
                 await asyncio.sleep(0.002)
         assert world.mode == "alone"
-        assert peer.sync_seconds > 0
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_who_changes_all_the_time_is_not_copied_all_the_time_when_nobody_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHANGED_REST", 0.1)
+    world = World()
+    async with mirror(world, tmp_path) as peer:
+        await peer.keep_to(Phase.CATCHING_UP, set(), "asynchronous")
+        task = asyncio.create_task(peer.catch_up(world.protect, everyone=False, binding="one"))
+        await asyncio.sleep(0.01)
+        before = len(world.syncs)
+        world.local["u1"] += 1
+        world.outcome = lambda user: Outcome.CHANGED
+        peer.follow(["u1"])
+        await asyncio.sleep(0.25)
+        assert 2 <= len(world.syncs) - before <= 3
+        assert (peer.lag()[0], peer.busy, peer.findings) == (1, False, {})
+        # Somebody hurries now, such as a switchover.
+        world.outcome = lambda user: Outcome.SYNCED
+        monkeypatch.setattr(module, "CHANGED_REST", 60)
+        await peer.keep_to(Phase.PROTECTED, set(), "")
+        await asyncio.wait_for(task, 5)
+        assert (peer.phase, world.remote["u1"]) == (Phase.PROTECTED, 1)
 
 
 async def test_mirroring_is_one_way(tmp_path: Path) -> None:

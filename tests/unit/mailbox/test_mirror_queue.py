@@ -50,7 +50,7 @@ class Model(RuleBasedStateMachine):
         user = self.queue.start()
         if user is None:
             wanting = (set(self.open.values()) | set(self.noted)) - self.queue.held
-            wanting -= self.queue.suspended
+            wanting -= self.queue.suspended | self.queue.resting
             assert len(self.running) == WORKERS or not wanting - set(self.running)
             return
         assert user not in self.running, "two syncs of one user"
@@ -100,6 +100,19 @@ class Model(RuleBasedStateMachine):
         self.whole.add(user)
         assert user in self.queue.held | self.queue.suspended
 
+    @precondition(lambda self: bool(self.running))
+    @rule(data=st.data())
+    def rest(self, data: st.DataObject) -> None:
+        user = data.draw(st.sampled_from(sorted(self.running)))
+        del self.running[user]
+        self.queue.rest(user)
+        self.whole.add(user)
+
+    @rule()
+    def wake(self) -> None:
+        self.queue.wake()
+        assert not self.queue.resting
+
     @rule(users=st.sets(USERS, max_size=2))
     def suspend(self, users: set[str]) -> None:
         self.queue.suspend(users)
@@ -118,6 +131,8 @@ class Model(RuleBasedStateMachine):
         assert self.queue.running == len(self.running)
         assert self.queue.noted == len(self.noted)
         assert self.queue.held <= set(self.noted) - self.queue.suspended
+        left = set(self.noted) - self.queue.suspended - set(self.open.values()) - set(self.running)
+        assert self.queue.resting <= left
         assert self.queue.wanting() == set(self.noted) - self.queue.suspended
         assert self.queue.paused == len(set(self.noted) & self.queue.suspended)
 
@@ -125,6 +140,7 @@ class Model(RuleBasedStateMachine):
         """Nothing is lost: when all syncs end well, everybody is released."""
         self.queue.suspend(set())
         self.queue.note(list(self.queue.held))
+        self.queue.wake()
         released: list[int] = []
         for user in list(self.running):
             released += self.queue.done(user)[0]

@@ -52,18 +52,11 @@ def test_who_forbids_hears_how_long_the_permit_still_holds(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("names", "sync_seconds", "workers", "seconds"),
-    [
-        (0, 0.0, 2, notes.SHORTEST),
-        (1, 0.015, 2, notes.SHORTEST),  # alone and on a machine with nothing else to do
-        (16, 0.02, 2, 1.44),
-        (500, 0.02, 4, notes.LONGEST),
-    ],
+    ("took", "seconds"),
+    [(0.0, notes.SHORTEST), (0.01, notes.SHORTEST), (0.16, 1.44), (2.5, notes.LONGEST)],
 )
-def test_copying_leaves_the_machine_to_its_users(
-    names: int, sync_seconds: float, workers: int, seconds: float
-) -> None:
-    assert rest(names, sync_seconds, workers) == pytest.approx(seconds)
+def test_copying_leaves_the_machine_to_its_users(took: float, seconds: float) -> None:
+    assert rest(took) == pytest.approx(seconds)
 
 
 def test_what_cannot_be_removed_is_passed_by_and_told_once(

@@ -59,8 +59,9 @@ RESYNC_LOOK = 0.05
 DEEP_PERIOD = 24 * 3600.0
 # and so often (seconds) it is looked whose turn has come, and who has had single mailboxes synced.
 SWEEP_INTERVAL = 60.0
-# How much the last sync counts in what one takes.
-PACE = 0.1
+# A user who changes more while being copied, and whom nobody waits for, is not copied again for so
+# long (seconds).
+CHANGED_REST = 1.0
 # How often it is looked whether this node may act (seconds).
 RIGHT_LOOK = 0.05
 # A change whose sync moves on waits for so many times the time-out in all, but for less than
@@ -218,7 +219,6 @@ class PeerMirror:
         self.findings: dict[str, str] = {}
         self.done = 0
         self.total = 0
-        self.sync_seconds = 0.0
         self._group = group
         self._ledger = ledger
         self._users = users
@@ -313,6 +313,8 @@ class PeerMirror:
         news = suspended - self._queue.suspended
         self._queue.suspend(suspended)
         self._first_round -= suspended
+        if limit is not Phase.CATCHING_UP:
+            self._queue.wake()
         if self.phase.rank > limit.rank or (news and self.phase.waits):
             await self.lose(reason, lost=False)
         self._progress.set()
@@ -424,12 +426,14 @@ class PeerMirror:
         started = monotonic()
         result = await self._one_sync(user)
         took = monotonic() - started
-        self.sync_seconds += (took - self.sync_seconds) * PACE
         metrics.SYNC_SECONDS.labels(self.peer).observe(took)
         metrics.SYNCS.labels(self.peer, result.outcome.value).inc()
         match result.outcome:
             case Outcome.SYNCED:
                 self._settle(user, started)
+            case Outcome.CHANGED if self._unhurried(user):
+                self._queue.rest(user)
+                asyncio.get_running_loop().call_later(CHANGED_REST, self._rested, user)
             case Outcome.CHANGED if self._attempts.get(
                 user, 0
             ) < CHANGED_ATTEMPTS or self._queue.awaited(user):
@@ -448,6 +452,16 @@ class PeerMirror:
                 await self._failed(user, result)
         self._progress.set()
         self._pump()
+
+    def _unhurried(self, user: str) -> bool:
+        """Tell whether nobody waits for the copy of ``user``, now or soon."""
+        hurried = user in self._first_round or self._queue.awaited(user)
+        return self.limit is Phase.CATCHING_UP and not hurried
+
+    def _rested(self, user: str) -> None:
+        if user in self._queue.resting:
+            self._queue.note([user])
+            self._pump()
 
     async def _one_sync(self, user: str) -> SyncResult:
         if user in self._unmerged:
@@ -802,6 +816,11 @@ class PeerMirror:
     def retry_held(self) -> None:
         """Try again what could not be mirrored."""
         self.follow(list(self._queue.held))
+
+    @property
+    def busy(self) -> bool:
+        """Whether syncs run, or are about to."""
+        return self.phase is not Phase.RECORDING and self._queue.busy
 
     @property
     def running(self) -> int:

@@ -52,6 +52,7 @@ class MirrorQueue(Generic[Ticket]):
         self.running = 0
         self.noted = 0
         self.held: set[str] = set()
+        self.resting: set[str] = set()
         self.suspended: set[str] = set()
 
     def wait(self, user: str, ticket: Ticket, mailbox: str = "") -> None:
@@ -134,6 +135,18 @@ class MirrorQueue(Generic[Ticket]):
         entry.places.add("")
         self._requeue(user, entry)
 
+    def rest(self, user: str) -> None:
+        """Do as ``again``, but with no turn before the user is noted, waited for or woken."""
+        self.again(user)
+        if not self.awaited(user) and user not in self.suspended:
+            self._dequeue(user)
+            self.resting.add(user)
+
+    def wake(self) -> None:
+        """Give those who rest their turns."""
+        for user in list(self.resting):
+            self._enqueue(user)
+
     def withdraw(self) -> dict[str, list[Ticket]]:
         """Nobody waits any more: return all tickets by user, and note the users instead.
 
@@ -156,6 +169,7 @@ class MirrorQueue(Generic[Ticket]):
         """Only ``users`` get no turn from now on, whatever is noted of them."""
         before, self.suspended = self.suspended, set(users)
         self.held -= users
+        self.resting -= users
         for user in users - before:
             self._dequeue(user)
         for user in before - users:
@@ -165,6 +179,11 @@ class MirrorQueue(Generic[Ticket]):
     def wanting(self) -> set[str]:
         """Return the users who are noted and not suspended."""
         return {user for user in self._users if self.lacks(user)} - self.suspended
+
+    @property
+    def busy(self) -> bool:
+        """Whether a sync runs, or a user has a turn."""
+        return bool(self.running or self._awaited or self._noted)
 
     @property
     def paused(self) -> int:
@@ -187,6 +206,7 @@ class MirrorQueue(Generic[Ticket]):
         if entry.running or user in self.suspended:
             return
         self.held.discard(user)
+        self.resting.discard(user)
         order, other = self._awaited, self._noted
         if not entry.waiting:
             order, other = other, order

@@ -30,22 +30,19 @@ log = logging.getLogger(__name__)
 UPTIME = Path("/proc/uptime")
 # A permit holds for so long (seconds), and is renewed so often.
 PERMIT, RENEWAL = 1.0, 0.25
-# Copying what nobody waits for leaves the workers idle for so many times as long as it takes,
+# Copying what nobody waits for rests for so many times as long as it has taken,
 REST = 9.0
 # but a name waits for at least and at most so long (seconds).
 SHORTEST, LONGEST = 0.1, 2.0
 
 
-def rest(names: int, sync_seconds: float, workers: int) -> float:
-    """Return how long to leave the names alone (seconds) after ``names`` of them were taken.
+def rest(took: float) -> float:
+    """Return how long to leave the names alone (seconds), when copying the last took so long.
 
     One change now and then is copied at once. Where many users make many, more of them share a
     sync, so that copying takes a tenth of the time and not all of it.
-
-    :param sync_seconds: what a sync has taken lately.
-    :param workers: how many syncs run at once.
     """
-    return min(max(SHORTEST, REST * names * sync_seconds / workers), LONGEST)
+    return min(max(SHORTEST, REST * took), LONGEST)
 
 
 class Notes:

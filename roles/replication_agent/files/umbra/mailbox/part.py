@@ -57,6 +57,8 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 MISSED_INTERVAL = 2.0
 # How much later than the permit the names are read that were left under it (seconds).
 FORBID_PAUSE = 0.05
+# How often it is looked whether what was noted is copied (seconds).
+COPIED_LOOK = 0.01
 MERGED_TIMEOUT = 5.0
 # By how much the kernel may be late to close the ports (seconds).
 LATE_PORTS = 0.5
@@ -126,7 +128,6 @@ class Mailboxes:
         self._notes = notes.Notes(paths.missed, paths.run / "unasked")
         self._unread_notes = ""
         self._notes.forbid()
-        self._workers = config.mailbox.workers
         self._events = ScriptEvents(paths.events)
         self._reading = asyncio.Lock()
         self._dsync = paths.dsync
@@ -344,8 +345,16 @@ class Mailboxes:
                 self._unread_notes = ""
                 names = await self._noted(found, permitted=permitted)
             if permitted:
-                took = max(peer.sync_seconds for peer in self._peers.values())
-                pause = notes.rest(names, took, self._workers)
+                pause = notes.rest(await self._copied() if names else 0.0)
+
+    async def _copied(self) -> float:
+        """Wait while syncs run, but not for ever; return for how long (seconds)."""
+        began = monotonic()
+        while (took := monotonic() - began) < notes.LONGEST:
+            if not any(peer.busy for peer in self._peers.values()):
+                break
+            await asyncio.sleep(COPIED_LOOK)
+        return took
 
     async def _take_notes(self, *, permitted: bool) -> int:
         """Note whose change the agent was not asked for, and return how many they are. OSError.
