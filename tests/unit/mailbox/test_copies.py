@@ -112,6 +112,17 @@ async def test_a_message_that_was_resubmitted_is_there_once() -> None:
     assert here.messages == there.messages == {guid(1): one, guid(12): two, guid(3): three}
 
 
+async def test_guids_of_imported_mail_are_of_any_length() -> None:
+    imported = [
+        f"{number:010d}.M5P{number}.mail.example.org,S=1234,W=1260" for number in range(2000)
+    ]
+    pair = Pair(Node(m1=ids.new()), Node(m2=ids.new()))
+    pair.here.messages |= dict.fromkeys(imported, "")
+    pair.there.messages |= dict.fromkeys(imported, "")
+    assert (await merged(pair)).outcome is Outcome.SYNCED
+    assert len(pair.there.messages) == 2002
+
+
 async def test_a_message_that_is_being_stored_counts_as_there() -> None:
     one = ids.new()
     pair = Pair(Node(), Node(m1=one))
@@ -170,10 +181,10 @@ async def test_only_a_merge_asks() -> None:
     assert pair.there.messages == {guid(2): one}
 
 
-async def test_a_user_that_is_gone_here_is_the_syncs_business() -> None:
+async def test_a_user_that_is_gone_here_is_not_merged() -> None:
     pair = Pair(Node(), Node(m1=ids.new()))
     pair.here.known = False
-    assert (await merged(pair)).outcome is Outcome.SYNCED
+    assert (await merged(pair)).outcome is Outcome.NO_USER
     assert not pair.requests
 
 

@@ -22,12 +22,14 @@ from umbra.mailbox.compare import (
     to_look_into,
 )
 from umbra.mailbox.describe import (
+    UNREADABLE,
     DescribeHandler,
     Description,
     Dovecot,
     Mailbox,
     Message,
     Peer,
+    fingerprint,
 )
 from umbra.mailbox.doveadm import Doveadm, DoveadmError, Reply
 from umbra.peer.exchange import PeerError
@@ -110,6 +112,22 @@ async def test_describe() -> None:
     assert found.active == "two"
     assert set(found.rights) == {"Work/Sub", "INBOX"}
     assert not (await dovecot().describe("b@example.org", bodies=False)).exists
+
+
+async def test_a_script_that_is_not_utf_8_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pigeonhole takes any byte in a comment; nothing else of the user could be compared."""
+    here = dovecot()
+    script = here.script
+
+    async def read(user: str, name: str) -> str:
+        if name == "one":
+            raise DoveadmError("doveadm sieve get: 'utf-8' codec can't decode byte 0xfc")
+        return await script(user, name)
+
+    monkeypatch.setattr(here, "script", read)
+    found = await here.describe(USER, bodies=False)
+    assert found.scripts["one"] == UNREADABLE
+    assert found.scripts["two"] == fingerprint("discard;\n")
 
 
 async def test_order_of_keywords_and_recent_are_no_difference() -> None:

@@ -622,6 +622,44 @@ async def test_a_user_that_is_gone_on_both_sides_is_no_finding(tmp_path: Path) -
         assert peer._ledger.changed("mail-b") == []
 
 
+async def test_a_user_who_goes_while_mailboxes_are_merged_keeps_nobody_waiting(
+    tmp_path: Path,
+) -> None:
+    world = World()
+    world.known.add("gone")
+
+    def outcome(user: str) -> Outcome:
+        if user != "gone":
+            return Outcome.SYNCED
+        world.known.discard("gone")
+        return Outcome.NO_USER
+
+    world.outcome = outcome
+    async with mirror(world, tmp_path, protected=False) as peer:
+        async with asyncio.timeout(5):
+            await peer.catch_up(world.protect, everyone=True, binding="one", merge=True)
+        assert world.mode == "protected"
+
+
+async def test_a_name_that_nodes_do_not_take_is_a_finding_and_the_peer_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For example one with a mark of its file's encoding before it."""
+    monkeypatch.setattr(module, "RETRY_DELAY", (0.001, 0.001))
+    monkeypatch.setattr(module, "HELD_PAUSE", 0.1)
+    world = World()
+    world.known.add("\ufeffu9")
+    async with mirror(world, tmp_path, protected=False) as peer:
+        catch_up = asyncio.create_task(peer.catch_up(world.protect, everyone=True, binding="one"))
+        await until(lambda: list(peer.findings) == ["\ufeffu9"])
+        assert "no name for a user" in peer.findings["\ufeffu9"]
+        assert {user for user, _ in world.syncs} == world.known - {"\ufeffu9"}
+        assert world.lost is None
+        world.known.discard("\ufeffu9")
+        await asyncio.wait_for(catch_up, 5)
+        assert (world.mode, peer.findings) == ("protected", {})
+
+
 async def test_flags_of_an_earlier_run_are_synced(tmp_path: Path) -> None:
     world = World()
     async with mirror(world, tmp_path, protected=False) as peer:

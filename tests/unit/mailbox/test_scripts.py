@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 from tests.unit.mailbox.exchange import Side, serve
 
-from umbra.mailbox import scripts
+from umbra.mailbox import describe, scripts
 from umbra.mailbox.describe import Dovecot
 from umbra.mailbox.doveadm import DoveadmError, Outcome, SyncResult
 from umbra.mailbox.scripts import ScriptCarrier, ScriptsHandler
@@ -36,6 +36,8 @@ class FakeDovecot:
     @property
     def names(self) -> list[str]:
         return list(self.texts)
+
+    contents = describe.Dovecot.contents
 
     async def script(self, user: str, name: str) -> str:
         if self.error or "\udcff" in self.texts[name]:

@@ -25,12 +25,12 @@ from typing import Any, Protocol
 
 from umbra.mailbox import metrics
 from umbra.mailbox.carrier import Exchange, valid_user
-from umbra.mailbox.describe import GUID_LENGTH, is_guid
-from umbra.mailbox.doveadm import Doveadm, DoveadmError, SyncResult, unescape
+from umbra.mailbox.describe import is_guid
+from umbra.mailbox.doveadm import Doveadm, DoveadmError, Outcome, SyncResult, unescape
 from umbra.mailbox.mirror import Carrier
 from umbra.peer.exchange import PeerError
 from umbra.peer.identity import PeerIdentity
-from umbra.peer.rows import received_rows, send_rows
+from umbra.peer.rows import MAX_LINE, received_rows, send_rows
 from umbra.transport import ids
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class Dovecot:
         names = ("mailbox", "mailbox-guid", "uid", "guid")
         others: dict[str, dict[str, tuple[str, str]]] = {}
         async for mailbox, box, uid, guid in self._rows(user, names, ("all",)):
-            if guid not in known:
+            if guid not in known and is_guid(guid):  # one that was delivered here has such
                 others.setdefault(box, {})[uid] = mailbox, guid
         # Only of these the header is read: it is not in Dovecot's index.
         for box, messages in others.items():
@@ -174,6 +174,8 @@ class CopiesCarrier:
         # not find a copy that is on its way here, and store another.
         event = self._merging[user] = asyncio.Event()
         try:
+            if not await self._dovecot.exists(user):
+                return SyncResult(Outcome.NO_USER, reason="the user is unknown")
             await self._remove(user)
             return await self._carrier.sync(user, state, merge=True, apart=apart)
         except (DoveadmError, PeerError) as error:
@@ -191,8 +193,6 @@ class CopiesCarrier:
         self._carrier.cut()
 
     async def _remove(self, user: str) -> None:
-        if not await self._dovecot.exists(user):
-            return  # the sync tells what that means
         guids = await self._dovecot.guids(user)
         async with self._link.exchange("unmirrored", {"user": user}, timeout=TIMEOUT) as exchange:
             await exchange.send("".join(f"{guid}\n" for guid in guids).encode())
@@ -236,7 +236,8 @@ class CopiesHandler:
         while (data := await exchange.receive()) is not None:
             *lines, rest = (rest + data).split(b"\n")
             known.update(line.decode("ascii", "replace") for line in lines)
-            if len(rest) > GUID_LENGTH:
+            # Mail that was imported keeps the GUID it had elsewhere, such as its file's name.
+            if len(rest) > MAX_LINE:
                 raise PeerError("protocol", "not a list of GUIDs")
         try:
             if await self._dovecot.exists(user):

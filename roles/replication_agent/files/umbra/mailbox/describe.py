@@ -14,7 +14,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
@@ -36,6 +37,10 @@ TIMEOUT = 3600.0
 # For how long it is believed that Dovecot has no ACLs (seconds).
 NO_RIGHTS_SECONDS = 600.0
 GUID_LENGTH = 32
+# What stands for a script that cannot be read, on either node.
+UNREADABLE = "unreadable"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -102,10 +107,11 @@ class Dovecot:
                 guid, uidvalidity, uidnext, messages, digest.hexdigest()
             )
         found.subscriptions = set(await self._doveadm.fields(user, "mailbox list", "-s"))
-        for name, state in _rows(await self._doveadm.fields(user, "sieve list"), 2):
-            found.scripts[name] = fingerprint(await self.script(user, name))
-            if state == "ACTIVE":
-                found.active = name
+        scripts, found.active = await self.scripts(user)
+        texts = await self.contents(user, scripts)
+        found.scripts = {
+            name: fingerprint(texts[name]) if name in texts else UNREADABLE for name in scripts
+        }
         found.rights = await self._rights(user, names)
         return found
 
@@ -169,6 +175,17 @@ class Dovecot:
     async def script(self, user: str, name: str) -> str:
         """Return a Sieve script."""
         return "".join(await self._doveadm.fields(user, "sieve get", "--", name))
+
+    async def contents(self, user: str, names: Sequence[str]) -> dict[str, str]:
+        """Return Sieve scripts by name, without those that are not UTF-8."""
+        found = {}
+        for name in names:
+            try:
+                found[name] = await self.script(user, name)
+            except DoveadmError as error:
+                await self.scripts(user)  # is it this script, or Dovecot?
+                log.warning("the script %r of %s is not compared: %s", name, user, error)
+        return found
 
     async def put_script(self, user: str, name: str, content: str) -> None:
         """Make or replace a Sieve script."""

@@ -36,6 +36,7 @@ from time import monotonic
 from typing import Protocol
 
 from umbra.mailbox import metrics
+from umbra.mailbox.carrier import valid_user
 from umbra.mailbox.doveadm import DoveadmError, Outcome, SyncResult
 from umbra.mailbox.ledger import Ledger
 from umbra.mailbox.mirror_queue import MirrorQueue
@@ -463,7 +464,20 @@ class PeerMirror:
             self._queue.note([user])
             self._pump()
 
+    async def _odd(self, user: str) -> SyncResult:
+        """Return what becomes of a name that nodes do not take from each other."""
+        try:
+            known = user in await self._users.users()
+        except DoveadmError as error:
+            return SyncResult.of(error)
+        if known:
+            return SyncResult(Outcome.FAILED, reason=f"{user!r} is no name for a user")
+        self._unmerged.discard(user)
+        return SyncResult(Outcome.SYNCED)  # there is nothing to mirror
+
     async def _one_sync(self, user: str) -> SyncResult:
+        if not valid_user(user):
+            return await self._odd(user)
         if user in self._unmerged:
             # Twice: of two INBOXes made independently the first sync only makes one mailbox.
             for _ in range(2):
@@ -542,6 +556,7 @@ class PeerMirror:
                     # Gone here too: there is nothing left to mirror.
                     self._ledger.keep(self.peer, user, None)
                     self._scratch.discard(user)
+                    self._unmerged.discard(user)
                     self._settle(user, monotonic())
                     return
             except DoveadmError as error:

@@ -22,8 +22,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote
 
-from umbra.mailbox.carrier import valid_user
-
 log = logging.getLogger(__name__)
 
 # The script reads the same file; a container may have one that differs from the kernel's clock.
@@ -32,7 +30,7 @@ UPTIME = Path("/proc/uptime")
 PERMIT, RENEWAL = 1.0, 0.25
 # Copying what nobody waits for rests for so many times as long as it has taken,
 REST = 9.0
-# but a name waits for at least and at most so long (seconds).
+# but at least so long; and the names are taken at least so often (seconds).
 SHORTEST, LONGEST = 0.1, 2.0
 
 
@@ -42,7 +40,7 @@ def rest(took: float) -> float:
     One change now and then is copied at once. Where many users make many, more of them share a
     sync, so that copying takes a tenth of the time and not all of it.
     """
-    return min(max(SHORTEST, REST * took), LONGEST)
+    return max(SHORTEST, min(REST * took, LONGEST - took))
 
 
 class Notes:
@@ -88,8 +86,9 @@ class Notes:
         stuck: dict[str, tuple[str, int]] = {}
         with os.scandir(self._names) as entries:
             for entry in entries:
-                user = unquote(entry.name)
-                if not valid_user(user) or entry.is_dir(follow_symlinks=False):
+                # Dovecot's script writes no other; one that is odd is told all the same.
+                user = unquote(entry.name) if entry.name.isascii() else ""
+                if entry.is_dir(follow_symlinks=False):
                     user = ""
                 try:
                     os.unlink(entry.path)

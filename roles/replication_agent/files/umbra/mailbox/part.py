@@ -673,6 +673,8 @@ class Mailboxes:
         inherited = InheritedStates(self._group.links[peer], theirs, self._carriers[peer])
         await self._peers[peer].resume(binding, inherited)
         self._compared.add(binding)
+        if peer in self._seeds.rows:  # begun when this node was primary before
+            await asyncio.to_thread(self._seeds.put, peer, None)
 
     async def _begin_merge(self, record: Record) -> None:
         await asyncio.to_thread(record.begin, self._group.epoch, now())

@@ -98,7 +98,7 @@ class ScriptCarrier:
     async def _keep(self, user: str) -> SyncResult | None:
         try:
             keep, active = await self._dovecot.scripts(user)
-            texts = await self._texts(user, keep[:MAX_FINGERPRINTS])
+            texts = await self._dovecot.contents(user, keep[:MAX_FINGERPRINTS])
             for name in await self._tell(user, keep, active, texts):
                 if name in texts:
                     await self._send(user, name, texts[name], active=name == active)
@@ -113,17 +113,6 @@ class ScriptCarrier:
         except DoveadmError as error:
             return SyncResult.of(error)
         return None
-
-    async def _texts(self, user: str, names: list[str]) -> dict[str, str]:
-        found = {}
-        for name in names:
-            try:
-                found[name] = await self._dovecot.script(user, name)
-            except DoveadmError as error:
-                # Is it this script (one that is not UTF-8), or Dovecot?
-                await self._dovecot.scripts(user)
-                log.warning("the script %r of %s is not compared: %s", name, user, error)
-        return found
 
     async def _tell(
         self, user: str, keep: list[str], active: str, texts: Mapping[str, str]
