@@ -56,6 +56,24 @@ def test_whose_mailbox_it_is(tmp_path: Path) -> None:
         place(tmp_path, tmp_path / "example.org" / "ann" / "other" / "dbox-Mails")
 
 
+def test_what_only_root_may_look_into_is_passed_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``lost+found``, where the mailboxes have a file system of their own."""
+    (tmp_path / "lost+found").mkdir()
+    there = mailbox(tmp_path)
+    scandir = os.scandir
+
+    def scan(path: Path) -> object:
+        if path.name == "lost+found":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert recent(tmp_path) == [there]
+    assert "lost+found: Permission denied" in capsys.readouterr().err
+
+
 def test_only_what_was_changed_last_is_looked_at(tmp_path: Path) -> None:
     now, old = mailbox(tmp_path), mailbox(tmp_path, name="INBOX/below")
     below = mailbox(tmp_path, user="bob")

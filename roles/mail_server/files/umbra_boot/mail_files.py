@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 # What was written so long before the newest change (seconds) was on the disk: Linux writes back
@@ -61,8 +62,13 @@ def decoded(name: str) -> str:
 
 
 def _directories(path: Path) -> Iterator[Path]:
-    with os.scandir(path) as entries:
-        below = [Path(entry) for entry in entries if entry.is_dir(follow_symlinks=False)]
+    try:
+        with os.scandir(path) as entries:
+            below = [Path(entry) for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except OSError as error:
+        # ext4's lost+found is root's alone; a mailbox may be gone meanwhile.
+        print(f"{path}: {error.strerror}", file=sys.stderr)
+        return
     for directory in below:
         if directory.name == MESSAGES:
             yield directory
@@ -72,7 +78,10 @@ def _directories(path: Path) -> Iterator[Path]:
 
 def recent(mail: Path) -> list[Path]:
     """Return the directories of messages in which something was made or removed last."""
-    found = {path: path.stat().st_mtime for path in _directories(mail)}
+    found: dict[Path, float] = {}
+    for path in _directories(mail):
+        with suppress(FileNotFoundError):
+            found[path] = path.stat().st_mtime
     newest = max(found.values(), default=0.0)
     return [path for path, changed in found.items() if changed >= newest - RECENT]
 
