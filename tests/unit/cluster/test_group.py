@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
@@ -81,6 +82,33 @@ async def test_alone_is_on_disk_before_anybody_is_told(disk: Disk) -> None:
     assert stored is not None
     assert stored.mode is Mode.ALONE
     assert group.reasons() == ["b: no answer"]
+
+
+async def test_who_gives_up_while_protected_is_written_finds_it_written(disk: Disk) -> None:
+    """Otherwise memory says alone, the disk protected, and nobody would write the former again."""
+    group = await protected(disk)
+    await group.mirror_failed("b", "no answer")
+    await group.heard_from("b", status(), answered=True)
+    await group.apply(machine.CatchingUp("b"))
+    save, slow = disk.save, threading.Event()
+
+    def saving(durable: Durable) -> None:
+        slow.wait(5)
+        save(durable)
+
+    disk.save = saving  # type: ignore[method-assign]
+    task = asyncio.create_task(group._protect("b"))
+    await asyncio.sleep(0.05)
+    task.cancel()
+    await asyncio.sleep(0.05)
+    slow.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert group.state.durable.mode is Mode.PROTECTED
+    await group.mirror_failed("b", "no answer")
+    stored = disk.load()
+    assert stored is not None
+    assert stored.mode is Mode.ALONE
 
 
 async def test_a_disk_that_refuses_allows_nothing_new(disk: Disk) -> None:

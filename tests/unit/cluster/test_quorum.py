@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -64,6 +64,33 @@ def test_a_lost_primary_is_replaced_and_returns_as_a_shadow(group: Play) -> None
         await field.b.power_cut()
         await field.until(lambda: field.a.serves, p.LONGEST + D)
         assert field.a.group.epoch == 3
+
+    group(scenario)
+
+
+def test_a_catch_up_that_ends_while_the_voters_are_away_waits_for_them(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        async def catch_up(peer: str, protect: Callable[[], Awaitable[None]]) -> None:
+            await asyncio.sleep(3)
+            field.register.frozen.set()
+            try:
+                await protect()
+            except NotNow as error:  # as the mirror does
+                await field.a.group.mirror_failed(peer, str(error))
+                raise
+
+        field.a.group.catch_up = catch_up
+        field.separate("a", "b")
+        await field.until(lambda: field.register.record.mode is p.Mode.ALONE, 2 * D)
+        field.cut.clear()
+        await field.until(field.register.frozen.is_set, 20)
+        began = clock()
+        while clock() - began < 60:
+            await asyncio.sleep(0.05)
+            assert field.a.serves
+            assert field.a.host.open
+        field.register.frozen.clear()
+        await field.until(lambda: field.register.record.mode is p.Mode.PROTECTED, 5)
 
     group(scenario)
 

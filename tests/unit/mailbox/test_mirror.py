@@ -660,6 +660,32 @@ async def test_a_name_that_nodes_do_not_take_is_a_finding_and_the_peer_not_lost(
         assert (world.mode, peer.findings) == ("protected", {})
 
 
+async def test_a_change_that_is_late_does_not_wait_until_the_group_is_protected(
+    tmp_path: Path,
+) -> None:
+    """That may take as long as the coordinator is away, or as the last message of the queue."""
+    world = World()
+    given_up = asyncio.Event()
+
+    async def protect() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            given_up.set()
+
+    async with mirror(world, tmp_path, protected=False, patience=0.2) as peer:
+        catch_up = asyncio.create_task(peer.catch_up(protect, everyone=True, binding="one"))
+        await until(lambda: peer.phase is Phase.JOINING)
+        world.delay = lambda user: 30.0
+        async with asyncio.timeout(5):
+            assert await change(world, peer, "u1") is Verdict.RECORDED
+            assert await change(world, peer, "u2") is Verdict.RECORDED
+            with pytest.raises(CatchUpFailed):
+                await catch_up
+        assert given_up.is_set()
+        assert world.mode == "alone"
+
+
 async def test_flags_of_an_earlier_run_are_synced(tmp_path: Path) -> None:
     world = World()
     async with mirror(world, tmp_path, protected=False) as peer:

@@ -156,8 +156,8 @@ class Driver:
         """Write the key by an operator's word, past the rules; the outcome is seen as any other."""
         await self._swap(vacancy.revision, record, vacancy.cluster)
 
-    async def until(self, condition: Callable[[], bool], seconds: float) -> bool:
-        """Wait until ``condition`` holds; False if it does not after so many seconds."""
+    async def until(self, condition: Callable[[], bool], seconds: float | None) -> bool:
+        """Wait until ``condition`` holds; False if it does not after so many seconds, if any."""
         try:
             async with asyncio.timeout(seconds), self._moved:
                 await self._moved.wait_for(condition)

@@ -638,8 +638,17 @@ class Group:
         self._changed.set()
 
     async def _protect(self, peer: str) -> None:
-        """Write down that ``peer`` has everything; durable when it returns."""
-        await self.apply(machine.CaughtUp(peer))
+        """Write down that ``peer`` has everything; durable when it returns.
+
+        Who is cancelled meanwhile waits for the end: the disk must not say more than this node
+        believes, or it would never write that it goes on alone.
+        """
+        writing = asyncio.create_task(self.apply(machine.CaughtUp(peer)))
+        try:
+            await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            await asyncio.wait([writing])
+            raise
 
     async def _join(self, peer: str) -> None:
         """From now on wait for ``peer`` while the rest is copied."""

@@ -249,6 +249,7 @@ class PeerMirror:
             asyncio.Lock()
         )  # the order of "alone" and "protected" on disk is that of the decisions
         self._alone: asyncio.Task[None] | None = None  # done without error: "alone" is on disk
+        self._protecting: asyncio.Future[None] | None = None  # the last one
         self._works: set[asyncio.Task[None]] = set()
         self._tasks: asyncio.TaskGroup | None = None
         self._syncs: set[asyncio.Task[None]] = set()
@@ -355,6 +356,8 @@ class PeerMirror:
             self._reason = reason
         self.phase = Phase.RECORDING
         self._progress.set()
+        if self._protecting is not None:
+            self._protecting.cancel()
         if cut:
             self._carrier.cut()
         given = self._queue.withdraw()
@@ -673,12 +676,23 @@ class PeerMirror:
             await self.lose(f"{self.peer} was lost: {error or type(error).__name__}")
             raise
 
+    async def _while_joining(self, protect: Callable[[], Awaitable[None]]) -> None:
+        """Run ``protect``; given up when the peer is lost, since changes wait for "alone" then."""
+        self._protecting = asyncio.ensure_future(protect())
+        try:
+            await asyncio.wait([self._protecting])
+        finally:
+            self._protecting.cancel()
+            await asyncio.gather(self._protecting, return_exceptions=True)
+        if self.phase is Phase.JOINING:
+            self._protecting.result()
+
     async def _protect(self, protect: Callable[[], Awaitable[None]]) -> None:
         self.phase = Phase.JOINING
         try:
             async with self._commit:
                 self._alone = None
-                await protect()
+                await self._while_joining(protect)
         except BaseException as error:
             # Whether it was written is unknown: say "alone" again, which is safe.
             await self.lose(
