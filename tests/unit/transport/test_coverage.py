@@ -36,3 +36,17 @@ async def test_a_file_is_looked_into_once_and_the_newest_first(
     monkeypatch.setattr(coverage, "MAX_KNOWN", 1)
     await names.of({"q4"})
     assert await names.of({"q4"}) == {"q4": ""}
+
+
+async def test_the_names_of_all_are_read_however_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 2,000 messages that ``postsuper -r`` had requeued only 200 had a copy made."""
+    monkeypatch.setattr(coverage, "PORTION", 3)
+    unreadable = {"q4", "q9"}
+
+    async def read(ids: Sequence[str]) -> dict[str, str]:
+        return {key: f"s{key}" for key in ids if key not in unreadable}
+
+    wanted = {f"q{number}" for number in range(10)}
+    assert (await Names(read).of_all(wanted)).keys() == wanted - unreadable
+    unreadable.clear()
+    assert (await Names(read).of_all(wanted)).keys() == wanted

@@ -172,6 +172,23 @@ async def store(tmp_path: Path) -> AsyncIterator[ShadowStore]:
     await store.close()
 
 
+async def test_a_flush_that_is_cancelled_keeps_its_account(store: ShadowStore) -> None:
+    net = SafetyNet(store, hold=3600, max_size=1 << 30)
+    for cancelled in (True, False):
+        shadow_id = ids.new()
+        writer = store.begin(shadow_id, origin="a", queue_id="q", envelope=ENVELOPE, epoch=1)
+        await writer.write(b"x" * 1000)
+        net.keep(writer)
+        flush = asyncio.create_task(net.flush())
+        await asyncio.sleep(0)
+        if cancelled:
+            flush.cancel()
+    await net.flush()
+    assert net._bytes == 0
+    assert await store.find(shadow_id) is not None, "what another call was writing is not there"
+    await flush
+
+
 async def test_the_oldest_goes_first_when_it_is_too_much(store: ShadowStore) -> None:
     made = [await held(store, 300_000 if n % 2 else 1000) for n in range(6)]
     for shadow_id in made:

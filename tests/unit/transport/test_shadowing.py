@@ -481,15 +481,28 @@ async def test_a_resubmitted_message_goes_on_without_a_shadow(bench: Bench, alon
     assert bench.group.peers == []
 
 
+async def test_a_resubmission_that_nobody_waits_for_is_no_new_message(bench: Bench) -> None:
+    """Its client was cancelled, or was the agent of before: the message is sent once more."""
+    shadow_id = "0" * 31 + "1"
+    client = await MilterClient.connect(bench.path, RESUBMISSION)
+    headers = ((b"X-Umbra-Id", b" " + shadow_id.encode()), *HEADERS)
+    [(kind, text)] = await client.message(headers)
+    assert (kind, text[:9]) == (b"y", b"451 4.4.2")
+    await client.close()
+    assert await bench.shadow.stats() == []
+
+
 @pytest.mark.parametrize(
     ("daemon", "known"),
     [(b"mx.example.com", True), (RESUBMISSION, False)],
-    ids=["port 25", "unknown"],
+    ids=["port 25", "replayed"],
 )
 async def test_an_id_from_outside_is_content(bench: Bench, daemon: bytes, known: bool) -> None:
     shadow_id = "0" * 31 + "1"
     if known:
         bench.shadowing.resubmissions[shadow_id] = Resubmission()
+    else:
+        bench.shadowing.replays = {shadow_id}
     client = await MilterClient.connect(bench.path, daemon)
     own = shadow_id_of(await client.message(((b"X-Umbra-Id", b" " + shadow_id.encode()), *HEADERS)))
     await client.close()

@@ -53,3 +53,12 @@ class Names:
             while len(self._known) > MAX_KNOWN:
                 del self._known[next(iter(self._known))]
         return {key: self._known[key] for key in queue_ids & self._known.keys()}
+
+    async def of_all(self, queue_ids: Set[str]) -> dict[str, str]:
+        """Return the same of all that can be read, however many they are."""
+        found = await self.of(queue_ids)
+        while len(found) < len(queue_ids):
+            before, found = len(found), await self.of(queue_ids)
+            if len(found) <= before:
+                break
+        return found

@@ -147,6 +147,7 @@ class Messages:
             acts=group.is_primary,
         )  # fmt: skip
         resubmissions: dict[str, Resubmission] = {}
+        replays: set[str] = set()
         self._once = Once(mailboxes.delivered)
         self._once_server = OnceServer(paths.delivery / NAME, self._once)
         self._shadowing = Shadowing(
@@ -155,6 +156,7 @@ class Messages:
             self._store,
             self._discarder,
             resubmissions,
+            replays,
             policy=settings.shadow_policy,
             timeout=settings.shadow_timeout,
             net=self._net,
@@ -189,6 +191,7 @@ class Messages:
             queue_ids=self._queue_ids,
             present=mailboxes.present,
             leading_to=self._aliases.leading_to,
+            replays=replays,
         )
         self._resubmitting = asyncio.Event()
         self._held = (0, 0)
@@ -411,7 +414,7 @@ class Messages:
         # keeps the copy it has, and gets none here if it has none.
         there = self._discarder.known(peer)
         wanted = {key for key, place in left.items() if place != "hold" or key in there}
-        names = await self._names.of(wanted)
+        names = await self._names.of_all(wanted)
         await self._back_fill.run_queue(self._group.links[peer], wanted, names)
 
     async def prove_caught_up(self, peer: str) -> None:

@@ -67,6 +67,7 @@ class Replayer:
     :param present: (mailbox, shadow id, Message-ID): whether the mailbox has the message, None if
         there is no such mailbox; OSError if that cannot be told now.
     :param leading_to: (mailbox, addresses): those of the addresses whose mail comes to it.
+    :param replays: the ids of what is being sent, shared with the milter's side.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Replayer:
         queue_ids: QueueIds,
         present: Present,
         leading_to: LeadingTo,
+        replays: set[str] | None = None,
         host: str = HOST,
         port: int = PORT,
     ) -> None:
@@ -85,6 +87,7 @@ class Replayer:
         self._queue_ids = queue_ids
         self._present = present
         self._leading_to = leading_to
+        self._replays = set() if replays is None else replays
         self._address = host, port
 
     async def run(
@@ -136,7 +139,11 @@ class Replayer:
 
     async def _send(self, client: SmtpClient, meta: Meta, recipient: str) -> None:
         envelope = meta.envelope.only([Recipient(recipient, ("NOTIFY=NEVER",))])
-        answer = await client.send(envelope, self._content(meta))
+        self._replays.add(meta.shadow_id)
+        try:
+            answer = await client.send(envelope, self._content(meta))
+        finally:
+            self._replays.discard(meta.shadow_id)
         track(
             REPLAYED,
             answer.rpartition(" ")[2],

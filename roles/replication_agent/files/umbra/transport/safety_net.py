@@ -69,6 +69,7 @@ class SafetyNet:
         self._pending: list[ShadowWriter] = []
         self._bytes = 0
         self._wake = asyncio.Event()
+        self._flushing = asyncio.Lock()
         self._tight = False
 
     @property
@@ -99,16 +100,19 @@ class SafetyNet:
         await self.flush()
 
     async def flush(self) -> None:
-        """Write what was kept so far."""
-        pending, self._pending = self._pending, []
-        size = sum(writer.buffered for writer in pending)
-        found = await asyncio.gather(
-            *(writer.commit(delivered=True) for writer in pending), return_exceptions=True
-        )
-        self._bytes -= size
+        """Write what was kept so far; what another call is writing is written, too."""
+        async with self._flushing:
+            pending, self._pending = self._pending, []
+            size = sum(writer.buffered for writer in pending)
+            try:
+                found = await asyncio.gather(
+                    *(writer.commit(delivered=True) for writer in pending), return_exceptions=True
+                )
+            finally:
+                self._bytes -= size
+                for writer in pending:
+                    writer.abort()
         failed = [error for error in found if isinstance(error, BaseException)]
-        for writer in pending:
-            writer.abort()
         if failed:
             self.missed(len(failed))
             log.warning("%d messages are not in this node's safety net: %s", len(failed), failed[0])

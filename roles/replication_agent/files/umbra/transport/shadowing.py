@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,6 +59,7 @@ ALONE = Refusal(
 )
 DEMOTED = Refusal(451, "4.7.1", "This server has just stopped being the primary, try again")
 LATE = Refusal(451, "4.4.1", "A copy of this message took too long, try again later")
+ORPHANED = Refusal(451, "4.4.2", "Nobody waits for this resubmission any more")
 FULL = Refusal(451, "4.3.1", "No room to keep a copy of this message, try again later")
 MALFORMED = Refusal(550, "5.1.7", "The envelope of this message cannot be copied to another server")
 
@@ -80,6 +81,7 @@ class Shadowing:
     :param node: this node's name.
     :param resubmissions: ids that are being resubmitted by this process; told here what became of
         them.
+    :param replays: ids of what the safety net is sending again.
     :param timeout: seconds that the shadows have for a message (``shadow_timeout``), plus one for
         each MiB.
     :param net: gets a copy of each accepted message.
@@ -95,6 +97,7 @@ class Shadowing:
         store: ShadowStore,
         discarder: Discarder,
         resubmissions: dict[str, Resubmission],
+        replays: Container[str] = (),
         *,
         policy: ShadowPolicy,
         timeout: float,
@@ -108,6 +111,7 @@ class Shadowing:
         self.store = store
         self.discarder = discarder
         self.resubmissions = resubmissions
+        self.replays = replays
         self.policy = policy
         self.timeout = timeout
         self.net = net
@@ -166,6 +170,7 @@ class _Message:
         self._envelope: Envelope | None = None
         self._named = False
         self._resubmission: Resubmission | None = None
+        self._orphaned = False
         self._alone_here = False
         self._holders: set[str] = set()
         self._copy: ShadowWriter | None = None
@@ -280,6 +285,9 @@ class _Message:
         # guess an id.
         resubmission = self._shadowing.resubmissions.get(shadow_id)
         if resubmission is None:
+            # Postfix asks whether or not the client is still there. It will send the message again
+            # (or has been restarted, and its successor will), so this one would be a second.
+            self._orphaned = ids.valid(shadow_id) and shadow_id not in self._shadowing.replays
             return False
         self._shadow_id, self._resubmission = shadow_id, resubmission
         return True
@@ -325,6 +333,8 @@ class _Message:
             self._body.flow()
 
     async def _bring(self) -> None:
+        if self._orphaned:
+            raise _Refused(ORPHANED, "its client has gone")
         self._epoch = self._group.epoch
         self._shadow_id = self._shadow_id or ids.new()
         if self._resubmission is not None:
