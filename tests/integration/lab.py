@@ -323,6 +323,15 @@ def copies(node: str, user: str, message_id: str, mailbox: str = "*") -> list[st
     return [line.replace("\t", " ") for line in out.splitlines()[1:]]
 
 
+@contextmanager
+def redirected(node: str, user: str, to: str) -> Iterator[None]:
+    """What comes for ``user`` goes on to another address, by a Sieve script."""
+    script = f'redirect "{to}";'
+    run(node, "echo %s | doveadm sieve put -a -u %s redirected", script, user)
+    yield
+    run(node, "doveadm sieve deactivate -u %s && doveadm sieve delete -u %s redirected", user, user)
+
+
 def queue(node: str) -> dict[str, tuple[str, str]]:
     """By recipient, the queue id of a message and the queue of Postfix's that it is in."""
     rows = map(json.loads, run(node, "postqueue -j").splitlines())

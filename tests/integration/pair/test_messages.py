@@ -67,6 +67,24 @@ def test_several_recipients_get_one_copy_each(primary: str, shadow: str) -> None
         assert lab.copies(shadow, user, mail.id) == here
 
 
+def test_what_sieve_redirects_is_on_the_shadow_before_the_delivery_is_over(
+    primary: str, shadow: str
+) -> None:
+    """Through the milter, not through ``maildrop``, which no other node knows."""
+    lab.wait("the shadow holds nothing", lambda: held(shadow) == 0)
+    mail, elsewhere = lab.mail(), "redirected@deferred.example.net"
+    with lab.redirected(primary, USER, elsewhere):
+        assert lab.send(primary, [USER], mail.content)[0] == 250
+        lab.wait("it goes on", lambda: elsewhere in lab.queue(primary))
+    lab.wait("only that is left", lambda: list(lab.queue(primary)) == [elsewhere])
+    assert held(shadow) == 1
+    assert not lab.copies(primary, USER, mail.id)
+    queue_id = lab.queue(primary)[elsewhere][0]
+    assert lab.host(primary).run("postcat -qh %s | grep -F '[127.0.0.1]'", queue_id).rc == 0
+    lab.run(primary, "postsuper -d %s", queue_id)
+    lab.wait("the shadow has let the message go", lambda: held(shadow) == 0)
+
+
 def test_a_message_that_is_sent_twice_arrives_twice(primary: str, shadow: str) -> None:
     """Two acknowledgements are two messages, even of the same content."""
     mail = lab.mail()

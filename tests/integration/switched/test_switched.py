@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import imaplib
+import smtplib
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from tests.integration import lab
@@ -63,6 +66,44 @@ def test_a_flag_that_was_removed_in_the_other_nodes_term_stays_removed(
     for node in (primary, shadow):
         assert "$Important" not in flags(node)
         assert "Flagged" not in flags(node)
+
+
+def test_what_sieve_redirects_meanwhile_is_not_left_behind(
+    protected: None, primary: str, shadow: str
+) -> None:
+    """It waited in the former primary's ``maildrop``, though what it came from was delivered."""
+    first, second = "user08@example.org", "user09@example.org"
+    sent: list[lab.Mail] = []
+
+    def send() -> None:
+        for node in (primary, shadow):
+            mail = lab.mail()
+            try:
+                if lab.send(node, [first], mail.content)[0] == 250:
+                    sent.append(mail)
+            except (OSError, smtplib.SMTPException):
+                continue
+
+    over = threading.Event()
+
+    def load() -> None:
+        while not over.is_set():
+            send()
+
+    with lab.redirected(primary, first, second), ThreadPoolExecutor(4) as pool:
+        loads = [pool.submit(load) for _ in range(4)]
+        lab.wait("mail flows", lambda: len(sent) > 20)
+        lab.run(primary, "umbractl switchover %s", shadow)
+        enough = len(sent) + 20
+        lab.wait("mail flows again", lambda: len(sent) > enough)
+        over.set()
+        for running in loads:
+            running.result()
+        lab.wait("all is delivered", lambda: not lab.run(shadow, "postqueue -f; postqueue -j"), 60)
+        assert not lab.run(primary, "ls /var/spool/postfix/maildrop")
+        for mail in sent:
+            assert len(lab.copies(shadow, second, mail.id)) == 1
+        lab.run(shadow, "umbractl switchover %s", primary)
 
 
 def test_what_somebody_held_stays_held_and_what_was_requeued_is_taken_along(

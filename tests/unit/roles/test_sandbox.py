@@ -102,7 +102,7 @@ def test_ports_on_the_host_are_for_those_who_need_them() -> None:
     output = fence[fence.rindex("chain output") :]
     assert output.index('oifname "lo" accept') > output.index("drop")
     assert (
-        'oifname "lo" ip daddr 127.0.0.1 tcp dport 8688 meta skuid != { root, 5000 } reject'
+        'oifname "lo" ip daddr 127.0.0.1 tcp dport { 26, 8688 } meta skuid != { root, 5000 } reject'
         in output
     )
     assert (
@@ -129,5 +129,9 @@ def test_the_fences_ports_and_user_are_those_of_the_others() -> None:
         assert int(found[1]) == agent[name]
     master = rendered("mail_server", "master.cf.j2", mail_server_replicated=True)
     assert f"\n127.0.0.1:{agent['__replication_agent_resubmission_port']} inet " in master
+    sieve = f"127.0.0.1:{agent['__replication_agent_sieve_port']}"
+    assert f"\n{sieve} inet " in master
+    dovecot = rendered("mail_server", "dovecot.conf.j2", mail_server_replicated=True)
+    assert f"\nsubmission_host = {sieve}\n" in dovecot
     lua = (ROLES / "mail_server/templates/umbra-notify.lua.j2").read_text()
     assert f"127.0.0.1:{agent['__replication_agent_notify_port']}/" in lua
