@@ -247,6 +247,7 @@ class Parts:
         self.host = host
         self.taken: list[tuple[str, Remaining | None]] = []
         self.left = 0
+        self.settling: set[str] = set()
         self.parked: list[str] = []
         self.came_back: set[str] = set()
         self.resumed: list[str] = []
@@ -261,6 +262,9 @@ class Parts:
 
     async def outstanding(self) -> int:
         return self.left
+
+    def unsettled(self, peer: str) -> bool:
+        return peer in self.settling
 
     async def passed_on(self, shadow_ids: Mapping[str, str], since: int) -> set[str]:
         return {key for key, value in shadow_ids.items() if value in self.came_back}

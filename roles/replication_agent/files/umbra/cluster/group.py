@@ -582,8 +582,7 @@ class Group:
         self._was_serving = False
 
     async def _stop_postfix(self) -> None:
-        if await self._helper.postfix_running():
-            await self._helper.postfix_stop()
+        await self._helper.postfix_stop()  # also one that is only starting
 
     async def _hold_queue(self) -> None:
         """Hold what a former primary has in its queue.

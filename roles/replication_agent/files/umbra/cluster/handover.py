@@ -290,9 +290,11 @@ class Handover(Switchover):
         group = self._group
         known = self._quorum.driver.state.known
         old = known.holder if known is not None else None
-        if old == group.state.node:
+        if p.holds(self._quorum.driver.state):
             raise Refused(f"{old} holds the role already.")
-        if old is not None and group.answers(old):
+        # The key may be that of a former store of this node, which nobody else can act for.
+        own = old == group.state.node
+        if old is not None and not own and group.answers(old):
             state = group.statuses.get(old, {}).get("state")
             if state in OPEN_PHASES:
                 raise Refused(f"{old} answers and is {state}; use switchover, or cut it off first.")
@@ -302,7 +304,7 @@ class Handover(Switchover):
         reason = p.unforceable(self._quorum.driver.state, self._quorum.stores())
         if reason is not None:
             raise Refused(f"{reason}.")
-        said = await self._shoot(old, stonith) if old is not None else ""
+        said = "" if old is None or own else await self._shoot(old, stonith)
         try:
             await words.force(self._quorum)
         except (NotNow, OSError) as error:

@@ -81,7 +81,11 @@ class LeftBehind:
             )  # fmt: skip
             return
         try:
-            _, parked = await self._outstanding(primary)
+            left, parked = await self._outstanding(primary)
+            if left:
+                # Such as what somebody has told it to try again just now: ``run`` finds out.
+                self._files = files
+                return
             self._files = {key: value for key, value in files.items() if value in parked}
             await self._helper.queue_delete(sorted(files.keys() - self._files.keys()))
         except (PeerError, HelperError) as error:

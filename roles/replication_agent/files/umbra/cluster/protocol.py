@@ -304,6 +304,7 @@ class State:
     :param former_until: what it answered before it started counts until then.
     :param longest: the longest D of a primary whose renewals it has answered since.
     :param lost: peers that could not take something since they joined.
+    :param lost_at: when the last of them could not.
     :param not_before: a new holder does not open sooner.
     """
 
@@ -328,6 +329,7 @@ class State:
     answers: Mapping[str, Answer] = field(default_factory=dict)
     joining: Mapping[str, Joining] = field(default_factory=dict)
     lost: frozenset[str] = frozenset()
+    lost_at: float = NEVER
     switching: str | None = None
     switch_automatic: bool = False
     drained: bool = False
@@ -696,13 +698,21 @@ def proven(config: Config, state: State, now: float) -> bool:
 
 
 def unanswered(config: Config, state: State, record: Record, now: float) -> frozenset[Member]:
-    """Return the protected shadows that have been silent for too long (rule 4)."""
+    """Return the protected shadows that are to be left behind (rule 4).
+
+    They have been silent for too long, or could not take something. That may be this node's own
+    fault, a disk that fails here: so it has to have done its work since, or the only node that
+    could take over would be left out by the one that has to be replaced.
+    """
     return frozenset(
         member
         for member in record.protected
-        if member.node in state.lost
-        or now - max(_answer_sent(state, member, record.epoch), state.holding_since)
-        >= config.timing.miss
+        if (
+            state.worked >= state.lost_at
+            if member.node in state.lost
+            else now - max(_answer_sent(state, member, record.epoch), state.holding_since)
+            >= config.timing.miss
+        )
     )
 
 
@@ -765,7 +775,8 @@ def _take(
             return replace(state, joining={**state.joining, peer: replace(join, complete=True)})
         case Lost(peer):
             joining = {name: join for name, join in state.joining.items() if name != peer}
-            return replace(state, joining=joining, lost=state.lost | {peer})
+            lost_at = state.lost_at if peer in state.lost else now
+            return replace(state, joining=joining, lost=state.lost | {peer}, lost_at=lost_at)
         case Reconciled():
             if state.durable.acted and not holds(state):
                 return _persist(state, replace(state.durable, acted=0), effects)

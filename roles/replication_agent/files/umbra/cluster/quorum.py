@@ -673,12 +673,13 @@ class QuorumGroup(Group):
         driver = self.driver
         if not driver.may_act():
             raise NotPrimary(f"{self.state.node} is {driver.state.phase}")
-        if peer in driver.members() or (not keep and peer in driver.state.joining):
+        join = driver.state.joining.get(peer)
+        if peer in driver.members() or (join is not None and (join.complete or not keep)):
             self._why[peer] = reason
             if keep and peer in self._waited:
                 self._kept.add(peer)
             try:
-                await driver.take(p.Lost(peer))
+                await self._lost(peer)
                 gone = await driver.until(
                     lambda: peer not in driver.members() or not driver.may_act(), p.WRITE_DOWN
                 )
@@ -690,6 +691,10 @@ class QuorumGroup(Group):
                 await driver.take(p.Join(peer, self.state.peers[peer].storage_id))
         if not driver.may_act():
             raise NotPrimary(f"{self.state.node} is {driver.state.phase}")
+
+    async def _lost(self, peer: str) -> None:
+        await self.driver.take(p.Lost(peer))
+        self.work.at_once()  # nobody is left behind by a node that cannot work itself
 
     def _lacks(self, peer: str) -> bool:
         known = self.driver.state.known
@@ -721,7 +726,7 @@ class QuorumGroup(Group):
 
     async def _drop(self, peer: str, reason: str) -> None:
         self._why[peer] = reason
-        await self.driver.take(p.Lost(peer))
+        await self._lost(peer)
         self._waited.discard(peer)
         self._show()
 
@@ -830,6 +835,10 @@ class QuorumGroup(Group):
             self._changed.set()
 
     async def _open_under(self, epoch: int) -> None:
+        # Another one may act by now, and Postfix would deliver here. Who gives the role up because
+        # it cannot open goes on trying: there may be nobody to take it.
+        if not (self.driver.may_act() or self.opening.hopeless):
+            raise NotPrimary("the right to act has ended meanwhile")
         self._queue_held = False
         started = asyncio.create_task(self._helper.postfix_start())
         try:
@@ -843,7 +852,7 @@ class QuorumGroup(Group):
             raise NotPrimary("the key is another's by now")
         if self.opening.error:
             self.opening.over()
-            self.work.at_once()  # nobody is left behind without a proof of work
+            self.work.at_once()
         # Whom the key has dropped meanwhile nobody waits for.
         gone = set(self._whole) - self.driver.members()
         self._waited |= set(self._whole) - gone

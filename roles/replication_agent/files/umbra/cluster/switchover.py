@@ -95,6 +95,10 @@ class Messages(left_behind.Messages, Protocol):
         """Return how many messages this node alone has, or has still to carry on. StoreError."""
         ...
 
+    def unsettled(self, peer: str) -> bool:
+        """Return whether ``peer`` may hold for former primaries what this node has carried on."""
+        ...
+
     def gave_up(self) -> None:
         """Forget the copies at the shadows: they are the new primary's now."""
         ...
@@ -279,6 +283,10 @@ class Switchover:
             if time.monotonic() > deadline:
                 raise Refused(f"{count} messages of the former primary are not carried on yet.")
             await asyncio.sleep(OUTSTANDING_PAUSE)
+        while not self._automatic and self._messages.unsettled(to):
+            if time.monotonic() > deadline:
+                raise Refused(f"what {to} holds for former primaries is not gone through yet.")
+            await asyncio.sleep(OUTSTANDING_PAUSE)
         # A node that is ailing goes all the same: what has no copy waits on hold here.
         while not self._automatic and self._others and (lacking := await self._lacking(to)):
             if time.monotonic() > deadline:
@@ -403,6 +411,7 @@ class Switchover:
 
         Open again. Clients saw a 421 or a reset, nothing worse.
         """
+        self._group.switching = False  # or the group closes what is opened here
         await self._group.apply(machine.DrainAborted())
         if self._group.state.phase is Phase.PRIMARY:
             await self._helper.postfix_start()

@@ -34,7 +34,7 @@ from umbra.cluster.protocol import LONGEST
 from umbra.node.addresses import ServiceAddresses
 from umbra.node.packets import Connection
 from umbra.node.queue import QUEUE_ID, owed_bounces, queue_files
-from umbra.systemd import notify
+from umbra.systemd import alive, notify, watchdog_interval
 
 log = logging.getLogger("umbra.helper")
 
@@ -97,7 +97,10 @@ async def run(
 
 
 class Helper:
-    """The fixed list of effects. Each public ``do_`` method is one request."""
+    """The fixed list of effects. Each public ``do_`` method is one request.
+
+    :param lease: the agent's right to act ends by itself, and what it has opened with it.
+    """
 
     def __init__(
         self,
@@ -106,8 +109,11 @@ class Helper:
         addresses: ServiceAddresses | None = None,
         runtime: Path = RUNTIME,
         nodes: Sequence[str] = (),
+        *,
+        lease: bool = False,
     ) -> None:
         self._spool = spool
+        self._lease = lease
         self._nodes = frozenset(nodes)
         self._addresses = addresses or ServiceAddresses(())
         self._proofs = (spool / PROOF, mail / PROOF)
@@ -175,12 +181,14 @@ class Helper:
                     log.error("the ports may be open past the right: %s", error)
             raise
 
-    def expect(self, seconds: float) -> None:
-        """Have Postfix stopped unless the agent renews its lease within ``seconds`` from now.
+    def expect(self) -> None:
+        """Have Postfix stopped unless the agent renews its lease, if there are such.
 
-        The helper before this one may have died together with the agent, and its timer with it.
+        To be asked when Postfix may run and no timer: the helper before this one may have died
+        together with the agent, and the agent may die before it opens.
         """
-        self._arm(seconds)
+        if self._lease and self._dead_man is None:
+            self._arm(LONGEST)
 
     def _arm(self, seconds: float) -> None:
         self._disarm()
@@ -193,6 +201,7 @@ class Helper:
             self._dead_man = None
 
     def _begin_silence(self) -> None:
+        self._dead_man = None
         self._silencing = asyncio.ensure_future(self._silence())
 
     async def _silence(self) -> None:
@@ -292,6 +301,7 @@ class Helper:
 
     async def do_postfix_start(self, request: dict[str, Any]) -> dict[str, Any]:
         """Start Postfix; harmless if it runs."""
+        self.expect()
         try:
             await run("systemctl", "start", "postfix.service")
         except HelperError:
@@ -652,20 +662,27 @@ def _node(name: str) -> str:
     return name
 
 
-async def serve(helper: Helper, socket: Path, group: str, *, lease: bool = False) -> None:
-    """Listen until cancelled.
+async def _tell_alive() -> None:
+    """Say so for as long as requests are taken: who stands still is killed, and its successor acts.
 
-    :param lease: the agent's right to act ends by itself, and what it has opened with it.
+    The agent can stop Postfix by it alone.
     """
-    if lease:
-        helper.expect(LONGEST)
+    while (pause := watchdog_interval()) is not None:
+        alive("")
+        await asyncio.sleep(pause)
+
+
+async def serve(helper: Helper, socket: Path, group: str) -> None:
+    """Listen until cancelled."""
+    helper.expect()
     with contextlib.suppress(FileNotFoundError):
         socket.unlink()
     server = await asyncio.start_unix_server(helper.serve, socket, limit=MAX_REQUEST)
     os.chown(socket, 0, grp.getgrnam(group).gr_gid)
     socket.chmod(0o660)
     notify("READY=1")
-    async with server:
+    async with server, asyncio.TaskGroup() as tasks:
+        tasks.create_task(_tell_alive())
         await server.serve_forever()
 
 
@@ -698,6 +715,7 @@ def main() -> None:
         addresses=ServiceAddresses(options.address),
         runtime=options.socket.parent,
         nodes=options.node,
+        lease=options.lease,
     )
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(serve(helper, options.socket, options.group, lease=options.lease))
+        asyncio.run(serve(helper, options.socket, options.group))

@@ -203,6 +203,7 @@ class Messages:
         self._room = HEADROOM
         self._resubmit_at = 0.0
         self._unsettled: set[str] = set()
+        self._settling = ""
 
     async def open(self) -> None:
         """Open the store."""
@@ -504,9 +505,13 @@ class Messages:
             parked = [meta.shadow_id for meta in await self._set_aside()]
         except StoreError as error:
             raise PeerError("store-failed", str(error)) from None
-        unclaimed = _count((row for row in rows if row.origin == peer.node), State.HELD)
+        unclaimed = _count(rows, State.HELD)
         unnamed = max(0, _count(rows, State.PARKED) - len(parked))
         return {"messages": _count(rows, *ALONE) + unclaimed + unnamed, "parked": parked}
+
+    def unsettled(self, peer: str) -> bool:
+        """Return whether ``peer`` may hold for former primaries what this node has carried on."""
+        return peer in self._unsettled or peer == self._settling
 
     async def passed_on(self, shadow_ids: Mapping[str, str], since: int) -> set[str]:
         """Return the queue ids of what came here as a copy; see ``cluster.left_behind``."""
@@ -578,6 +583,7 @@ class Messages:
                 if name not in self._unsettled or not self._group.answers(name):
                     continue
                 self._unsettled.discard(name)
+                self._settling = name
                 try:
                     # Until all is carried on, the copies there are what would be promoted with.
                     rows = await self._store.stats()
@@ -588,6 +594,8 @@ class Messages:
                 except (PeerError, StoreError) as error:
                     log.info("%s keeps the copies of former primaries: %s", name, error)
                     self._unsettled.add(name)
+                finally:
+                    self._settling = ""
 
     async def replay(
         self, recipient: str, since: float, until: float, *, dry_run: bool
