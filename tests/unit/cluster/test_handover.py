@@ -636,3 +636,44 @@ def test_who_has_just_been_lost_is_not_waited_for_again_by_the_next_primary(grou
             await asyncio.sleep(0.1)
 
     group(scenario)
+
+
+def test_what_is_to_be_tried_again_is_not_deleted_by_the_former_primary(group: Play) -> None:
+    """An operator's ``umbractl queue --retry`` while the primary drains."""
+
+    async def scenario(field: Field) -> None:
+        a, b = field.a, field.b
+        a.host.queue_ids = {"Q1": "deferred"}
+        b.parts.parked = ["s1"]
+        await a.handover.run("b", dry_run=False, timeout_s=10)
+        await field.protected(b)
+        await asyncio.sleep(3)
+        assert "Q1" in a.host.queue_ids
+        stop = b.host.postfix_stop
+
+        async def stopping() -> None:
+            b.parts.parked, b.parts.left = [], 1
+            await stop()
+
+        b.host.postfix_stop = stopping  # type: ignore[method-assign]
+        await b.handover.run("a", dry_run=False, timeout_s=10)
+        await field.until(lambda: a.serves, 10)
+        await asyncio.sleep(3)
+        assert "Q1" in a.host.queue_ids
+
+    group(scenario)
+
+
+def test_a_switchover_waits_until_the_candidates_old_copies_are_gone_through(group: Play) -> None:
+    """Else it would send what a lost primary had, and this one has sent, once more."""
+
+    async def scenario(field: Field) -> None:
+        field.a.parts.settling = {"b"}
+        with pytest.raises(Refused, match="not gone through yet"):
+            await field.a.handover.run("b", dry_run=False, timeout_s=2)
+        assert field.a.serves
+        field.a.parts.settling = set()
+        await field.a.handover.run("b", dry_run=False, timeout_s=10)
+        assert field.b.serves
+
+    group(scenario)

@@ -443,3 +443,15 @@ def test_a_switchover_costs_a_few_transactions() -> None:
 @given(st.integers(0, 2**40))
 def test_random_faults_break_no_law_and_end_protected(seed: int) -> None:
     episode(seed)
+
+
+def test_a_peer_that_takes_nothing_is_left_behind_after_a_proof_of_work_alone() -> None:
+    def swaps(effects: list[p.Effect]) -> bool:
+        return p.Swap in kinds(effects)
+
+    state, effects = take(A, primary(), p.Lost("b"), now=100.1)
+    assert not swaps(effects)
+    state, effects = take(A, state, p.Worked(100.05), p.Lost("b"), now=100.2)
+    assert not swaps(effects), "that proof began before"
+    state, effects = take(A, state, p.Worked(100.15), now=100.3)
+    assert swaps(effects), "the second word of the same loss asks for no further proof"

@@ -272,6 +272,120 @@ def test_a_mirror_that_falls_behind_keeps_the_messages_going_to_the_shadow(group
     group(scenario)
 
 
+async def never_delivers(field: Field, node: Node, seconds: float) -> None:
+    """Postfix does not run, or it would deliver what another node has taken over."""
+    began = clock()
+    while clock() - began < seconds:
+        assert not node.host.postfix
+        await asyncio.sleep(0.01)
+
+
+def test_who_is_cut_off_while_it_opens_starts_no_postfix_any_more(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        a, b = field.a, field.b
+        await a.power_cut()
+        await b.power_cut()
+        a.start()
+        b.start()
+        await field.until(lambda: a.phase is p.Phase.PRIMARY, 10)
+        field.separate("a", "b")
+        field.register.cut.add("a")
+        await field.until(lambda: b.serves, 5 * D)
+        await never_delivers(field, a, 10)
+
+    group(scenario)
+
+
+def test_who_waits_for_the_voters_starts_no_postfix(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        a, b = field.a, field.b
+        field.register.frozen.set()
+        await b.crash()
+        await field.until(lambda: not a.host.open, D)
+        b.start()
+        await asyncio.sleep(5)
+        await never_delivers(field, a, 10)
+        field.separate("a", "b")
+        field.register.cut.add("a")
+        field.register.frozen.clear()
+        await field.until(lambda: b.serves, 5 * D)
+        await never_delivers(field, a, 10)
+
+    group(scenario)
+
+
+def test_who_cannot_work_leaves_nobody_behind_whatever_it_says_of_the_other(group: Play) -> None:
+    """A disk that fails here looks like a shadow that takes nothing: it has to take over then."""
+
+    async def scenario(field: Field) -> None:
+        a, b = field.a, field.b
+        a.host.works.clear()
+        with pytest.raises(NotPrimary):
+            await a.group.mirror_failed("b", "the sync broke off: Input/output error")
+        await field.until(lambda: b.serves, 2 * D)
+
+    group(scenario)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_who_goes_alone_is_not_protected_by_what_was_given_up(group: Play, works: bool) -> None:
+    """A sync breaks off while it is being written down that the peer has everything."""
+
+    async def scenario(field: Field) -> None:
+        a = field.a
+        tried = asyncio.Event()
+
+        async def catch_up(peer: str, protect: Callable[[], Awaitable[None]]) -> None:
+            if tried.is_set():
+                await asyncio.Future()
+            tried.set()
+            if not works:
+                a.host.works.clear()
+                driver = a.group.driver
+                while p.proven(driver.config, driver.state, clock()):  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            task = asyncio.ensure_future(protect())
+            await asyncio.sleep(0 if works else 0.2)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await a.group.mirror_failed(peer, "a sync broke off", lost=False)
+            a.host.works.set()
+            a.group.work.at_once()
+            await asyncio.Future()
+
+        a.group.catch_up = catch_up
+        field.separate("a", "b")
+        await field.until(lambda: field.register.record.mode is p.Mode.ALONE, 2 * D)
+        field.cut.clear()
+        await field.until(tried.is_set, 20)
+        began = clock()
+        while clock() - began < 10:
+            await asyncio.sleep(0.01)
+            assert field.register.record.mode is p.Mode.ALONE
+
+    group(scenario)
+
+
+def test_the_last_node_can_be_promoted_though_its_store_is_a_new_one(group: Play) -> None:
+    async def scenario(field: Field) -> None:
+        a, b = field.a, field.b
+        await b.power_cut()
+        await field.until(lambda: field.register.record.mode is p.Mode.ALONE, D)
+        await a.power_cut()
+        a.path.unlink()
+        a.host.mail = ""
+        await asyncio.sleep(1)
+        a.start()
+        await field.until(lambda: a.phase is p.Phase.HELD, 5)
+        answer = await a.handover.failover(accept_loss=True)
+        assert (answer["from"], answer["to"], answer["stonith"]) == ("a", "a", "")
+        await field.until(lambda: a.serves, 5)
+        with pytest.raises(Refused, match="holds the role already"):
+            await a.handover.failover(accept_loss=True)
+
+    group(scenario)
+
+
 def test_a_coordinator_that_is_away_for_a_minute_changes_nothing(group: Play) -> None:
     async def scenario(field: Field) -> None:
         revision = field.register.revision
