@@ -117,6 +117,7 @@ def postfix_on_primary_only(active: bool, role: str | None) -> Check:
 
 
 MILTER = "umbra/milter.sock"
+MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
 
 
 def entrances(settings: t.Mapping[str, str] | None) -> list[Check]:
@@ -243,7 +244,9 @@ def clock_difference(peer_s: float, before_s: float, after_s: float) -> float:
 
 def days_left(not_after: str, now: datetime.datetime) -> float:
     """Return the days until ``Jan  2 03:04:05 2027 GMT``, as openssl says it; or ValueError."""
-    end = datetime.datetime.strptime(" ".join(not_after.split()), "%b %d %H:%M:%S %Y GMT")
+    month, _space, rest = " ".join(not_after.split()).partition(" ")
+    # Not %b, which is the month in the host's language.
+    end = datetime.datetime.strptime(f"{MONTHS.index(month) + 1} {rest}", "%m %d %H:%M:%S %Y GMT")
     return (end.replace(tzinfo=datetime.UTC) - now).total_seconds() / 86400.0
 
 

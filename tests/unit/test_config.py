@@ -163,6 +163,8 @@ def test_the_safety_net_can_be_switched_off() -> None:
         (("transport", "safety_net_max_size"), 1.5, "must be a whole number from 0, not 1.5."),
         (("heartbeat",), {"interval": 2, "timeout": 1}, "it must be over heartbeat.interval, 2 s."),
         (("fence",), {"hold": 1}, "a busy agent would close its own ports."),
+        (("fence",), {"hold": 7200}, "fence.hold is 7200 s; it must be 3600 at most."),
+        (("api", "port"), 8686, "the peer link and the API have the same port, 8686."),
         (("fence",), {"ports": [25, 0]}, "fence.ports is 0; a port is from 1 to 65535."),
         (
             ("peers",),

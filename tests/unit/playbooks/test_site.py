@@ -94,6 +94,42 @@ ORDER = yaml.safe_dump(
 
 
 @pytest.mark.parametrize(
+    ("protected_set", "cause", "lag", "passed"),
+    [
+        (["mail-b"], "mail-a waits for mail-b; this node follows", 0, True),
+        (["mail-b"], "mail-a waits for mail-b; this node follows", 3, False),
+        (["mail-b"], "mail-a has not taken this node into the protected set", 0, False),
+        (["mail-b", "mail-c"], "", 0, True),
+    ],
+)
+def test_of_three_hosts_the_one_that_was_changed_is_waited_for(
+    play: Play, protected_set: list[str], cause: str, lag: int, passed: bool
+) -> None:
+    """Whoever protects the group meanwhile says nothing of it."""
+    (wait,) = [
+        task for task in PLAYS[-2]["tasks"] if task["name"].startswith("Wait until the group")
+    ]
+    nodes = [
+        {"node": "mail-a", "role": "primary", "cause": "", "lag_changes": 0},
+        {"node": "mail-b", "role": "shadow", "cause": "", "lag_changes": 0},
+        {"node": "mail-c", "role": "shadow", "cause": cause, "lag_changes": lag},
+    ]
+    answer = {"protected": True, "nodes": nodes, "protected_set": protected_set}
+    asked = {
+        "name": "Ask",
+        "hosts": "mail-c",
+        "gather_facts": False,
+        "vars": {
+            "site_after": {"status": 200, "json": answer},
+            "site_own": wait["vars"]["site_own"],
+        },
+        "tasks": [{"ansible.builtin.debug": {"msg": "waited: {{ " + wait["until"] + " }}"}}],
+    }
+    run = play(yaml.safe_dump([asked]), inventory="all: {hosts: {mail-c: {}}}")
+    assert f"waited: {passed}" in run.output, run.output
+
+
+@pytest.mark.parametrize(
     ("a", "b", "last"),
     [
         ({}, {}, "mail-a"),
@@ -155,6 +191,8 @@ def test_what_can_be_refused_comes_before_what_is_installed(play: Play) -> None:
     assert max(places(agent, "Refuse")) < first
     (settings,) = places(found, "Refuse what the agent would refuse")
     assert settings < min(places(found, "Install the mail packages"), default=10**6)
+    first = min(places(found, "Check that lists are lists"))
+    assert first < min(places(found, "Install the mail packages"), default=10**6)
     (command,) = places(found, "Refuse a command that could not run")
     assert command < min(places(found, "Install the mail packages") + places(found, "Install Post"))
 

@@ -23,6 +23,7 @@ Section = TypeVar("Section")
 MAX_SHADOW_TIMEOUT = 60.0
 """Seconds. Postfix waits 120 for the milter's answer, of which the shadow's time is only a part."""
 MAX_PROBES = 8  # umbra-helper takes no more at once
+LONGEST_HOLD = 3600.0  # and opens the ports for no longer (seconds)
 # Syncs at once: as many as the cores ask for by themselves, and as a person may set.
 MOST_BY_CORES, MOST_WORKERS = 32, 64
 
@@ -323,6 +324,12 @@ def _contradictions(config: Config) -> list[str]:
             f"fence.hold is {config.fence.hold:g} s; "
             "under 2 s a busy agent would close its own ports."
         )
+    if config.fence.hold > LONGEST_HOLD:
+        findings.append(
+            f"fence.hold is {config.fence.hold:g} s; it must be {LONGEST_HOLD:g} at most."
+        )
+    if config.link.port == config.api.port:
+        findings.append(f"the peer link and the API have the same port, {config.link.port}.")
     findings += _service(config.service, addresses)
     findings += _voters(config)
     findings += _probes(config.handover, {*addresses, *config.service.addresses})
