@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
 from umbra.mailbox.compare import Difference, Found, Unlike
+from umbra.mailbox.describe import Mailbox
 from umbra.mailbox.doveadm import DoveadmError, Outcome, SyncResult
 from umbra.mailbox.merged import Record, RecordingCarrier, of_the_peer
 from umbra.peer.exchange import PeerError
@@ -28,6 +29,8 @@ class Peer:
         self.spread: list[str] = []
         self.unlike: dict[str, Unlike] = {}
         self.missing: list[str] = []
+        self.brought: dict[str, Mailbox] = {}
+        self.kept: list[Mapping[str, Mailbox]] = []
         self.apart: list[Sequence[str]] = []
 
     async def sync(
@@ -50,12 +53,17 @@ class Peer:
         assert not self.done, "before the merge"
         self.settled.append(ours)
 
+    async def keep(self, user: str, mailboxes: Mapping[str, Mailbox]) -> None:
+        assert not self.done, "before the merge"
+        if mailboxes:
+            self.kept.append(mailboxes)
+
     async def compare(self, user: str, peer: str, *, counts: Callable[[Difference], bool]) -> Found:
         if self.error is not None:
             raise self.error
         assert self.led, "before it is compared"
         found = Found()
-        found.unlike, found.missing = self.unlike, self.missing
+        found.unlike, found.missing, found.brought = self.unlike, self.missing, self.brought
         for difference in filter(counts, self.differences):
             found.add(difference)
         return found
@@ -133,9 +141,19 @@ async def test_what_the_peer_only_lacks_is_left_out_of_a_merge(
     peer.unshared = unshared
     made, _ = carrier(peer, tmp_path)
     await made.sync("u1", "", merge=True)
-    assert [list(names) for names in peer.apart] == [[] if unshared else ["new", "INBOX"]], (
-        "unless somebody may know"
-    )
+    # Of a message that is gone somebody may know; a whole mailbox is not deleted for that.
+    assert [list(names) for names in peer.apart] == [["new"] if unshared else ["new", "INBOX"]]
+
+
+@pytest.mark.parametrize("unshared", [True, False])
+async def test_what_only_the_peer_has_is_not_deleted_there(tmp_path: Path, unshared: bool) -> None:
+    """dsync may have deleted it here, to copy it anew, before the peer was lost."""
+    peer = Peer(Difference("old", "mailbox", "", "3 messages"))
+    peer.brought = {"old": Mailbox("g", "17", "4", "3")}
+    peer.unshared = unshared
+    made, _ = carrier(peer, tmp_path)
+    await made.sync("u1", "", merge=True)
+    assert peer.kept == ([peer.brought] if unshared else [])
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,8 @@ class Found:
         self.unlike: dict[str, Unlike] = {}
         self.missing: list[str] = []
         """Mailboxes that the other node has under no name."""
+        self.brought: dict[str, Mailbox] = {}
+        """Mailboxes that only the other node has, by name."""
 
     def lacking(self) -> list[str]:
         """Return the mailboxes to which the other node brings no message: it only lacks some."""

@@ -35,7 +35,7 @@ from typing import Any, Protocol
 
 from umbra.mailbox.carrier import Exchange, valid_user
 from umbra.mailbox.compare import Found, Unlike, of_mailbox
-from umbra.mailbox.describe import Message, is_guid, lasting
+from umbra.mailbox.describe import Mailbox, Message, is_guid, lasting
 from umbra.mailbox.doveadm import Doveadm, DoveadmError, Outcome, SyncResult
 from umbra.mailbox.mirror import Carrier
 from umbra.peer.exchange import PeerError
@@ -100,6 +100,13 @@ class Dovecot:
             user, "mailbox update", "--min-highest-modseq", str(modseq), "--", name
         )
 
+    async def make(self, user: str, name: str, guid: str, uidvalidity: str) -> None:
+        """Make an empty mailbox that is the same as another node's."""
+        await self._doveadm.fields(user, "mailbox create", "--guid", guid, "--", name)
+        await self._doveadm.fields(
+            user, "mailbox update", "--uid-validity", uidvalidity, "--", name
+        )
+
     async def flags(self, user: str, mailbox: str, uids: Sequence[int]) -> dict[int, str]:
         """Return the flags of those of the messages that there are."""
         where = ("mailbox-guid", mailbox, "uid", _joined(uids))
@@ -129,6 +136,15 @@ class Settler:
         for mailbox, mine in (await self.ours(user)).items():
             if mailbox in theirs and theirs[mailbox].modseq > mine.modseq:
                 await self._dovecot.lift(user, mine.name, theirs[mailbox].modseq + AHEAD)
+
+    async def keep(self, user: str, mailboxes: Mapping[str, Mailbox]) -> None:
+        """Have a merge delete none of these at the peer. DoveadmError.
+
+        It would if they have been here, however they went: dsync itself deletes what it is going to
+        copy anew. What is here is not told as deleted.
+        """
+        for name, mailbox in mailboxes.items():
+            await self._dovecot.make(user, name, mailbox.guid, mailbox.uidvalidity)
 
     async def ours(self, user: str) -> dict[str, Counters]:
         """Return the counters of this node's mailboxes, by their GUIDs. DoveadmError."""

@@ -10,9 +10,12 @@ merge itself. A later merge with the same node replaces it.
 Dying between the record and the merge: the user is compared again, and may stand there twice.
 
 A mailbox of which the peer only lacks something is left out of a merge, unless the peer may have
-told somebody that it is gone. For two-way dsync would renumber the messages that the peer has lost,
-on both nodes, and where the peer's copy was deleted to be made anew it deletes the primary's, how
-old the deletion may be (2.4.1). What such a mailbox lacks comes with the sync one way that follows.
+told somebody that a message is gone. For two-way dsync would renumber the messages that the peer
+has lost, on both nodes, and where the peer's copy was deleted to be made anew it deletes the
+primary's, how old the deletion may be (2.4.1). What such a mailbox lacks comes with the sync one
+way that follows. A whole mailbox is not deleted by any merge: neither what the peer lacks nor, if
+it may have told somebody of a change, what only the peer has. One that a user has deleted on one
+side is there again then.
 """
 
 from __future__ import annotations
@@ -21,12 +24,13 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
 from umbra.mailbox.compare import Difference, Found
+from umbra.mailbox.describe import Mailbox
 from umbra.mailbox.doveadm import DoveadmError, Outcome, SyncResult, nameable
 from umbra.mailbox.mirror import Carrier
 from umbra.peer.exchange import PeerError
@@ -68,6 +72,9 @@ class Settler(Protocol):
 
     async def lead(self, user: str) -> None:
         """Let what changes here from now on be newer than all that the peer has."""
+
+    async def keep(self, user: str, mailboxes: Mapping[str, Mailbox]) -> None:
+        """Have the merge delete none of these at the peer."""
 
     async def settle(self, user: str, found: Found, *, ours: bool) -> None:
         """Let the merge look into what differs, and with ``ours`` have this node's flags count."""
@@ -183,8 +190,10 @@ class RecordingCarrier:
                     )  # fmt: skip
                 ours = not self._unshared()
                 await self._settler.settle(user, found, ours=ours)
-                if ours:
-                    apart = [*filter(nameable, found.lacking())][:APART]
+                if not ours:
+                    await self._settler.keep(user, found.brought)
+                lacking = found.lacking() if ours else found.missing
+                apart = [*filter(nameable, lacking)][:APART]
             except (DoveadmError, PeerError, OSError) as error:
                 return SyncResult.of(error)
         try:

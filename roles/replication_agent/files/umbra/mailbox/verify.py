@@ -196,6 +196,7 @@ class Verifier:
             raise DoveadmError("the user is unknown")
         found = Found()
         found.missing = missing(mine, theirs)
+        found.brought = {name: theirs.mailboxes[name] for name in missing(theirs, mine)}
         for difference in filter(counts, of_descriptions(mine, theirs)):
             found.add(difference)
         for name, my_box, their_box in to_look_into(mine, theirs):
