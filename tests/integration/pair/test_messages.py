@@ -77,7 +77,7 @@ def test_what_sieve_redirects_is_on_the_shadow_before_the_delivery_is_over(
         assert lab.send(primary, [USER], mail.content)[0] == 250
         lab.wait("it goes on", lambda: elsewhere in lab.queue(primary))
     lab.wait("only that is left", lambda: list(lab.queue(primary)) == [elsewhere])
-    assert held(shadow) == 1
+    lab.wait("the shadow has a copy of it", lambda: held(shadow) == 1, 5)
     assert not lab.copies(primary, USER, mail.id)
     queue_id = lab.queue(primary)[elsewhere][0]
     assert lab.host(primary).run("postcat -qh %s | grep -F '[127.0.0.1]'", queue_id).rc == 0
