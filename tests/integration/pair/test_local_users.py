@@ -63,6 +63,10 @@ def test_ports_between_the_servers_are_for_them_alone(primary: str) -> None:
         ("vmail", "24", False),
         ("umbra", "24", True),
         ("nobody", "24", False),
+        ("vmail", "26", True),
+        ("nobody", "26", False),
+        ("umbra", "27", True),
+        ("nobody", "27", False),
         ("nobody", "8688", False),
         ("nobody", "25", True),
     ):

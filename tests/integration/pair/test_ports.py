@@ -71,11 +71,14 @@ def test_replication_ports_are_on_the_tunnel_only(node: str) -> None:
     address = lab.overlay_address(node)
     listening = lab.run(node, "ss -Hltn 'sport = :8686 or sport = :8687'").splitlines()
     assert {line.split()[3] for line in listening} == {f"{address}:8686", f"{address}:8687"}
-    notify = lab.run(node, "ss -Hltn 'sport = :8688 or sport = :24'").splitlines()
+    notify = lab.run(
+        node, "ss -Hltn 'sport = :8688 or sport = :24 or sport = :26 or sport = :27'"
+    ).splitlines()
     assert {line.split()[3].rsplit(":", 1)[0] for line in notify} <= {"127.0.0.1"}
 
     (peer,) = set(lab.NODES) - {node}
-    outside = probe("client", [(lab.ADDRESSES[node], port) for port in (8686, 8687, 8688, 24)])
+    ports = (8686, 8687, 8688, 24, 26, 27)
+    outside = probe("client", [(lab.ADDRESSES[node], port) for port in ports])
     assert not [answer for answer in outside.values() if answer.startswith("open")]
     through = probe(peer, [(address, 8686), (address, 8687)])
     # After five seconds of silence the server hangs up and the probe gives up, either one first.

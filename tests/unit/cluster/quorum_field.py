@@ -397,8 +397,8 @@ class Node:
         view = self.field.register.seen_by(self.name)
         self.group = group = QuorumGroup(self.config, states, self.host, view, clock=clock)
 
-        async def greet(port: int, expected: bytes, goodbye: bytes) -> None:
-            if port == POSTFIX[0] and not self.host.postfix:
+        async def greet(ports: Sequence[int], expected: bytes, goodbye: bytes) -> None:
+            if ports == POSTFIX[0] and not self.host.postfix:
                 raise OSError("connection refused")
 
         group.work._greet = greet

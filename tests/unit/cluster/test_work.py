@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 
@@ -27,8 +28,8 @@ class Host:
     async def prove(self) -> None:
         await self.disks.wait()
 
-    async def greet(self, port: int, expected: bytes, goodbye: bytes) -> None:
-        if self.refuses and port == POSTFIX[0]:
+    async def greet(self, ports: Sequence[int], expected: bytes, goodbye: bytes) -> None:
+        if self.refuses and ports == POSTFIX[0]:
             raise OSError("connection refused")
 
 
@@ -65,6 +66,19 @@ async def test_a_server_that_is_away_proves_nothing_unless_it_is_stopped_on_purp
     assert await watch(host, 0.2) == 0
 
 
+async def test_a_server_of_before_is_asked_at_the_port_that_it_has() -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"* OK ready\r\n")
+        await reader.readline()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        await greeting([9, port], b"* OK", b"a LOGOUT\r\n")
+    with pytest.raises(ConnectionRefusedError):
+        await greeting([9, port], b"* OK", b"a LOGOUT\r\n")
+
+
 async def test_it_ends_when_it_is_told_to_in_the_moment_in_which_a_server_refuses() -> None:
     """A task group of Python 3.11 and 3.12 forgets that it was cancelled if a part of it fails."""
     host = Host()
@@ -72,9 +86,9 @@ async def test_it_ends_when_it_is_told_to_in_the_moment_in_which_a_server_refuse
     real = host.greet
     task = asyncio.create_task(host.work.run())
 
-    async def greet(port: int, expected: bytes, goodbye: bytes) -> None:
+    async def greet(ports: Sequence[int], expected: bytes, goodbye: bytes) -> None:
         task.cancel()
-        await real(port, expected, goodbye)
+        await real(ports, expected, goodbye)
 
     host.work._greet = greet
     async with asyncio.timeout(2):
@@ -96,14 +110,14 @@ async def test_only_a_greeting_is_one(says: bytes, monkeypatch: pytest.MonkeyPat
     port = server.sockets[0].getsockname()[1]
     async with server:
         if says.startswith(b"220"):
-            await greeting(port, b"220", b"QUIT\r\n")
+            await greeting([port], b"220", b"QUIT\r\n")
         elif says:
             with pytest.raises(OSError, match="answered"):
-                await greeting(port, b"220", b"QUIT\r\n")
+                await greeting([port], b"220", b"QUIT\r\n")
         else:
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.1):
-                    await greeting(port, b"220", b"QUIT\r\n")
+                    await greeting([port], b"220", b"QUIT\r\n")
         await ended.wait()
         await asyncio.sleep(0)
 

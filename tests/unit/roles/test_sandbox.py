@@ -106,7 +106,7 @@ def test_ports_on_the_host_are_for_those_who_need_them() -> None:
         in output
     )
     assert (
-        'oifname "lo" ip daddr 127.0.0.1 tcp dport 24 meta skuid != { root, umbra } reject'
+        'oifname "lo" ip daddr 127.0.0.1 tcp dport { 24, 27 } meta skuid != { root, umbra } reject'
         in output
     )
     assert "tcp sport { 8686, 8687, 8688 } meta skuid != { root, umbra } drop" in output
@@ -122,6 +122,7 @@ def test_the_fences_ports_and_user_are_those_of_the_others() -> None:
         "__replication_agent_resubmission_port": (
             code / "transport/resubmit.py", r"HOST, PORT = .*, (\d+)",
         ),
+        "__replication_agent_proof_port": (code / "cluster/work.py", r"DOVECOT = \(\((\d+),"),
     }  # fmt: skip
     for name, (path, pattern) in ports.items():
         found = re.search(pattern, path.read_text())
@@ -133,5 +134,6 @@ def test_the_fences_ports_and_user_are_those_of_the_others() -> None:
     assert f"\n{sieve} inet " in master
     dovecot = rendered("mail_server", "dovecot.conf.j2", mail_server_replicated=True)
     assert f"\nsubmission_host = {sieve}\n" in dovecot
+    assert f"listen = 127.0.0.1\n    port = {agent['__replication_agent_proof_port']}\n" in dovecot
     lua = (ROLES / "mail_server/templates/umbra-notify.lua.j2").read_text()
     assert f"127.0.0.1:{agent['__replication_agent_notify_port']}/" in lua

@@ -14,21 +14,31 @@ from umbra.transport.resubmit import PORT
 
 log = logging.getLogger(__name__)
 
-# port, what the server says first, what ends the session politely. Postfix is asked at the port for
-# resubmission: that of the world may have no process left, which is no reason to move the primary.
-POSTFIX = (PORT, b"220", b"QUIT\r\n")
-DOVECOT = (143, b"* OK", b"a LOGOUT\r\n")
+# ports, what the server says first, what ends the session politely. Both are asked at ports of our
+# own: those of the world may be closed by the administrator (Dovecot's) or have no process left
+# (Postfix's), which is no reason to move the primary. A Dovecot of before has only the world's.
+POSTFIX = ((PORT,), b"220", b"QUIT\r\n")
+DOVECOT = ((27, 143), b"* OK", b"a LOGOUT\r\n")
 ADDRESS = "127.0.0.1"
 WARM = 6
 """Processes that wait for clients when a node becomes primary."""
 WARM_UP = 1.0
 """Seconds for that."""
-Server = tuple[int, bytes, bytes]
+Server = tuple[Sequence[int], bytes, bytes]
 
 
-async def greeting(port: int, expected: bytes, goodbye: bytes) -> None:
-    """Return when the local server has greeted. OSError if it says something else."""
-    reader, writer = await asyncio.open_connection(ADDRESS, port)
+async def greeting(ports: Sequence[int], expected: bytes, goodbye: bytes) -> None:
+    """Return when the local server has greeted at the first of its ports that takes a connection.
+
+    OSError if it says something else.
+    """
+    for port in ports:
+        try:
+            reader, writer = await asyncio.open_connection(ADDRESS, port)
+            break
+        except ConnectionRefusedError:
+            if port == ports[-1]:
+                raise
     try:
         line = await reader.readline()
         if not line.startswith(expected):
@@ -112,7 +122,7 @@ class Work:
         *,
         interval: float,
         timeout: float,
-        greet: Callable[[int, bytes, bytes], Awaitable[None]] = greeting,
+        greet: Callable[[Sequence[int], bytes, bytes], Awaitable[None]] = greeting,
     ) -> None:
         self._disks = disks
         self._proven = proven
