@@ -24,7 +24,7 @@ from umbra.mailbox.doveadm import Outcome, SyncResult
 from umbra.mailbox.mirror import Phase
 from umbra.mailbox.part import Mailboxes
 from umbra.node.client import NodeHelper
-from umbra.peer.exchange import Exchange
+from umbra.peer.exchange import Exchange, PeerError
 from umbra.peer.identity import PeerIdentity
 
 USER = "a@example.org"
@@ -272,3 +272,27 @@ async def test_a_note_that_stays_makes_the_group_degraded_with_each_change(
 
 def refuse(path: str) -> None:
     raise OSError(30, "Read-only file system")
+
+
+async def test_a_node_is_merged_when_the_shadows_have_what_it_brought(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it could be made a copy of one of them that lacks it, and nobody would have it."""
+    monkeypatch.setattr(part, "PASSED_ON_LOOK", 0.01)
+    async with protected(tmp_path, "bc") as world:
+        other = world.mailboxes._peers["c"]
+        other.phase = Phase.PROTECTED
+        world.mailboxes._spread("b", USER)
+        for lost in (False, True):
+            telling = asyncio.create_task(world.mailboxes._passed_on("b"))
+            await asyncio.sleep(0.05)
+            assert not telling.done()
+            if lost:
+                await world.peer.lose("gone")
+                with pytest.raises(PeerError, match="before the others had"):
+                    await telling
+            else:
+                assert other._queue.start() == USER
+                other._queue.done(USER)
+                await asyncio.wait_for(telling, 1)
+                world.mailboxes._spread("b", USER)

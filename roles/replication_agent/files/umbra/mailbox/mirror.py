@@ -638,10 +638,9 @@ class PeerMirror:
             if copied is not None and complete:
                 await self._say(copied)
                 copied = None
-            noted = self._queue.noted - self._queue.paused
             # Who is compared from scratch may take hours: nobody shall wait behind that.
             few = 0 if scratch or self._scratch & self._first_round else self._few
-            phase = next_phase(self.phase, noted, few, bool(self._first_round))
+            phase = next_phase(self.phase, self.lacking, few, bool(self._first_round))
             # Users who cannot be mirrored keep the others from being waited for, not from being
             # copied, and mail from nothing.
             # Who is copied anew has that refused as soon as changes wait for the peer.
@@ -819,6 +818,11 @@ class PeerMirror:
     def behind(self) -> int:
         """How many users have changes that the peer lacks and nobody waits for."""
         return self._queue.noted
+
+    @property
+    def lacking(self) -> int:
+        """How many of them are not suspended."""
+        return self._queue.noted - self._queue.paused
 
     @property
     def equal(self) -> bool:

@@ -57,8 +57,9 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 MISSED_INTERVAL = 2.0
 # How much later than the permit the names are read that were left under it (seconds).
 FORBID_PAUSE = 0.05
-# How often it is looked whether what was noted is copied (seconds).
+# How often it is looked whether what was noted is copied, and what a merge has brought (seconds).
 COPIED_LOOK = 0.01
+PASSED_ON_LOOK = 0.1
 MERGED_TIMEOUT = 5.0
 # By how much the kernel may be late to close the ports (seconds).
 LATE_PORTS = 0.5
@@ -261,6 +262,17 @@ class Mailboxes:
         for name, peer in self._peers.items():
             if name != merged_with:
                 peer.recheck([user])
+
+    async def _passed_on(self, merged_with: str) -> None:
+        """Return when the shadows have what that node brought. PeerError if it is lost before.
+
+        Told that it is merged, it may be made a copy of the next primary, whatever that lacks.
+        """
+        others = [peer for name, peer in self._peers.items() if name != merged_with]
+        while any(peer.phase.waits and peer.lacking for peer in others):
+            if self._peers[merged_with].phase is Phase.RECORDING:
+                raise PeerError("unreachable", "it was lost before the others had what it brought")
+            await asyncio.sleep(PASSED_ON_LOOK)
 
     def _relied_on(self, peer: str) -> bool:
         return self._peers[peer].phase.waits
@@ -633,6 +645,7 @@ class Mailboxes:
 
         async def copied() -> None:
             if merge:
+                await self._passed_on(peer)
                 # Dying before it is told: the mailboxes are merged again, which changes nothing.
                 await self._group.links[peer].request("merged", {}, timeout=MERGED_TIMEOUT)
             self._compared.add(binding)
