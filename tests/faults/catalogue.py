@@ -89,6 +89,14 @@ FAULTS: tuple[Fault, ...] = (
         )
         for side in (primary, shadow)
     ),
+    *(
+        # systemd ends it after ten seconds; a primary's ports close a moment before that.
+        Fault(
+            f"helper stopped, {side.__name__}", (do.signalled(HELPER, "STOP", side),),
+            stands=(11.0, 13.0), heals=30,
+        )
+        for side in (primary, shadow)
+    ),
     # Hosts.
     Fault(
         "power cut, shadow", (do.power_cut(shadow),), (do.power_back(shadow),),
@@ -184,6 +192,10 @@ WITNESS: tuple[Fault, ...] = (
         "agent stopped, primary, taken over", (do.signalled(AGENT, "STOP", primary),),
         (do.taken_over, do.continued(AGENT, primary)),
         heals=60, moves=True, after=(do.held_queue_dropped,),
+    ),
+    Fault(
+        "helper stopped, primary, taken over", (do.signalled(HELPER, "STOP", primary),),
+        (do.taken_over,), heals=60, moves=True, after=(do.held_queue_dropped,),
     ),
     Fault(
         "power cut, shadow, with a witness", (do.power_cut(shadow),), (do.power_back(shadow),),
