@@ -306,6 +306,59 @@ async def test_cut_ends_what_hangs(tmp_path: Path) -> None:
     assert result.outcome is not Outcome.SYNCED
 
 
+async def test_one_users_sync_gives_way_and_no_others(tmp_path: Path) -> None:
+    goes_on = asyncio.Event()
+    users = (USER, "b@example.org")
+
+    class Doveadm(FakeDoveadm):
+        async def sync(self, user: str, *args: Any, **options: Any) -> SyncResult:
+            return await FakeDoveadm(self.talk, user).sync(user, *args, **options)
+
+    async def master(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Outcome:
+        return Outcome.SYNCED if await reader.read(1) else Outcome.FAILED
+
+    async def handler(_: PeerIdentity, args: Mapping[str, Any], exchange: Any) -> dict[str, Any]:
+        await goes_on.wait()
+        await exchange.send(b"x")
+        await exchange.end()
+        return {}
+
+    async with pair(tmp_path, Doveadm(master), handler) as carrier:
+        carrier.cut(USER)  # none runs
+        broken, other = (asyncio.create_task(carrier.sync(user, "")) for user in users)
+        await asyncio.sleep(0.1)
+        carrier.cut(USER)
+        assert (await asyncio.wait_for(broken, 5)).outcome is Outcome.GAVE_WAY
+        assert not other.done()
+        goes_on.set()
+        assert (await asyncio.wait_for(other, 5)).outcome is Outcome.SYNCED
+        assert (await asyncio.wait_for(carrier.sync(USER, ""), 5)).outcome is Outcome.SYNCED
+
+
+async def test_a_sync_that_has_ended_here_need_not_give_way(tmp_path: Path) -> None:
+    on_disk = asyncio.Event()
+
+    async def settle() -> None:
+        await on_disk.wait()
+
+    async def master(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Outcome:
+        return Outcome.SYNCED if await reader.read(1) else Outcome.FAILED
+
+    async def slave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"x")
+
+    async with server(tmp_path, slave) as socket:
+        handler = DsyncHandler(lambda: False, Disk(settle), socket)
+        async with pair(tmp_path, FakeDoveadm(master), handler) as carrier:
+            task = asyncio.create_task(carrier.sync(USER, ""))
+            await asyncio.sleep(0.2)
+            carrier.cut(USER)
+            await asyncio.sleep(0.1)
+            assert not task.done()
+            on_disk.set()
+            assert (await asyncio.wait_for(task, 5)).outcome is Outcome.SYNCED
+
+
 @pytest.mark.parametrize("slave_closes_first", [True, False])
 async def test_a_sync_has_ended_when_the_peers_disk_has_it(
     tmp_path: Path, slave_closes_first: bool

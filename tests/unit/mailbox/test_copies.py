@@ -82,7 +82,7 @@ class Pair:
     def progress(self, user: str) -> float:
         return 0.0
 
-    def cut(self) -> None:
+    def cut(self, user: str = "") -> None:
         pass
 
     async def request(self, op: str, args: Mapping[str, Any], *, timeout: float) -> dict[str, Any]:

@@ -190,7 +190,7 @@ class Copier:
     def progress(self, user: str) -> float:
         return 7.0
 
-    def cut(self) -> None: ...
+    def cut(self, user: str = "") -> None: ...
 
     def carrier(self) -> FlagsCarrier:
         return FlagsCarrier(self, self.pair.settler, self.pair.here, self.pair.there)

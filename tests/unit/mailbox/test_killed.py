@@ -26,7 +26,7 @@ class World:
     async def mirror_failed(self, peer, reason, *, lost=True): pass
     def begin_work(self): return nullcontext()
     def progress(self, user): return 0.0
-    def cut(self): pass
+    def cut(self, user=""): pass
 
 async def client(peer, number):
     for turn in range(100_000):

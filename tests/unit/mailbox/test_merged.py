@@ -43,7 +43,7 @@ class Peer:
     def progress(self, user: str) -> float:
         return 7.0
 
-    def cut(self) -> None:
+    def cut(self, user: str = "") -> None:
         self.done.append(("cut", False))
 
     async def lead(self, user: str) -> None:

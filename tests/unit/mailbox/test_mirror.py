@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
 from time import monotonic
@@ -124,7 +124,7 @@ class World:
     def progress(self, user: str) -> float:
         return self.moved
 
-    def cut(self) -> None:
+    def cut(self, user: str = "") -> None:
         self.cuts += 1
 
 
@@ -1236,9 +1236,9 @@ async def test_the_first_round_is_over_when_everybody_had_a_turn(tmp_path: Path)
 
 @asynccontextmanager
 async def two_mirrors(
-    path: Path, copies: int
+    path: Path, copies: int, world: Callable[[], World] = World
 ) -> AsyncIterator[tuple[Mirror, dict[str, World], dict[str, PeerMirror]]]:
-    worlds = {name: World() for name in ("mail-b", "mail-c")}
+    worlds = {name: world() for name in ("mail-b", "mail-c")}
     ledger = Ledger(path, path)
     await ledger.open()
     peers = {
@@ -1282,6 +1282,11 @@ async def test_one_shadow_is_waited_for_and_the_other_follows(tmp_path: Path) ->
         assert peers["mail-c"].phase is Phase.PROTECTED, "it can take the other's place"
 
 
+async def test_without_a_peer_there_is_no_copy() -> None:
+    world = World()
+    assert await Mirror(world, world, {}).changed("u1") is Verdict.RECORDED
+
+
 async def test_two_copies_are_waited_for(tmp_path: Path) -> None:
     async with two_mirrors(tmp_path, 2) as (both, worlds, peers):
         for name, peer in peers.items():
@@ -1292,6 +1297,139 @@ async def test_two_copies_are_waited_for(tmp_path: Path) -> None:
         assert all(world.remote["u1"] == 1 for world in worlds.values())
         await peers["mail-c"].lose("gone")
         assert await both.changed("u1") is Verdict.RECORDED
+
+
+class Locked(World):
+    """Its syncs lock the user's mailboxes on this node, as dsync does."""
+
+    def __init__(self, locks: dict[str, asyncio.Lock]) -> None:
+        super().__init__()
+        self.locks = locks
+        self.tasks: dict[str, asyncio.Task[SyncResult]] = {}
+
+    async def _sync(self, user: str, state: str, merge: bool, mailbox: str | None) -> SyncResult:
+        task = self.tasks[user] = asyncio.create_task(self._locked(user, state, merge, mailbox))
+        try:
+            await asyncio.wait({task})
+        finally:
+            del self.tasks[user]
+            task.cancel()
+        return SyncResult(Outcome.GAVE_WAY) if task.cancelled() else task.result()
+
+    async def _locked(self, user: str, state: str, merge: bool, mailbox: str | None) -> SyncResult:
+        async with self.locks.setdefault(user, asyncio.Lock()):
+            return await super()._sync(user, state, merge, mailbox)
+
+    def cut(self, user: str = "") -> None:
+        if user in self.tasks:
+            self.tasks[user].cancel()
+
+
+@asynccontextmanager
+async def one_follows(
+    path: Path, monkeypatch: pytest.MonkeyPatch, *, rest: float, ways: int = 50, merge: bool = False
+) -> AsyncIterator[tuple[Callable[[], Awaitable[Verdict]], World, World, PeerMirror]]:
+    """The first is waited for, the second follows, and its sync of u1 does not end."""
+    monkeypatch.setattr(module, "MAKE_WAY", 0.05)
+    monkeypatch.setattr(module, "MADE_WAY_REST", rest)
+    monkeypatch.setattr(module, "WAYS", ways)
+    locks: dict[str, asyncio.Lock] = {}
+    async with two_mirrors(path, 1, lambda: Locked(locks)) as (both, worlds, peers):
+        b, c = worlds.values()
+        peer = peers["mail-c"]
+        await limited(peer, Phase.CATCHING_UP)
+        await peers["mail-b"].catch_up(b.protect, everyone=True, binding="one")
+        c.delay = lambda user: 60 if user == "u1" else 0
+        follows = asyncio.create_task(
+            peer.catch_up(c.protect, everyone=True, binding="one", merge=merge)
+        )
+        await until(lambda: "u1" in c.running)
+
+        async def change() -> Verdict:
+            for world in (b, c):
+                world.local["u1"] += 1
+            return await asyncio.wait_for(both.changed("u1"), 5)
+
+        try:
+            yield change, b, c, peer
+        finally:
+            follows.cancel()
+            await asyncio.gather(follows, return_exceptions=True)
+
+
+async def test_a_sync_that_nobody_waits_for_gives_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with one_follows(tmp_path, monkeypatch, rest=0.3) as (change, b, c, peer):
+        await until(lambda: peer.behind == 1)
+        before = len(c.syncs)
+        assert await change() is Verdict.MIRRORED
+        assert b.remote["u1"] == 1
+        assert b.lost is None, "it was never given up"
+        # It rests, whatever else changes, so that it does not stand in the way of the next ones.
+        for _ in range(3):
+            assert await change() is Verdict.MIRRORED
+        assert len(c.syncs) == before
+        assert (peer.phase, peer.behind) == (Phase.CATCHING_UP, 1)
+        c.delay = lambda user: 0
+        await until(lambda: c.remote["u1"] == 4)
+        await until(lambda: peer.behind == 0)
+        assert c.syncs[before:] == [("u1", "")], "from scratch"
+        assert c.lost is False, "nothing is wrong with it"
+        assert (peer.findings, peer._attempts, peer._ways) == ({}, {}, {})
+
+
+async def test_steady_changes_do_not_keep_a_user_from_the_one_that_follows_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with one_follows(tmp_path, monkeypatch, rest=0.1, ways=2) as (change, _, c, _):
+        for _ in range(2):
+            await until(lambda: "u1" in c.running)
+            assert await change() is Verdict.MIRRORED
+        c.delay = lambda user: 0.8  # it rests now
+        await until(lambda: "u1" in c.running)
+        assert await change() is Verdict.RECORDED, "it is left to its end now"
+        await until(lambda: c.remote["u1"] == 3)
+
+
+async def test_a_merge_is_not_broken_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with one_follows(tmp_path, monkeypatch, rest=0, merge=True) as (_, _, c, peer):
+        peer.make_way("u1")
+        await asyncio.sleep(0.05)
+        assert "u1" in c.running
+
+
+async def test_who_is_waited_for_gives_no_way(tmp_path: Path) -> None:
+    world = Locked({})
+    async with mirror(world, tmp_path) as peer:
+        peer.make_way("u1")  # none runs
+        world.delay = lambda user: 0.1
+        task = asyncio.create_task(change(world, peer, "u1"))
+        await until(lambda: "u1" in world.running)
+        before = len(world.syncs)
+        peer.make_way("u1")
+        assert await task is Verdict.MIRRORED
+        assert len(world.syncs) == before
+
+
+async def test_a_repair_that_gives_way_goes_on_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = 0
+
+    async def prepare() -> None:
+        nonlocal prepared
+        prepared += 1
+
+    async with one_follows(tmp_path, monkeypatch, rest=0.1) as (change, _, c, peer):
+        peer.make_way("u1")
+        repair = asyncio.create_task(peer.resync("u1", prepare))
+        await until(lambda: prepared == 1 and "u1" in c.running)
+        assert await change() is Verdict.MIRRORED
+        assert not repair.done()
+        c.delay = lambda user: 0
+        await asyncio.wait_for(repair, 5)
+        assert (c.remote["u1"], prepared) == (1, 1)
 
 
 async def test_a_sync_from_scratch_that_something_changed_under_is_made_from_scratch_again(

@@ -41,7 +41,9 @@ class Model(RuleBasedStateMachine):
     @rule(users=st.lists(USERS, max_size=3))
     def note(self, users: list[str]) -> None:
         now = self.tick()
+        resting = set(self.queue.resting)
         self.queue.note(users)
+        assert self.queue.resting == resting, "what is noted ends no rest"
         self.noted.update(dict.fromkeys(users, now))
         self.whole.update(users)
 
@@ -112,6 +114,12 @@ class Model(RuleBasedStateMachine):
     def wake(self) -> None:
         self.queue.wake()
         assert not self.queue.resting
+
+    @rule(user=USERS)
+    def wake_one(self, user: str) -> None:
+        resting = set(self.queue.resting)
+        self.queue.wake(user)
+        assert self.queue.resting == resting - {user}
 
     @rule(users=st.sets(USERS, max_size=2))
     def suspend(self, users: set[str]) -> None:

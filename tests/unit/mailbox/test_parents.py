@@ -27,7 +27,7 @@ class Dsync:
     def progress(self, user: str) -> float:
         return 1.0
 
-    def cut(self) -> None:
+    def cut(self, user: str = "") -> None:
         self.states.append("cut")
 
 

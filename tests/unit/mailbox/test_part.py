@@ -81,7 +81,7 @@ class Carrier:
     def progress(self, user: str) -> float:
         return 0.0
 
-    def cut(self) -> None: ...
+    def cut(self, user: str = "") -> None: ...
 
 
 @dataclass

@@ -82,7 +82,7 @@ class World:
     def progress(self, user: str) -> float:
         return 0.0
 
-    def cut(self) -> None:
+    def cut(self, user: str = "") -> None:
         pass
 
     @asynccontextmanager

@@ -256,6 +256,8 @@ class _Stream:
     told: Foretelling
     moved: float
     task: asyncio.Task[None] = field(init=False)
+    locks: bool = True  # the dsync here runs, and may hold locks of the user's mailboxes
+    gives_way: bool = False
 
     def move(self) -> None:
         """Note that data moved now."""
@@ -333,10 +335,20 @@ class DsyncCarrier:
         if len(self._trees) > MAX_TREES:
             del self._trees[next(iter(self._trees))]
 
-    def cut(self) -> None:
-        """Break all streams: their syncs fail at once instead of hanging on a dead peer."""
-        for task in self._streams:
-            task.cancel()
+    def cut(self, user: str = "") -> None:
+        """Break all streams: their syncs fail at once instead of hanging on a dead peer.
+
+        Or that of ``user`` alone, so that the locks here are free: it ends as GAVE_WAY. One that
+        has ended here, and waits only for the peer, goes on.
+        """
+        if not user:
+            for task in self._streams:
+                task.cancel()
+            return
+        stream = self._expected.get(user)
+        if stream is not None and stream.locks and not stream.gives_way:
+            stream.gives_way = True
+            stream.task.cancel()
 
     async def sync(
         self, user: str, state: str, *, merge: bool = False, apart: Sequence[str] = ()
@@ -400,6 +412,7 @@ class DsyncCarrier:
             result = await self._doveadm.sync(
                 user, f"tcp:{self._path}", state, SYNC_LIMIT, merge=merge, apart=apart, only=only
             )
+            stream.locks = False
             if result.outcome in (Outcome.SYNCED, Outcome.CHANGED):
                 # The peer's disk has it, or the stream has ended without.
                 await self._confirmed(stream, settled)
@@ -412,6 +425,9 @@ class DsyncCarrier:
             heard = told.mode is Mode.PLAIN
             await asyncio.wait({task}, timeout=1.0 if heard else LINGER + 1.0)
         if not settled.done():
+            if stream.gives_way:
+                reason = "it gave way to a change that waits for another peer"
+                return SyncResult(Outcome.GAVE_WAY, reason=reason, begun=told.begun)
             error = task.exception() if task.done() and not task.cancelled() else None
             if isinstance(error, PeerError):
                 outcome = Outcome.FAILED if error.code == BUSY else Outcome.LOST

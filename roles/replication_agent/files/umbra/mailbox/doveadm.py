@@ -64,6 +64,7 @@ class Outcome(Enum):
     UNSAFE = "unsafe"  # not done: the copy would be without acknowledged messages for a while
     FAILED = "failed"
     LOST = "lost"  # the peer cannot be reached, or refuses this node
+    GAVE_WAY = "gave-way"  # broken off here for another peer's: run it again later
 
 
 @dataclass(frozen=True)

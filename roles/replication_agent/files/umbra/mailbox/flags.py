@@ -271,9 +271,9 @@ class FlagsCarrier:
         """See ``Carrier.progress``."""
         return max(self._carrier.progress(user), self._moved.get(user, 0.0))
 
-    def cut(self) -> None:
-        """Break all syncs that run."""
-        self._carrier.cut()
+    def cut(self, user: str = "") -> None:
+        """See ``Carrier.cut``."""
+        self._carrier.cut(user)
 
 
 class FlagsHandler:

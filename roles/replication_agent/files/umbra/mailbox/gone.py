@@ -68,9 +68,9 @@ class GoneCarrier:
         """See ``Carrier.progress``."""
         return self._carrier.progress(user)
 
-    def cut(self) -> None:
-        """Break all syncs that run."""
-        self._carrier.cut()
+    def cut(self, user: str = "") -> None:
+        """See ``Carrier.cut``."""
+        self._carrier.cut(user)
 
     async def _remove(self, user: str, *, renamed: bool) -> None:
         try:

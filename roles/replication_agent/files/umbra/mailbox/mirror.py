@@ -63,6 +63,15 @@ SWEEP_INTERVAL = 60.0
 # A user who changes more while being copied, and whom nobody waits for, is not copied again for so
 # long (seconds).
 CHANGED_REST = 1.0
+# dsync locks what it copies. So a sync for which nobody waits gives way when a change of the same
+# user has waited so long for another peer (seconds), well before that one would be given up,
+MAKE_WAY = 1.0
+# is not tried again for so long (seconds), which bounds how often a user's changes are held up,
+MADE_WAY_REST = 10.0
+# and after so many times in a row is left to its end, even if the other peer is given up by it:
+# else somebody who changes all the time would never get to this one. A large mailbox comes in parts
+# before that, for dsync keeps what it has saved.
+WAYS = 50
 # How often it is looked whether this node may act (seconds).
 RIGHT_LOOK = 0.05
 # A change whose sync moves on waits for so many times the time-out in all, but for less than
@@ -116,8 +125,8 @@ class Carrier(Protocol):
     def progress(self, user: str) -> float:
         """Return when data of the running sync of ``user`` last moved, on the monotonic clock."""
 
-    def cut(self) -> None:
-        """Break all syncs that run."""
+    def cut(self, user: str = "") -> None:
+        """Break all syncs that run; or that of ``user`` if it runs, which ends as GAVE_WAY."""
 
 
 class Single(Protocol):
@@ -234,6 +243,8 @@ class PeerMirror:
         self._number = 0
         self._noted_at: dict[str, float] = {}
         self._attempts: dict[str, int] = {}
+        self._ways: dict[str, int] = {}  # how often in a row the sync of a user gave way
+        self._rests: dict[str, asyncio.TimerHandle] = {}
         self._unmerged: set[str] = set()
         self._inherited: Inherited | None = None
         self._without: set[str] = set()  # who has no use for an inherited state any more
@@ -311,16 +322,31 @@ class PeerMirror:
         ``suspended`` users wait. Returns when the group is alone on disk, if that is what it means;
         whoever waited is answered.
         """
-        self.limit = limit
+        former, self.limit = self.limit, limit
         news = suspended - self._queue.suspended
         self._queue.suspend(suspended)
         self._first_round -= suspended
-        if limit is not Phase.CATCHING_UP:
+        if limit not in (former, Phase.CATCHING_UP):
             self._queue.wake()
         if self.phase.rank > limit.rank or (news and self.phase.waits):
             await self.lose(reason, lost=False)
         self._progress.set()
         self._pump()
+
+    def held_up(self, user: str) -> bool:
+        """Return whether a change of ``user`` waits for this peer and its sync does not move."""
+        still = monotonic() - self._carrier.progress(user) >= MAKE_WAY / 2
+        return still and self._queue.awaited(user)
+
+    def make_way(self, user: str) -> None:
+        """A change of ``user`` waits for another peer: break off a sync that nobody waits for.
+
+        Not while there is a merge to be made. It would be made again, but it writes on both nodes,
+        where half of one is seen by clients; and it is short, being of what differs only.
+        """
+        left = user in self._unmerged or self._ways.get(user, 0) >= WAYS
+        if not (self.phase.waits or left):
+            self._carrier.cut(user)
 
     async def lose(self, reason: str, *, cut: bool = False, lost: bool = True) -> None:
         """The peer is lost or too slow: stop waiting for it.
@@ -432,12 +458,19 @@ class PeerMirror:
         took = monotonic() - started
         metrics.SYNC_SECONDS.labels(self.peer).observe(took)
         metrics.SYNCS.labels(self.peer, result.outcome.value).inc()
+        if result.outcome is not Outcome.GAVE_WAY:
+            self._ways.pop(user, None)
         match result.outcome:
             case Outcome.SYNCED:
                 self._settle(user, started)
+            case Outcome.GAVE_WAY:
+                # Nothing failed. What the peer has a part of comes from scratch the next time, and
+                # until then the user is noted, so nobody relies on the copy.
+                self._ways[user] = self._ways.get(user, 0) + 1
+                log.info("sync of %s to %s: %s", user, self.peer, result.reason)
+                self._rest(user, MADE_WAY_REST)
             case Outcome.CHANGED if self._unhurried(user):
-                self._queue.rest(user)
-                asyncio.get_running_loop().call_later(CHANGED_REST, self._rested, user)
+                self._rest(user, CHANGED_REST)
             case Outcome.CHANGED if self._attempts.get(
                 user, 0
             ) < CHANGED_ATTEMPTS or self._queue.awaited(user):
@@ -462,10 +495,16 @@ class PeerMirror:
         hurried = user in self._first_round or self._queue.awaited(user)
         return self.limit is Phase.CATCHING_UP and not hurried
 
+    def _rest(self, user: str, seconds: float) -> None:
+        self._queue.rest(user)
+        if (former := self._rests.pop(user, None)) is not None:
+            former.cancel()
+        self._rests[user] = asyncio.get_running_loop().call_later(seconds, self._rested, user)
+
     def _rested(self, user: str) -> None:
-        if user in self._queue.resting:
-            self._queue.note([user])
-            self._pump()
+        del self._rests[user]
+        self._queue.wake(user)
+        self._pump()
 
     async def _odd(self, user: str) -> SyncResult:
         """Return what becomes of a name that nodes do not take from each other."""
@@ -914,10 +953,17 @@ class Mirror:
                         tasks.create_task(peer.changed(user, mailbox))
                         for peer in self.peers.values()
                     ]
+                    while verdicts and (await asyncio.wait(verdicts, timeout=MAKE_WAY))[1]:
+                        self._make_way(user)
             except* NotPrimary:
                 raise NotPrimary from None  # as one peer says it: who asks looks for it
         mirrored = sum(task.result() is Verdict.MIRRORED for task in verdicts)
         return Verdict.MIRRORED if mirrored >= self._copies else Verdict.RECORDED
+
+    def _make_way(self, user: str) -> None:
+        if any(peer.held_up(user) for peer in self.peers.values()):
+            for peer in self.peers.values():
+                peer.make_way(user)
 
     def stop(self) -> None:
         """End of this node's time as primary: end all waiting and all syncs."""

@@ -7,7 +7,8 @@ Rules:
   order in which they asked, so that a busy or huge mailbox never holds up the others.
 * Users of whom a change is waited for do not stand behind those of whom changes are only noted,
   which may be thousands: the two take turns.
-* A suspended user has no turn; only notes come for such a one.
+* A suspended user has no turn; only notes come for such a one. Nor has one who rests, until a
+  change is waited for or the rest is over.
 * A change is *waited for* (someone gets no OK before a sync covers it) or *noted* (it was answered;
   the flag is on disk). Both ask
   for a sync. Changes of one user that come together share one.
@@ -70,7 +71,8 @@ class MirrorQueue(Generic[Ticket]):
             if not entry.noted:
                 entry.noted = True
                 self.noted += not entry.noted_covered
-            self._enqueue(user)
+            if user not in self.resting:
+                self._enqueue(user)
 
     def start(self) -> str | None:
         """Return the user whose sync starts now, or None if there is none or no room."""
@@ -136,16 +138,17 @@ class MirrorQueue(Generic[Ticket]):
         self._requeue(user, entry)
 
     def rest(self, user: str) -> None:
-        """Do as ``again``, but with no turn before the user is noted, waited for or woken."""
+        """Do as ``again``, but with no turn before the user is waited for or woken."""
         self.again(user)
         if not self.awaited(user) and user not in self.suspended:
             self._dequeue(user)
             self.resting.add(user)
 
-    def wake(self) -> None:
-        """Give those who rest their turns."""
-        for user in list(self.resting):
-            self._enqueue(user)
+    def wake(self, user: str = "") -> None:
+        """Give those who rest their turns, or ``user`` alone."""
+        for one in list(self.resting):
+            if user in ("", one):
+                self._enqueue(one)
 
     def withdraw(self) -> dict[str, list[Ticket]]:
         """Nobody waits any more: return all tickets by user, and note the users instead.
@@ -162,8 +165,8 @@ class MirrorQueue(Generic[Ticket]):
 
     def awaited(self, user: str) -> bool:
         """Return whether somebody waits for the running sync of ``user`` or the one after it."""
-        entry = self._users[user]
-        return bool(entry.covered or entry.waiting)
+        entry = self._users.get(user)
+        return entry is not None and bool(entry.covered or entry.waiting)
 
     def suspend(self, users: set[str]) -> None:
         """Only ``users`` get no turn from now on, whatever is noted of them."""

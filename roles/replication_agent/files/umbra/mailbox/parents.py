@@ -60,6 +60,6 @@ class ParentsCarrier:
         """See ``Carrier.progress``."""
         return self._carrier.progress(user)
 
-    def cut(self) -> None:
-        """Break all syncs that run."""
-        self._carrier.cut()
+    def cut(self, user: str = "") -> None:
+        """See ``Carrier.cut``."""
+        self._carrier.cut(user)

@@ -91,9 +91,9 @@ class ScriptCarrier:
         """See ``Carrier.progress``."""
         return self._carrier.progress(user)
 
-    def cut(self) -> None:
-        """Break all syncs that run."""
-        self._carrier.cut()
+    def cut(self, user: str = "") -> None:
+        """See ``Carrier.cut``."""
+        self._carrier.cut(user)
 
     async def _keep(self, user: str) -> SyncResult | None:
         try:
