@@ -278,6 +278,10 @@ def imap(node: str, user: str, port: int = 993) -> Iterator[imaplib.IMAP4]:
         session.shutdown()
 
 
+LIST_SCRIPTS = "doveadm sieve list -u %s"
+CHANGE = "set -- %s; doveadm mailbox unsubscribe -u $1 INBOX; doveadm mailbox subscribe -u $1 INBOX"
+
+
 @dataclass(frozen=True)
 class Mail:
     """A message that the tests can find again."""
@@ -325,11 +329,16 @@ def copies(node: str, user: str, message_id: str, mailbox: str = "*") -> list[st
 
 @contextmanager
 def redirected(node: str, user: str, to: str) -> Iterator[None]:
-    """What comes for ``user`` goes on to another address, by a Sieve script."""
+    """What comes for ``user`` goes on to another address, by a Sieve script of both nodes."""
+    (peer,) = set(NODES) - {node}
     script = f'redirect "{to}";'
     run(node, "echo %s | doveadm sieve put -a -u %s redirected", script, user)
+    # doveadm tells nobody of a script; this it does tell of.
+    run(node, CHANGE, user)
+    wait("the peer has the script", lambda: "redirected" in run(peer, LIST_SCRIPTS, user), 5)
     yield
     run(node, "doveadm sieve deactivate -u %s && doveadm sieve delete -u %s redirected", user, user)
+    run(node, CHANGE, user)
 
 
 def queue(node: str) -> dict[str, tuple[str, str]]:

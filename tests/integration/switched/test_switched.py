@@ -92,18 +92,22 @@ def test_what_sieve_redirects_meanwhile_is_not_left_behind(
 
     with lab.redirected(primary, first, second), ThreadPoolExecutor(4) as pool:
         loads = [pool.submit(load) for _ in range(4)]
-        lab.wait("mail flows", lambda: len(sent) > 20)
-        lab.run(primary, "umbractl switchover %s", shadow)
-        enough = len(sent) + 20
-        lab.wait("mail flows again", lambda: len(sent) > enough)
-        over.set()
-        for running in loads:
-            running.result()
-        lab.wait("all is delivered", lambda: not lab.run(shadow, "postqueue -f; postqueue -j"), 60)
-        assert not lab.run(primary, "ls /var/spool/postfix/maildrop")
-        for mail in sent:
-            assert len(lab.copies(shadow, second, mail.id)) == 1
-        lab.run(shadow, "umbractl switchover %s", primary)
+        try:
+            lab.wait("mail flows", lambda: len(sent) > 20)
+            lab.run(primary, "umbractl switchover %s", shadow)
+            enough = len(sent) + 20
+            lab.wait("mail flows again", lambda: len(sent) > enough)
+            over.set()
+            for running in loads:
+                running.result()
+            left = "postqueue -f; postqueue -j"
+            lab.wait("all is delivered", lambda: not lab.run(shadow, left), 60)
+            assert not lab.run(primary, "ls /var/spool/postfix/maildrop")
+            for mail in sent:
+                assert len(lab.copies(shadow, second, mail.id)) == 1
+        finally:
+            over.set()
+            lab.run(shadow, "umbractl switchover %s", primary)
 
 
 def test_what_somebody_held_stays_held_and_what_was_requeued_is_taken_along(
