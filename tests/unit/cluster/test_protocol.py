@@ -455,3 +455,11 @@ def test_a_peer_that_takes_nothing_is_left_behind_after_a_proof_of_work_alone() 
     assert not swaps(effects), "that proof began before"
     state, effects = take(A, state, p.Worked(100.15), now=100.3)
     assert swaps(effects), "the second word of the same loss asks for no further proof"
+
+
+def test_a_loss_of_one_peer_asks_for_no_further_proof_of_that_of_another() -> None:
+    config = replace(A, peers={"b": "two", "c": "three"})
+    state, _ = take(config, primary(), p.Lost("b"), now=100.1)
+    state, _ = take(config, state, p.Join("c", "c.0"), p.Lost("c"), now=100.6)
+    _, effects = take(config, state, p.Worked(100.2), now=100.7)
+    assert p.Swap in kinds(effects)

@@ -309,12 +309,18 @@ def test_mailboxes_that_the_other_node_has_under_no_name() -> None:
             "renamed": Mailbox("g3"),
             "made twice": Mailbox("g4"),
             "only a name": Mailbox(),
+            "deleted": Mailbox("g6"),  # and what is below it stays
         }
     )
     there = Description(
-        mailboxes={"INBOX": Mailbox("g1"), "old": Mailbox("g3"), "made twice": Mailbox("g5")}
+        mailboxes={
+            "INBOX": Mailbox("g1"),
+            "old": Mailbox("g3"),
+            "made twice": Mailbox("g5"),
+            "deleted": Mailbox(),
+        }
     )
-    assert missing(here, there) == ["new"]
+    assert missing(here, there) == ["deleted", "new"]
 
 
 @pytest.mark.parametrize(

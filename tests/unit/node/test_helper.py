@@ -352,15 +352,15 @@ async def test_a_helper_that_starts_stops_a_postfix_whose_agent_does_not_come_ba
         return ""
 
     monkeypatch.setattr(helper, "run", run)
-    monkeypatch.setattr(helper, "LONGEST", 0.1)
+    monkeypatch.setattr(helper, "OPENING", 0.1)
     host = Helper(Path("/nonexistent"), lease=True)
-    host.expect()
+    host.expect(0.1)
     await asyncio.sleep(0.3)
     assert said == ["is-active", "stop"]
     # An agent that has started Postfix may die before it renews, or before it opens.
     for expected in (True, False):
         if expected:
-            host.expect()
+            host.expect(0.1)
         await host.answer(b'{"do": "postfix-start"}')
         said.clear()
         await asyncio.sleep(0.3)
@@ -370,7 +370,7 @@ async def test_a_helper_that_starts_stops_a_postfix_whose_agent_does_not_come_ba
         {"do": "ports-open", "ports": [25], "hold": 10},
         {"do": "postfix-stop"},
     ):
-        host.expect()
+        host.expect(0.1)
         await host.answer(json.dumps(request).encode())
         said.clear()
         await asyncio.sleep(0.2)
@@ -385,9 +385,9 @@ async def test_a_helper_without_a_lease_stops_no_postfix(monkeypatch: pytest.Mon
         return ""
 
     monkeypatch.setattr(helper, "run", run)
-    monkeypatch.setattr(helper, "LONGEST", 0.05)
+    monkeypatch.setattr(helper, "OPENING", 0.05)
     host = Helper(Path("/nonexistent"))
-    host.expect()
+    host.expect(0.05)
     await host.answer(b'{"do": "postfix-start"}')
     await asyncio.sleep(0.2)
     assert said == ["start"]

@@ -97,7 +97,8 @@ ORDER = yaml.safe_dump(
     ("protected_set", "cause", "lag", "passed"),
     [
         (["mail-b"], "mail-a waits for mail-b; this node follows", 0, True),
-        (["mail-b"], "mail-a waits for mail-b; this node follows", 3, False),
+        (["mail-b"], "mail-a waits for mail-b; this node follows", 3, True),
+        (["mail-b"], "mail-a waits for mail-b; this node follows", 200, False),
         (["mail-b"], "mail-a has not taken this node into the protected set", 0, False),
         (["mail-b", "mail-c"], "", 0, True),
     ],
@@ -110,9 +111,9 @@ def test_of_three_hosts_the_one_that_was_changed_is_waited_for(
         task for task in PLAYS[-2]["tasks"] if task["name"].startswith("Wait until the group")
     ]
     nodes = [
-        {"node": "mail-a", "role": "primary", "cause": "", "lag_changes": 0},
-        {"node": "mail-b", "role": "shadow", "cause": "", "lag_changes": 0},
-        {"node": "mail-c", "role": "shadow", "cause": cause, "lag_changes": lag},
+        {"node": "mail-a", "role": "primary", "cause": "", "lag_changes": 0, "lag_s": 0.0},
+        {"node": "mail-b", "role": "shadow", "cause": "", "lag_changes": 0, "lag_s": 0.0},
+        {"node": "mail-c", "role": "shadow", "cause": cause, "lag_changes": lag, "lag_s": 0.2},
     ]
     answer = {"protected": True, "nodes": nodes, "protected_set": protected_set}
     asked = {

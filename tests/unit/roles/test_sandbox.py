@@ -10,6 +10,7 @@ import jinja2
 import pytest
 import yaml
 from ansible.plugins.filter.core import FilterModule
+from roles.mail_server.files.umbra_boot import sieve_send
 
 ROLES = Path(__file__).parents[3] / "roles"
 
@@ -132,8 +133,9 @@ def test_the_fences_ports_and_user_are_those_of_the_others() -> None:
     assert f"\n127.0.0.1:{agent['__replication_agent_resubmission_port']} inet " in master
     sieve = f"127.0.0.1:{agent['__replication_agent_sieve_port']}"
     assert f"\n{sieve} inet " in master
+    assert agent["__replication_agent_sieve_port"] == sieve_send.PORT
     dovecot = rendered("mail_server", "dovecot.conf.j2", mail_server_replicated=True)
-    assert f"\nsubmission_host = {sieve}\n" in dovecot
+    assert "\nsendmail_path = /usr/bin/python3 -IS /usr/lib/umbra/sieve_send.py\n" in dovecot
     assert f"listen = 127.0.0.1\n    port = {agent['__replication_agent_proof_port']}\n" in dovecot
     lua = (ROLES / "mail_server/templates/umbra-notify.lua.j2").read_text()
     assert f"127.0.0.1:{agent['__replication_agent_notify_port']}/" in lua

@@ -32,7 +32,7 @@ from umbra.transport.ports import NotPrimary, Refusal
 from umbra.transport.resubmit import Resubmission
 from umbra.transport.safety_net import SafetyNet
 from umbra.transport.service import ShadowService
-from umbra.transport.shadowing import RESUBMISSION, Shadowing
+from umbra.transport.shadowing import RESUBMISSION, SIEVE, Shadowing
 from umbra.transport.store import ShadowStore, State, StoreFull
 
 HEADERS = ((b"Message-ID", b" <1@example.org>"), (b"Subject", b" hello"))
@@ -696,3 +696,17 @@ async def test_a_message_counts_as_on_its_way_from_before_the_group_is_alone(ben
     shadow_id_of(await bench.deliver())
     assert len(counted) == 2
     assert all(counted)
+
+
+async def test_what_sieve_sends_belongs_to_a_delivery_and_goes_on_in_a_drain(bench: Bench) -> None:
+    """Refused, it would be lost where Sieve has filed the message already."""
+    bench.group.refusal = Refusal(421, "4.3.2", "This host hands its mail over")
+    bench.shadowing.pressure = lambda: module.FULL
+    client = await MilterClient.connect(bench.path, SIEVE)
+    shadow_id_of(await client.message(HEADERS))
+    bench.group.peers = []  # alone, as after a failover: the delivery goes on, too
+    shadow_id_of(await client.message(HEADERS))
+    bench.group.refusal = Refusal(451, "4.3.2", "not primary")
+    [(kind, text)] = await client.message(HEADERS)
+    assert (kind, text[:3]) == (b"y", b"451")
+    await client.close()

@@ -303,8 +303,7 @@ class State:
     :param waits_until: this node takes over from nobody before.
     :param former_until: what it answered before it started counts until then.
     :param longest: the longest D of a primary whose renewals it has answered since.
-    :param lost: peers that could not take something since they joined.
-    :param lost_at: when the last of them could not.
+    :param lost: peers that could not take something since they joined, and when that was.
     :param not_before: a new holder does not open sooner.
     """
 
@@ -328,8 +327,7 @@ class State:
     not_before: float = NEVER
     answers: Mapping[str, Answer] = field(default_factory=dict)
     joining: Mapping[str, Joining] = field(default_factory=dict)
-    lost: frozenset[str] = frozenset()
-    lost_at: float = NEVER
+    lost: Mapping[str, float] = field(default_factory=dict)
     switching: str | None = None
     switch_automatic: bool = False
     drained: bool = False
@@ -708,7 +706,7 @@ def unanswered(config: Config, state: State, record: Record, now: float) -> froz
         member
         for member in record.protected
         if (
-            state.worked >= state.lost_at
+            state.worked >= state.lost[member.node]
             if member.node in state.lost
             else now - max(_answer_sent(state, member, record.epoch), state.holding_since)
             >= config.timing.miss
@@ -767,7 +765,7 @@ def _take(
             joining = {**state.joining, peer: Joining(storage, now)}
             if not holds(state):
                 return state
-            return replace(state, joining=joining, lost=state.lost - {peer})
+            return replace(state, joining=joining, lost=_without(state.lost, peer))
         case Complete(peer, since):
             join = state.joining.get(peer)
             if join is None or join.since != since:
@@ -775,8 +773,7 @@ def _take(
             return replace(state, joining={**state.joining, peer: replace(join, complete=True)})
         case Lost(peer):
             joining = {name: join for name, join in state.joining.items() if name != peer}
-            lost_at = state.lost_at if peer in state.lost else now
-            return replace(state, joining=joining, lost=state.lost | {peer}, lost_at=lost_at)
+            return replace(state, joining=joining, lost={peer: now, **state.lost})
         case Reconciled():
             if state.durable.acted and not holds(state):
                 return _persist(state, replace(state.durable, acted=0), effects)
@@ -796,6 +793,10 @@ def _persist(state: State, durable: Durable, effects: list[Effect]) -> State:
         return state
     effects.append(Persist(durable))
     return replace(state, durable=durable)
+
+
+def _without(lost: Mapping[str, float], peer: str) -> Mapping[str, float]:
+    return {name: at for name, at in lost.items() if name != peer}
 
 
 def _learn(state: State, epoch: int, effects: list[Effect]) -> State:
@@ -857,7 +858,7 @@ def _seen(config: Config, state: State, seen: Seen, now: float, effects: list[Ef
         # changes that since is there, and acts.
         stands = was is not None and not is_new and record.protected == was.protected
         state = replace(
-            state, joining={}, lost=frozenset(), holding_since=NEVER,
+            state, joining={}, lost={}, holding_since=NEVER,
             forced=state.forced and stands,
         )  # fmt: skip
         resumed = was is not None and was.paused and not record.paused

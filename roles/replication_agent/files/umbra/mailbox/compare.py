@@ -102,12 +102,16 @@ def of_descriptions(here: Description, there: Description) -> Iterator[Differenc
 
 
 def missing(here: Description, there: Description) -> list[str]:
-    """Return the mailboxes that the other node has under no name."""
+    """Return the mailboxes that the other node has under no name.
+
+    It may have a name that holds only others: what is left of a mailbox that was deleted there.
+    """
     theirs = {mailbox.guid for mailbox in there.mailboxes.values()}
+    taken = {name for name, mailbox in there.mailboxes.items() if mailbox.guid}
     return sorted(
         name
         for name, mailbox in here.mailboxes.items()
-        if mailbox.guid and mailbox.guid not in theirs and name not in there.mailboxes
+        if mailbox.guid and mailbox.guid not in theirs and name not in taken
     )
 
 

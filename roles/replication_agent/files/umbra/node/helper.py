@@ -58,6 +58,7 @@ FENCE = Path("/etc/umbra/fence.nft")
 GONE = "No such file or directory"  # what nft says of a table that is not there
 RUNTIME = Path("/run/umbra-helper")  # its unit has it stay over a restart; a boot empties it
 LOST = "mail-lost"
+OPENING = 60.0  # seconds for which Postfix may run before the agent opens
 SLOW = 0.2  # seconds by which the ports may stay open past the right; nft takes a tenth of that
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _ERROR = re.compile(rb"\b(error|fatal|panic)\b")
@@ -181,14 +182,14 @@ class Helper:
                     log.error("the ports may be open past the right: %s", error)
             raise
 
-    def expect(self) -> None:
-        """Have Postfix stopped unless the agent renews its lease, if there are such.
+    def expect(self, seconds: float) -> None:
+        """Have Postfix stopped unless the agent renews its lease within ``seconds``, if it has one.
 
         To be asked when Postfix may run and no timer: the helper before this one may have died
         together with the agent, and the agent may die before it opens.
         """
         if self._lease and self._dead_man is None:
-            self._arm(LONGEST)
+            self._arm(seconds)
 
     def _arm(self, seconds: float) -> None:
         self._disarm()
@@ -301,7 +302,7 @@ class Helper:
 
     async def do_postfix_start(self, request: dict[str, Any]) -> dict[str, Any]:
         """Start Postfix; harmless if it runs."""
-        self.expect()
+        self.expect(OPENING)
         try:
             await run("systemctl", "start", "postfix.service")
         except HelperError:
@@ -674,7 +675,7 @@ async def _tell_alive() -> None:
 
 async def serve(helper: Helper, socket: Path, group: str) -> None:
     """Listen until cancelled."""
-    helper.expect()
+    helper.expect(LONGEST)
     with contextlib.suppress(FileNotFoundError):
         socket.unlink()
     server = await asyncio.start_unix_server(helper.serve, socket, limit=MAX_REQUEST)

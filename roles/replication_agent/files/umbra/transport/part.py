@@ -49,7 +49,7 @@ HEADROOM = 32 * 1024 * 1024
 """Bytes of room under which new messages are refused at MAIL; those that have begun still fit."""
 MAX_AGE = 4 * 3600.0
 """Seconds; an older shadow message means mail that the primary cannot get rid of."""
-MAX_PARKED = 100
+MAX_PARKED = 1000
 """Of more messages that were set aside only the first are named."""
 
 

@@ -38,6 +38,9 @@ log = logging.getLogger(__name__)
 
 RESUBMISSION = b"umbra-resubmit"
 """``milter_macro_daemon_name`` of the smtpd that takes resubmitted messages."""
+SIEVE = b"umbra-sieve"
+"""That of the smtpd that takes what Sieve sends: a part of a delivery, which goes on in a drain."""
+DRAINING = 421
 
 RATE = 1024 * 1024
 """Bytes a second below which a shadow counts as stalled: so much longer than ``shadow_timeout`` a
@@ -129,9 +132,9 @@ class Shadowing:
         That is: while draining, while not primary, under pressure, and while there are not enough
         shadows under ``defer``.
         """
-        refusal = self.group.accepting()
-        # What is resubmitted was acknowledged once and goes on even alone.
-        if refusal is None and transaction.macro(b"daemon_name") != RESUBMISSION:
+        refusal = self.refusal(transaction)
+        # What is resubmitted was acknowledged once and goes on even alone; so was what Sieve sends.
+        if refusal is None and transaction.macro(b"daemon_name") not in (RESUBMISSION, SIEVE):
             refusal = BUSY if self.in_flight >= MAX_IN_FLIGHT else self.pressure()
             if (
                 refusal is None
@@ -140,6 +143,12 @@ class Shadowing:
             ):
                 refusal = ALONE
         return None if refusal is None else answer(refusal)
+
+    def refusal(self, transaction: Transaction) -> Refusal | None:
+        """Return why the group takes no such message now, or None."""
+        refusal = self.group.accepting()
+        delivering = transaction.macro(b"daemon_name") == SIEVE
+        return None if delivering and refusal and refusal.code == DRAINING else refusal
 
     def message(self, transaction: Transaction, flow: Flow) -> _Message:
         """Return the taker of one message."""
@@ -207,7 +216,7 @@ class _Message:
     async def _finish(self, started: float) -> bytes:
         with self._group.begin_work():
             try:
-                refusal = self._group.accepting()
+                refusal = self._shadowing.refusal(self._transaction)
                 if refusal is not None:
                     raise _Refused(refusal, "not accepting")
                 self._body.end()
@@ -351,6 +360,7 @@ class _Message:
             peers
             and self._shadowing.policy is ShadowPolicy.DEFER
             and self._resubmission is None
+            and self._transaction.macro(b"daemon_name") != SIEVE
             and not self._shadowing.enough([peer.name for peer in peers])
         ):
             raise _Refused(ALONE, "there are not enough shadows")
