@@ -117,7 +117,7 @@ def postfix_on_primary_only(active: bool, role: str | None) -> Check:
 
 
 MILTER = "umbra/milter.sock"
-MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
+MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"]
 
 
 def entrances(settings: t.Mapping[str, str] | None) -> list[Check]:

@@ -42,7 +42,10 @@ OLD_LMTP = "/run/dovecot/lmtp"
 # What the role adds for the replication, and what would stand in the way of the other Dovecot.
 ADDED = ("sieve_script once", "mail_plugins", "service auth", "service lmtp", "protocols")
 _NAMED = r"^(?:service|metric|event_exporter|push_notification) umbra\S* \{\n.*?^\}\n"
-_SETTINGS = r"^sieve_(?:plugins|global_extensions|execute_\w+) = .*\n"
+_SETTINGS = (
+    r"^(?:sieve_(?:plugins|global_extensions|execute_\w+)|sendmail_path|submission_\w+) = .*\n"
+)
+_PROOF = r"^service imap-login \{\n  inet_listener umbra \{\n.*?^\}\n"
 PACKAGES = {
     "mail-a": ("dovecot-core", "dovecot-sieve", "python3", "python3-uvloop", "python3-aiohttp",
                "wireguard-go"),
@@ -175,7 +178,8 @@ def without(config: str, blocks: Iterable[str]) -> str:
         config, count = re.subn(rf"^{name} \{{\n.*?^\}}\n", "", config, flags=re.M | re.S)
         if count != 1:
             raise SceneError(f"dovecot.conf has {count} blocks {name!r}")
-    config = re.sub(_NAMED, "", config, flags=re.M | re.S)
+    for block in (_NAMED, _PROOF):
+        config = re.sub(block, "", config, flags=re.M | re.S)
     return re.sub(_SETTINGS, "", config, flags=re.M)
 
 

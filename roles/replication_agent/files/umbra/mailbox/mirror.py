@@ -947,6 +947,7 @@ class Mirror:
         with self._group.begin_work():
             if len(self.peers) == 1:
                 return await next(iter(self.peers.values())).changed(user, mailbox)
+            refused = False
             try:
                 async with asyncio.TaskGroup() as tasks:
                     verdicts = [
@@ -956,7 +957,9 @@ class Mirror:
                     while verdicts and (await asyncio.wait(verdicts, timeout=MAKE_WAY))[1]:
                         self._make_way(user)
             except* NotPrimary:
-                raise NotPrimary from None  # as one peer says it: who asks looks for it
+                refused = True
+            if refused:
+                raise NotPrimary  # as one peer says it: who asks looks for it
         mirrored = sum(task.result() is Verdict.MIRRORED for task in verdicts)
         return Verdict.MIRRORED if mirrored >= self._copies else Verdict.RECORDED
 

@@ -186,6 +186,7 @@ class Resubmitter:
         committed = await self._committed_ids()
         present = await self._queue_ids()
         work: asyncio.Queue[Meta | None] = asyncio.Queue(2 * self._concurrency)
+        ended: Exception | None = None
         try:
             async with asyncio.TaskGroup() as group:
                 for _ in range(self._concurrency):
@@ -195,7 +196,9 @@ class Resubmitter:
                 for _ in range(self._concurrency):
                     await work.put(None)
         except* (SmtpUnreachable, StoreError) as errors:
-            raise errors.exceptions[0] from None
+            ended = errors.exceptions[0]
+        if ended is not None:
+            raise ended
         return report
 
     async def _worker(
