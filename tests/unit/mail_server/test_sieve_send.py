@@ -59,7 +59,7 @@ class Postfix:
 @pytest.fixture
 def postfix(monkeypatch: pytest.MonkeyPatch) -> Iterator[Postfix]:
     server = Postfix()
-    monkeypatch.setattr(sieve_send.send, "__defaults__", (server.port,))
+    monkeypatch.setattr(sieve_send, "PORT", server.port)
     yield server
     server.close()
 
@@ -70,7 +70,7 @@ def sendmail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program, noted = tmp_path / "sendmail", tmp_path / "noted"
     program.write_text(f'#!/bin/sh\necho "$@" > {noted}\ncat >> {noted}\nexit 3\n')
     program.chmod(0o755)
-    monkeypatch.setattr(sieve_send.drop, "__defaults__", (str(program),))
+    monkeypatch.setattr(sieve_send, "SENDMAIL", str(program))
     return noted
 
 
@@ -115,6 +115,14 @@ def test_a_postfix_that_goes_away_has_the_delivery_tried_again(
 
 
 def test_a_postfix_that_is_away(sendmail: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sieve_send.send, "__defaults__", (9,))
+    monkeypatch.setattr(sieve_send, "PORT", 9)
     assert sieve_send.main(ARGUMENTS, io.BytesIO(CONTENT)) == os.EX_TEMPFAIL
     assert not sendmail.exists()
+
+
+def test_a_large_message_goes_in_pieces(postfix: Postfix) -> None:
+    lines = [b"." + bytes(range(48, 100)) * 20 + b"\n"] * 500
+    pieces = list(sieve_send._pieces(io.BytesIO(b"".join(lines))))
+    assert b"".join(pieces) == b"".join(b"." + line[:-1] + b"\r\n" for line in lines) + b".\r\n"
+    assert len(pieces) > 5
+    assert list(sieve_send._pieces(io.BytesIO(b"no end"))) == [b"no end\r\n.\r\n"]

@@ -9,22 +9,25 @@ its message already would not send again. If Postfix itself is away, the deliver
 from __future__ import annotations
 
 import os
-import re
+import shutil
 import smtplib
+import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 PORT = 26
 # Postfix waits for the agent for 120 s.
 TIMEOUT = 130.0
 SENDMAIL = "/usr/sbin/sendmail"
+PIECE = 64 * 1024
 
 
-def send(sender: str, recipients: Sequence[str], content: bytes, port: int = PORT) -> None:
+def send(sender: str, recipients: Sequence[str], message: IO[bytes]) -> None:
     """Have Postfix take it. SMTPResponseException if it does not want to, OSError if it cannot."""
-    session = smtplib.SMTP("127.0.0.1", port, local_hostname="localhost", timeout=TIMEOUT)
+    session = smtplib.SMTP("127.0.0.1", PORT, local_hostname="localhost", timeout=TIMEOUT)
     try:
         session.ehlo_or_helo_if_needed()
         options = ["BODY=8BITMIME"] if session.has_extn("8bitmime") else []
@@ -34,7 +37,10 @@ def send(sender: str, recipients: Sequence[str], content: bytes, port: int = POR
         _expect(250, *session.mail(sender, options))
         for recipient in recipients:
             _expect(250, *session.rcpt(recipient))
-        _expect(250, *session.data(re.sub(rb"\r?\n", b"\r\n", content)))
+        _expect(354, *session.docmd("data"))
+        for piece in _pieces(message):
+            session.send(piece)
+        _expect(250, *session.getreply())
         # It is taken, whatever comes after that.
         with suppress(smtplib.SMTPException, OSError):
             session.quit()
@@ -42,37 +48,45 @@ def send(sender: str, recipients: Sequence[str], content: bytes, port: int = POR
         session.close()
 
 
+def _pieces(message: IO[bytes]) -> Iterator[bytes]:
+    """Yield the content as DATA has it (RFC 5321, 4.5.2), with its end."""
+    piece = bytearray()
+    for line in message:
+        piece += b"." * line.startswith(b".") + line.removesuffix(b"\n").removesuffix(b"\r")
+        piece += b"\r\n"
+        if len(piece) >= PIECE:
+            yield bytes(piece)
+            piece.clear()
+    yield bytes(piece) + b".\r\n"
+
+
 def _expect(code: int, found: int, text: bytes) -> None:
     if found != code:
         raise smtplib.SMTPResponseException(found, text)
 
 
-def drop(arguments: Sequence[str], content: bytes, sendmail: str = SENDMAIL) -> int:
+def drop(arguments: Sequence[str], message: IO[bytes]) -> int:
     """Leave it to sendmail(1), which gets the same arguments; return its exit status."""
-    reading, writing = os.pipe()
-    pid = os.posix_spawn(
-        sendmail, [sendmail, *arguments], os.environ,
-        file_actions=[(os.POSIX_SPAWN_DUP2, reading, 0), (os.POSIX_SPAWN_CLOSE, writing)],
-    )  # fmt: skip
-    os.close(reading)
-    with os.fdopen(writing, "wb") as pipe:
-        pipe.write(content)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os.lseek(message.fileno(), 0, os.SEEK_SET)
+    return subprocess.run([SENDMAIL, *arguments], stdin=message, check=False).returncode
 
 
 def main(arguments: Sequence[str], content: BinaryIO) -> int:
     """Send. The arguments are what Dovecot has for sendmail: ``-i -f SENDER -- RECIPIENT...``."""
     end = arguments.index("--")
     sender, recipients = arguments[arguments.index("-f") + 1], arguments[end + 1 :]
-    data = content.read()
-    try:
-        send(sender.removeprefix("<").removesuffix(">"), recipients, data)
-    except smtplib.SMTPResponseException as error:
-        print(f"{error.smtp_code} {error.smtp_error!r}: left to sendmail", file=sys.stderr)
-        return drop(arguments, data)
-    except (smtplib.SMTPException, OSError) as error:
-        print(f"Postfix does not answer: {error}", file=sys.stderr)
-        return os.EX_TEMPFAIL
+    # Not in memory, of which Dovecot gives its processes little.
+    with tempfile.TemporaryFile() as message:
+        shutil.copyfileobj(content, message)
+        message.seek(0)
+        try:
+            send(sender.removeprefix("<").removesuffix(">"), recipients, message)
+        except smtplib.SMTPResponseException as error:
+            print(f"{error.smtp_code} {error.smtp_error!r}: left to sendmail", file=sys.stderr)
+            return drop(arguments, message)
+        except (smtplib.SMTPException, OSError) as error:
+            print(f"Postfix does not answer: {error}", file=sys.stderr)
+            return os.EX_TEMPFAIL
     return 0
 
 
