@@ -120,7 +120,7 @@ def test_a_postfix_that_is_away(sendmail: Path, monkeypatch: pytest.MonkeyPatch)
     assert not sendmail.exists()
 
 
-def test_a_large_message_goes_in_pieces(postfix: Postfix) -> None:
+def test_a_large_message_goes_in_pieces() -> None:
     lines = [b"." + bytes(range(48, 100)) * 20 + b"\n"] * 500
     pieces = list(sieve_send._pieces(io.BytesIO(b"".join(lines))))
     assert b"".join(pieces) == b"".join(b"." + line[:-1] + b"\r\n" for line in lines) + b".\r\n"
