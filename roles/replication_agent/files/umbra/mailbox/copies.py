@@ -26,7 +26,15 @@ from typing import Any, Protocol
 from umbra.mailbox import metrics
 from umbra.mailbox.carrier import Exchange, valid_user
 from umbra.mailbox.describe import is_guid
-from umbra.mailbox.doveadm import Doveadm, DoveadmError, Outcome, SyncResult, unescape
+from umbra.mailbox.doveadm import (
+    Doveadm,
+    DoveadmError,
+    Outcome,
+    SyncResult,
+    given_id,
+    unescape,
+    with_id,
+)
 from umbra.mailbox.mirror import Carrier
 from umbra.peer.exchange import PeerError
 from umbra.peer.identity import PeerIdentity
@@ -99,7 +107,7 @@ class Dovecot:
             for start in range(0, len(uids), BATCH):
                 where = ("mailbox-guid", box, "uid", ",".join(uids[start : start + BATCH]))
                 async for uid, text in self._rows(user, ("uid", "hdr.x-umbra-id"), where):
-                    shadow_id = text.split("\n", 1)[0].strip()
+                    shadow_id = given_id(text)
                     if uid in messages and ids.valid(shadow_id):
                         mailbox, guid = messages[uid]
                         yield Copy(mailbox, box, int(uid), guid, shadow_id)
@@ -110,17 +118,16 @@ class Dovecot:
         while left:
             query: list[str] = []
             for shadow_id in left[:BATCH]:
-                query += [*(["OR"] if query else []), "HEADER", ids.HEADER, shadow_id]
+                query += [*(["OR"] if query else []), *with_id(shadow_id)]
             async for (text,) in self._rows(user, ("hdr.x-umbra-id",), query):
-                found.add(text.split("\n", 1)[0].strip())
+                found.add(given_id(text))
             del left[:BATCH]
         return found
 
     async def remove(self, user: str, copy: Copy) -> None:
         """Remove one message for good; none that fits is no error."""
         query = ("mailbox-guid", copy.mailbox_guid, "uid", str(copy.uid), "guid", copy.guid)
-        header = ("HEADER", ids.HEADER, copy.shadow_id)
-        await self._doveadm.fields(user, "expunge", *query, *header)
+        await self._doveadm.fields(user, "expunge", *query, *with_id(copy.shadow_id))
 
     async def _rows(
         self, user: str, names: Sequence[str], query: Sequence[str]

@@ -28,6 +28,7 @@ from enum import Enum
 from pathlib import Path
 
 from umbra.peer.exchange import PeerError
+from umbra.transport import ids
 
 SOCKET = Path("/run/dovecot/umbra-doveadm")
 HELLO = b"VERSION\tdoveadm-server\t1\t0\n"
@@ -134,8 +135,17 @@ def listable(mailbox: str) -> bool:
     return not (mailbox.startswith("\\") or "*" in mailbox or "%" in mailbox) and _utf8(mailbox)
 
 
-def _with_id(shadow_id: str) -> tuple[str, ...]:
-    return "HEADER", "X-Umbra-Id", shadow_id
+def with_id(shadow_id: str) -> tuple[str, ...]:
+    """Return the search for messages that bear this id, whoever has written it."""
+    return "HEADER", ids.HEADER, shadow_id
+
+
+def given_id(headers: str) -> str:
+    """Return the id that the milter has given a message, of what ``hdr.x-umbra-id`` tells.
+
+    It is the first of that name: any sender who knows an id can write others below it.
+    """
+    return headers.partition("\n")[0].strip()
 
 
 def _utf8(text: str) -> bool:
@@ -345,7 +355,7 @@ class Doveadm:
         :param message_id: one with this Message-ID will do as well. One that is not in angle
             brackets is not looked for: the search is for a part of the header.
         """
-        query = _with_id(shadow_id)
+        query = with_id(shadow_id)
         if message_id.startswith("<") and message_id.endswith(">") and _utf8(message_id):
             # doveadm's OR stands between; a leading one, as in IMAP, ends its server process.
             query = (*query, "OR", "HEADER", "Message-ID", message_id)
@@ -355,13 +365,12 @@ class Doveadm:
     async def has_delivery(self, user: str, shadow_id: str) -> bool | None:
         """Return whether the message that was given this id is in a mailbox of ``user``.
 
-        None if there is no such user. Only the first header of that name counts, which the milter
-        has put there: any sender who knows the id can write others below it.
+        None if there is no such user.
         """
-        found = await self._of_user(user, "fetch", "hdr.x-umbra-id", *_with_id(shadow_id))
+        found = await self._of_user(user, "fetch", "hdr.x-umbra-id", *with_id(shadow_id))
         if found is None:
             return None
-        return any(text.partition("\n")[0].strip() == shadow_id for text in found)
+        return any(given_id(headers) == shadow_id for headers in found)
 
     async def _of_user(self, user: str, command: str, *arguments: str) -> list[str] | None:
         if not _utf8(user):
